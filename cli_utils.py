@@ -1,0 +1,125 @@
+"""The command line that all scripts share: errors, the argument parser, number checks.
+
+Only the standard library is imported here, so that a wrong flag is reported before torch loads.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import os
+import sys
+from collections.abc import Callable
+from typing import Any, NoReturn
+
+
+class UserError(Exception):
+    """A mistake of the user's: one line that names the file, flag or value and what is right."""
+
+
+class Interrupted(Exception):
+    """The run was asked to stop (Ctrl-C, SIGTERM); the message says how to go on.
+
+    Attributes:
+        signal_number: the signal, which gives the exit code 128 + signal_number.
+    """
+
+    def __init__(self, message: str, signal_number: int) -> None:
+        super().__init__(message)
+        self.signal_number = signal_number
+
+
+class ArgumentParser(argparse.ArgumentParser):
+    """argparse with one-line errors, close matches for unknown flags, defaults in --help."""
+
+    def __init__(self, **kwargs: Any) -> None:
+        kwargs.setdefault("formatter_class", argparse.ArgumentDefaultsHelpFormatter)
+        super().__init__(allow_abbrev=False, **kwargs)
+
+    def parse_args(self, args=None, namespace=None):  # type: ignore[override]
+        parsed, unknown = self.parse_known_args(args, namespace)
+        if unknown:
+            flag = unknown[0].split("=")[0]
+            raise UserError(f"unknown argument {unknown[0]}{self._close_matches(flag)}")
+        return parsed
+
+    def _close_matches(self, flag: str) -> str:
+        close = difflib.get_close_matches(flag, self._option_string_actions, n=3)
+        return f"; did you mean {' or '.join(close)}?" if close else f"; see {self.prog} --help"
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(message)
+
+
+def is_main_process() -> bool:
+    """Whether this process is the one that speaks (rank 0, or not launched in parallel)."""
+    return int(os.environ.get("RANK", "0")) == 0
+
+
+def warn(message: str) -> None:
+    """Print one line ``warning: ...`` to stderr, on the main process alone."""
+    if is_main_process():
+        print(f"warning: {message}", file=sys.stderr, flush=True)
+
+
+def run_main(main: Callable[[], None]) -> NoReturn:
+    """Run a script's ``main``; turn mistakes and interruptions into one line and an exit code.
+
+    Exit codes: 0 done, 2 a user's mistake, 128 + n stopped by signal n.
+    """
+    code = 0
+    try:
+        main()
+    except UserError as error:
+        code = 2
+        if is_main_process():
+            print(f"error: {error}", file=sys.stderr, flush=True)
+    except Interrupted as stop:
+        code = 128 + stop.signal_number
+        if is_main_process():
+            print(str(stop), file=sys.stderr, flush=True)
+    except KeyboardInterrupt:
+        code = 130
+        if is_main_process():
+            print("stopped before there was anything to save", file=sys.stderr, flush=True)
+    sys.exit(code)
+
+
+def number(
+    kind: type, low: float, high: float = float("inf"), low_open: bool = False
+) -> Callable[[str], Any]:
+    """An argparse type: a finite number of `kind` in [low, high], or (low, high] if low_open."""
+    name = {int: "a whole number", float: "a number"}[kind]
+    bound = f"over {low:g}" if low_open else f"of at least {low:g}"
+    limits = f"{name} {bound}" + ("" if high == float("inf") else f" and at most {high:g}")
+
+    def parse(text: str) -> Any:
+        try:
+            value = kind(text)
+        except ValueError:
+            value = float("nan")
+        above = value > low if low_open else value >= low
+        if not (above and value <= high) or value == float("inf"):
+            raise argparse.ArgumentTypeError(f"{text!r} is not {limits}")
+        return value
+
+    return parse
+
+
+def read_text(path: str, flag: str) -> str:
+    """The text of a UTF-8 file.
+
+    Raises:
+        UserError: the file is missing, unreadable, a folder, or not UTF-8; names flag and path.
+    """
+    try:
+        with open(path, encoding="utf-8-sig") as file:
+            return file.read()
+    except FileNotFoundError:
+        raise UserError(f"{flag}: no such file: {path}") from None
+    except IsADirectoryError:
+        raise UserError(f"{flag}: {path} is a folder, a file is needed") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"{flag}: {path} is not UTF-8 text (byte {error.start})") from None
+    except OSError as error:
+        raise UserError(f"{flag}: cannot read {path}: {error.strerror or error}") from None

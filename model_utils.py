@@ -1,0 +1,278 @@
+"""BERT models: found, checked, loaded, frozen, made fast to train, compared by hidden states."""
+
+from __future__ import annotations
+
+import difflib
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import huggingface_hub
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedModel
+from transformers.utils import logging as transformers_logging
+
+from cli_utils import UserError, is_main_process
+from squad_utils import SpecialIds
+
+MODEL_TYPES = ("bert",)  # config.json's model_type of what these scripts train
+WEIGHT_FILES = (
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+)
+HUB_TIMEOUT = 5.0  # seconds that the hub has to answer; its own client retries for half a minute
+
+transformers_logging.set_verbosity_error()
+transformers_logging.disable_progress_bar()
+
+
+# ------------------------------------------------------------------------------------------------
+# Finding and loading
+
+
+def find_model(name: str, flag: str) -> dict[str, Any]:
+    """Check that a model is there: a local folder with weights, or a name that the hub knows.
+
+    Returns:
+        the arguments of `from_pretrained` that say where it is.
+
+    Raises:
+        UserError: neither a folder nor on the hub; a folder that lacks config.json or weights.
+    """
+    if os.path.isdir(name):
+        if not os.path.isfile(os.path.join(name, "config.json")):
+            raise UserError(f"{flag}: the folder {name} holds no model: config.json is missing")
+        if not any(os.path.isfile(os.path.join(name, file)) for file in WEIGHT_FILES):
+            raise UserError(
+                f"{flag}: the folder {name} holds no weights: model.safetensors is missing"
+            )
+        return {"pretrained_model_name_or_path": name, "local_files_only": True}
+    if os.path.exists(name):
+        raise UserError(f"{flag}: {name} is a file; a model's folder or hub name is needed")
+    problem = None
+    try:
+        huggingface_hub.HfApi().model_info(name, timeout=HUB_TIMEOUT)
+    except Exception as error:  # the hub's client raises its own, httpx's and requests' errors
+        problem = (str(error).strip() or repr(error)).splitlines()[0]
+    try:
+        cached = isinstance(huggingface_hub.try_to_load_from_cache(name, "config.json"), str)
+    except huggingface_hub.errors.HFValidationError:
+        cached = False
+    if problem and not cached:
+        raise UserError(
+            f"{flag}: {name} is neither a folder here nor a model that the hub gives ({problem})"
+        )
+    return {"pretrained_model_name_or_path": name, "local_files_only": problem is not None}
+
+
+def load_config(name: str, flag: str) -> PretrainedConfig:
+    """The model's configuration.
+
+    Raises:
+        UserError: as `find_model`; an unreadable configuration; a model that is not BERT.
+    """
+    where = find_model(name, flag)
+    try:
+        config = AutoConfig.from_pretrained(**where)
+    except Exception as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(f"{flag}: the configuration of {name} does not load: {reason}") from None
+    if config.model_type not in MODEL_TYPES:
+        raise UserError(
+            f"{flag}: {name} is a {config.model_type} model; BERT is needed"
+            f" (model_type {' or '.join(MODEL_TYPES)})"
+        )
+    return config
+
+
+def load_model(name: str, flag: str, auto_class: Any, quiet: bool = False) -> PreTrainedModel:
+    """The model in FP32 on the CPU; says which of its weights start anew, unless quiet.
+
+    Args:
+        auto_class: e.g. transformers.AutoModelForQuestionAnswering.
+
+    Raises:
+        UserError: as `load_config`; weights that cannot be read.
+    """
+    load_config(name, flag)
+    try:
+        model, info = auto_class.from_pretrained(
+            **find_model(name, flag), dtype=torch.float32, output_loading_info=True
+        )
+    except Exception as error:
+        reason = (str(error).strip() or repr(error)).splitlines()[0]
+        raise UserError(f"{flag}: the weights of {name} do not load: {reason}") from None
+    if is_main_process() and not quiet:
+        count = sum(p.numel() for p in model.parameters())
+        anew = sorted(info["missing_keys"])
+        print(
+            f"{flag} {name}: {count / 1e6:.2f} M parameters"
+            + (f"; starting anew: {', '.join(anew)}" if anew else "")
+        )
+    return model
+
+
+def load_tokenizer(name: str, flag: str) -> Any:
+    """The model's fast tokenizer.
+
+    Raises:
+        UserError: there is none, or it lacks one of [CLS], [SEP], [PAD].
+    """
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(**find_model(name, flag), use_fast=True)
+    except UserError:
+        raise
+    except Exception as error:
+        reason = (str(error).strip() or repr(error)).splitlines()[0]
+        raise UserError(f"{flag}: the tokenizer of {name} does not load: {reason}") from None
+    if not tokenizer.is_fast or None in (
+        tokenizer.cls_token_id,
+        tokenizer.sep_token_id,
+        tokenizer.pad_token_id,
+    ):
+        raise UserError(f"{flag}: {name} has no fast BERT tokenizer (tokenizer.json or vocab.txt)")
+    return tokenizer
+
+
+def special_ids(tokenizer: Any) -> SpecialIds:
+    """Ids of the special tokens of BERT's input format."""
+    return SpecialIds(tokenizer.cls_token_id, tokenizer.sep_token_id, tokenizer.pad_token_id)
+
+
+def save_vocabulary(tokenizer: Any, output_dir: str) -> None:
+    """Save the tokenizer's files, and vocab.txt (a token a line, by id) for other programs."""
+    tokenizer.save_pretrained(output_dir)
+    by_id = sorted(tokenizer.get_vocab().items(), key=lambda item: item[1])
+    with open(os.path.join(output_dir, "vocab.txt"), "w", encoding="utf-8") as file:
+        file.writelines(f"{token}\n" for token, _ in by_id)
+
+
+# ------------------------------------------------------------------------------------------------
+# What trains
+
+
+def freeze(model: nn.Module, freeze_list: str, flag: str = "--freeze_list") -> int:
+    """Exclude parameters from training whose name has one of the listed substrings.
+
+    Args:
+        freeze_list: comma-separated substrings; "none" or "" freezes nothing.
+
+    Returns:
+        the number of frozen weights.
+
+    Raises:
+        UserError: a substring matches no parameter (shows close names), or nothing is left.
+    """
+    parts = [part.strip() for part in freeze_list.split(",") if part.strip()]
+    if parts == ["none"]:
+        parts = []
+    names = [name for name, _ in model.named_parameters()]
+    for part in parts:
+        if not any(part in name for name in names):
+            words = sorted({word for name in names for word in [name, *name.split(".")]})
+            by_case = [word for word in words if part.lower() in word.lower()]
+            close = by_case or difflib.get_close_matches(part, words, cutoff=0.4) or words
+            raise UserError(f"{flag}: no parameter's name has {part!r}; try {', '.join(close[:3])}")
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(not any(part in name for part in parts))
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise UserError(f"{flag}: {freeze_list} leaves nothing to train")
+    return sum(p.numel() for p in model.parameters() if not p.requires_grad)
+
+
+def set_dropout(model: nn.Module, probability: float) -> None:
+    """Set every dropout of the model; its saved configuration keeps the original figure."""
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = probability
+
+
+# ------------------------------------------------------------------------------------------------
+# Fast attention
+
+
+class FusedSelfAttention(nn.Module):
+    """BERT's self-attention with one matrix product for query, key and value.
+
+    Takes the place of the library's module and holds its parameters under the same names, so a
+    state dict does not change. Three products of a small hidden size run at half the rate of one
+    three times as wide. On a CPU, attention is two batched products and a softmax in the
+    activations' precision: in training that takes half the time of the CPU's flash kernel, whose
+    backward pass recomputes. On a GPU it is `scaled_dot_product_attention`.
+    """
+
+    def __init__(self, original: nn.Module) -> None:
+        super().__init__()
+        self.query, self.key, self.value = original.query, original.key, original.value
+        self.dropout = original.dropout
+        self.heads, self.head_size = original.num_attention_heads, original.attention_head_size
+
+    def forward(
+        self, hidden_states: Tensor, attention_mask: Tensor | None = None, **_: Any
+    ) -> tuple[Tensor, None]:
+        """hidden_states [B, L, H]; attention_mask bool [B, 1, 1 or L, L], True for tokens and
+        False for padding (all rows alike), or None. Returns the heads' outputs [B, L, H]."""
+        batch, length, _ = hidden_states.shape
+        parts = (self.query, self.key, self.value)
+        qkv = F.linear(
+            hidden_states,
+            torch.cat([part.weight for part in parts]),
+            torch.cat([part.bias for part in parts]),
+        )
+        qkv = qkv.view(batch, length, 3, self.heads, self.head_size)
+        query, key, value = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # each [B, heads, L, head_size]
+        dropout = self.dropout.p if self.training else 0.0
+        if hidden_states.device.type == "cpu":
+            scores = torch.matmul(query * self.head_size**-0.5, key.transpose(2, 3))
+            if attention_mask is not None:
+                hidden = ~attention_mask[:, :, :1]
+                # Added, not filled in: an addition costs the backward pass nothing.
+                scores = scores + hidden.to(scores.dtype) * torch.finfo(scores.dtype).min
+            weights = F.dropout(torch.softmax(scores, dim=-1, dtype=scores.dtype), dropout)
+            context = torch.matmul(weights, value)
+        else:
+            context = F.scaled_dot_product_attention(
+                query, key, value, attn_mask=attention_mask, dropout_p=dropout
+            )
+        return context.transpose(1, 2).reshape(batch, length, -1), None
+
+
+def fuse_attention(model: PreTrainedModel) -> PreTrainedModel:
+    """Put `FusedSelfAttention` in the place of every self-attention of a BERT, and return it."""
+    model.set_attn_implementation("sdpa")  # whose masks are bool, True for what is seen
+    for layer in model.base_model.encoder.layer:
+        layer.attention.self = FusedSelfAttention(layer.attention.self)
+    return model
+
+
+# ------------------------------------------------------------------------------------------------
+# Supervision by a teacher's hidden states
+
+
+def hidden_state_loss(
+    student: Sequence[Tensor], teacher: Sequence[Tensor], attention_mask: Tensor
+) -> Tensor:
+    """Mean squared error between hidden states, summed over pairs of states.
+
+    Student state i of n_S (the embedding output is state 0) pairs with teacher state
+    floor(i (n_T - 1) / (n_S - 1)), so first and last meet first and last.
+
+    Args:
+        student, teacher: hidden states [B, L, H], as `output_hidden_states` gives them.
+        attention_mask: [B, L], 1 for tokens, 0 for padding, which does not count.
+
+    Returns:
+        [B], the mean over each row's tokens and H, so that it does not depend on the padding.
+    """
+    mask = attention_mask.to(torch.float32)
+    weight = mask / mask.sum(dim=1, keepdim=True)
+    total = torch.zeros(len(mask), device=mask.device)
+    for i, state in enumerate(student):
+        target = teacher[i * (len(teacher) - 1) // max(1, len(student) - 1)]
+        error = (state.float() - target.float()).square().mean(dim=2)
+        total = total + (error * weight).sum(dim=1)
+    return total

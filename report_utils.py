@@ -1,0 +1,116 @@
+"""What a finished run tells people: curves.png, the model card, the versions it ran with."""
+
+from __future__ import annotations
+
+import os
+import platform
+from importlib import metadata
+from typing import Any
+
+from run_utils import read_log
+
+PACKAGES = ("torch", "transformers", "accelerate", "onnx", "onnxruntime", "numpy")
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of the packages that figures may depend on."""
+    return {"python": platform.python_version(), **{p: metadata.version(p) for p in PACKAGES}}
+
+
+def draw_curves(output_dir: str, score_names: dict[str, str]) -> None:
+    """Draw loss, learning rate and scores of metrics.jsonl over the steps into curves.png.
+
+    Args:
+        score_names: what to call the figures of evaluations, e.g. {"f1": "F1"}.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    records = read_log(output_dir)
+    training = [record for record in records if "evaluation" not in record]
+    evaluations = [record for record in records if "evaluation" in record]
+    figure, (top, bottom) = plt.subplots(2, 1, figsize=(8, 7), sharex=True, layout="constrained")
+    steps = [record["step"] for record in training]
+    losses = [key for key in training[0] if key.endswith("loss") or key in LOSSES] if steps else []
+    for name in losses if len(losses) > 2 else ["loss"]:
+        top.plot(steps, [record[name] for record in training], label=name, linewidth=1)
+    top.set(ylabel="loss", title=os.path.basename(os.path.abspath(output_dir)))
+    top.set_ylim(bottom=0)
+    top.grid(alpha=0.3)
+    rate = top.twinx()
+    rate.plot(steps, [record["learning_rate"] for record in training], color="grey", linestyle=":")
+    rate.set(ylabel="learning rate (dotted)", ylim=(0, None))
+    top.legend(loc="upper right")
+    for key, label in score_names.items():
+        points = [(record["step"], record[key]) for record in evaluations if key in record]
+        bottom.plot(*zip(*points, strict=True), marker="o", label=label)
+        for step, value in points:
+            bottom.annotate(
+                f"{value:.1f}", (step, value), textcoords="offset points", xytext=(0, 6)
+            )
+    bottom.set(xlabel="optimisation step", ylabel="score on dev, %")
+    bottom.margins(y=0.2)
+    bottom.grid(alpha=0.3)
+    bottom.legend(loc="lower right")
+    figure.savefig(os.path.join(output_dir, "curves.png"), dpi=110)
+    plt.close(figure)
+
+
+LOSSES = ("answer", "distillation", "hidden_states")
+
+
+def write_qa_card(output_dir: str, metrics: dict[str, Any]) -> None:
+    """Write README.md, the model card of a QA model, from what metrics.json will hold."""
+    arguments, counts = metrics["arguments"], metrics["counts"]
+    name = os.path.basename(os.path.abspath(output_dir))
+    command = " \\\n".join(
+        f"  --{key}={value}" for key, value in arguments.items() if not key.startswith("sha256")
+    )
+    length = arguments["max_seq_length_c"]
+    text = f"""---
+pipeline_tag: question-answering
+library_name: transformers
+tags: [bert, question-answering, squad, onnx, openvino]
+---
+# {name}
+
+Extractive question answering: `{arguments["model_student"]}` fine-tuned on
+`{os.path.basename(arguments["squad_train_data"])}`.
+
+| | |
+|---|---|
+| F1 on `{os.path.basename(arguments["squad_dev_data"])}` | {metrics["f1"]:.2f} |
+| exact match | {metrics["exact_match"]:.2f} |
+| dev questions | {counts["dev_questions"]} |
+| training questions | {counts["train_questions"]} |
+| parameters | {metrics["parameters"] / 1e6:.2f} M |
+| training time | {metrics["train_seconds"] / 60:.1f} min |
+| precision of training | {metrics["precision"]} |
+
+## Use
+```python
+from transformers import AutoModelForQuestionAnswering, AutoTokenizer
+
+model = AutoModelForQuestionAnswering.from_pretrained("{output_dir}")
+tokenizer = AutoTokenizer.from_pretrained("{output_dir}")
+```
+`model.onnx` is the same model for ONNX Runtime and OpenVINO (`ovc model.onnx`). Inputs
+`input_ids`, `attention_mask`, `token_type_ids`, `position_ids`, int64 [1, {length}]; outputs
+`output_s` and `output_e`, the logits of the answer's first and last token, float32 [1, {length}].
+It differs from the PyTorch model by at most {metrics["onnx_max_difference"]:.1e} on the windows it
+was checked on. In OpenVINO it can be reshaped to other batch sizes and lengths.
+
+The input is `[CLS] question [SEP] context [SEP]`, token types 0 and 1; questions are cut to
+{arguments["max_seq_length_q"]} tokens, and contexts that do not fit are covered by windows
+{arguments["doc_stride"]} tokens apart.
+
+## Training
+```
+python3 train_qa.py \\
+{command}
+```
+"""
+    with open(os.path.join(output_dir, "README.md"), "w", encoding="utf-8") as file:
+        file.write(text)

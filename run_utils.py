@@ -1,0 +1,393 @@
+"""A run: the folder it owns, the states it can go on from, its log and its progress display.
+
+A run belongs to one command. From its start until its end, `checkpoints/` in its folder holds
+`run.json` (the command's arguments) and the last two states; `metrics.json` takes their place.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import shutil
+import signal
+import sys
+import time
+from typing import Any, NoReturn
+
+import torch
+from accelerate import Accelerator
+from tqdm import tqdm
+
+from cli_utils import Interrupted, UserError, warn
+
+CHECKPOINTS = "checkpoints"
+KEPT_STATES = 2
+PLAIN_LINE_SECONDS = 30.0  # between progress lines where there is no terminal
+# Arguments that may change between the start of a run and its continuation.
+FREE_ARGUMENTS = (
+    "overwrite_output_dir",
+    "save_minutes",
+    "log_steps",
+    "report_to",
+    "per_gpu_train_batch_size",
+    "per_gpu_eval_batch_size",
+)
+# What a finished run leaves in its folder; --overwrite_output_dir removes these and nothing else.
+RUN_FILES = (
+    "metrics.json",
+    "metrics.jsonl",
+    "curves.png",
+    "predictions.json",
+    "no_answer_scores.json",
+    "README.md",
+    "config.json",
+    "model.safetensors",
+    "model.onnx",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "vocab.txt",
+)
+RUN_FOLDERS = (CHECKPOINTS, "tensorboard")
+
+
+# ------------------------------------------------------------------------------------------------
+# The folder
+
+
+def check_output_dir(output_dir: str, arguments: dict[str, Any], overwrite: bool) -> str:
+    """Whether this command may write there, and what it finds: "new", "unfinished", "finished".
+
+    Args:
+        arguments: all that tells this command from another: its flags, and hashes of its data.
+
+    Raises:
+        UserError: the folder holds another command's run (names the arguments that differ) or
+            other files this run would write over; or it cannot be written to.
+    """
+    try:
+        os.makedirs(output_dir, exist_ok=True)
+        probe = os.path.join(output_dir, f".write-test-{os.getpid()}")
+        with open(probe, "w"):
+            pass
+        os.remove(probe)
+    except OSError as error:
+        raise UserError(f"--output_dir: cannot write to {output_dir}: {error.strerror}") from None
+    if overwrite:
+        return "new"
+    unfinished = os.path.join(output_dir, CHECKPOINTS, "run.json")
+    finished = os.path.join(output_dir, "metrics.json")
+    for path, state in ((unfinished, "unfinished"), (finished, "finished")):
+        if os.path.exists(path):
+            earlier = _read_json(path).get("arguments", {})
+            differing = [
+                f"{key} was {earlier.get(key)!r}, now {arguments.get(key)!r}"
+                for key in sorted(earlier.keys() | arguments.keys())
+                if key not in FREE_ARGUMENTS and earlier.get(key) != arguments.get(key)
+            ]
+            if not differing:
+                return state
+            raise UserError(
+                f"--output_dir: {output_dir} holds the {state} run of another command"
+                f" ({'; '.join(differing)}); choose another folder or add --overwrite_output_dir"
+            )
+    present = [name for name in RUN_FILES if os.path.exists(os.path.join(output_dir, name))]
+    if present:
+        raise UserError(
+            f"--output_dir: {output_dir} has files that this run did not write"
+            f" ({', '.join(present[:3])}); choose another folder or add --overwrite_output_dir"
+        )
+    return "new"
+
+
+def _read_json(path: str) -> dict[str, Any]:
+    try:
+        with open(path, encoding="utf-8") as file:
+            return dict(json.load(file))
+    except (OSError, ValueError):
+        return {}
+
+
+def write_json(path: str, value: Any) -> None:
+    """Write JSON under a temporary name, then rename: the file is whole or it is not there."""
+    with open(f"{path}.tmp", "w", encoding="utf-8") as file:
+        json.dump(value, file, indent=1, ensure_ascii=False)
+        file.write("\n")
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(f"{path}.tmp", path)
+
+
+class Run:
+    """A run in progress: its folder, its saved states, its log, and the wish to stop it.
+
+    Attributes:
+        accelerator, output_dir: as given.
+        main: whether this process writes and speaks.
+        stop_signal: the number of the signal that asked the run to stop, or 0.
+    """
+
+    def __init__(
+        self,
+        accelerator: Accelerator,
+        output_dir: str,
+        arguments: dict[str, Any],
+        state: str,
+        save_minutes: float,
+        log_steps: int,
+        report_to: str,
+    ) -> None:
+        """`state` is what `check_output_dir` found. A new run clears what an old one left."""
+        self.accelerator, self.output_dir = accelerator, output_dir
+        self.main = accelerator.is_main_process
+        self.save_seconds, self.log_steps = 60 * save_minutes, log_steps
+        self.stop_signal = 0
+        self.started = time.time()
+        self._checkpoints = os.path.join(output_dir, CHECKPOINTS)
+        if self.main:
+            self._lock()
+            if state == "new":
+                for name in RUN_FILES:
+                    with contextlib.suppress(FileNotFoundError):
+                        os.remove(os.path.join(output_dir, name))
+                for name in RUN_FOLDERS:
+                    shutil.rmtree(os.path.join(output_dir, name), ignore_errors=True)
+            os.makedirs(self._checkpoints, exist_ok=True)
+            write_json(os.path.join(self._checkpoints, "run.json"), {"arguments": arguments})
+        accelerator.wait_for_everyone()
+        self._board = None
+        if self.main and report_to == "tensorboard":
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._board = SummaryWriter(os.path.join(output_dir, "tensorboard"))
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self._on_signal)
+
+    def _lock(self) -> None:
+        # Held until the process ends, however it ends.
+        self._lock_file = open(os.path.join(self.output_dir, ".lock"), "w")  # noqa: SIM115
+        try:
+            fcntl.flock(self._lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise UserError(
+                f"--output_dir: another process is writing to {self.output_dir}"
+            ) from None
+
+    def _on_signal(self, number: int, _: Any) -> None:
+        if self.stop_signal:  # asked twice: do not wait for the step or the save to end
+            signal.signal(number, signal.SIG_DFL)
+            signal.raise_signal(number)
+        self.stop_signal = number
+
+    def stop_if_asked(self) -> None:
+        """Between two batches where nothing is to be saved (evaluation, export).
+
+        Raises:
+            Interrupted: Ctrl-C or SIGTERM came.
+        """
+        if self.stop_signal:
+            self.interrupt(self.stop_signal, "stopped after training; its state is saved")
+
+    def interrupt(self, number: int, what: str) -> NoReturn:
+        """Stop the run because of a signal, telling what became of its state."""
+        name = signal.Signals(number).name
+        raise Interrupted(f"{name}: {what}. The same command again goes on from there.", number)
+
+    def say(self, text: str) -> None:
+        """Print a line, on the main process alone, above the progress bar if there is one."""
+        if self.main:
+            with tqdm.external_write_mode(file=sys.stdout):
+                print(text, flush=True)
+
+    def log(self, record: dict[str, Any]) -> None:
+        """Append a record to metrics.jsonl (and tensorboard), on the main process alone."""
+        if not self.main:
+            return
+        with open(os.path.join(self.output_dir, "metrics.jsonl"), "a", encoding="utf-8") as file:
+            file.write(json.dumps(record) + "\n")
+        if self._board:
+            for key, value in record.items():
+                if isinstance(value, float) and key != "epoch":
+                    self._board.add_scalar(f"{record['stage']}/{key}", value, record["step"])
+            self._board.flush()
+
+    # -- states
+
+    def _states(self) -> list[str]:
+        """Complete states, oldest first."""
+        names = os.listdir(self._checkpoints) if os.path.isdir(self._checkpoints) else []
+        return sorted(name for name in names if name.startswith("state-"))
+
+    def save(self, position: dict[str, Any]) -> bool:
+        """Save weights, optimizer, random generators and `position`; keep the last two states.
+
+        The state is written under a temporary name, brought to the disk and renamed. If that
+        fails (a full disk), the earlier states stay and the run goes on with a warning.
+        """
+        temporary = os.path.join(self._checkpoints, "saving")
+        if self.main:
+            shutil.rmtree(temporary, ignore_errors=True)
+            os.makedirs(temporary)
+        self.accelerator.wait_for_everyone()
+        problem = None
+        try:
+            self.accelerator.save_state(temporary)
+            if self.main:
+                write_json(os.path.join(temporary, "position.json"), position)
+                for name in os.listdir(temporary):
+                    with open(os.path.join(temporary, name), "rb") as file:
+                        os.fsync(file.fileno())
+        except Exception as error:  # each file format has its own error for a full disk
+            problem = (str(error).strip() or repr(error)).splitlines()[0]
+        failed = torch.tensor([float(problem is not None)], device=self.accelerator.device)
+        if self.accelerator.reduce(failed, reduction="sum").item():
+            if self.main:
+                shutil.rmtree(temporary, ignore_errors=True)
+                warn(
+                    f"the state at step {position['step']} could not be saved"
+                    f" ({problem or 'another process failed'}); the one before it stays"
+                )
+            return False
+        if self.main:
+            states = self._states()
+            number = int(states[-1].split("-")[1]) + 1 if states else 1
+            os.rename(temporary, os.path.join(self._checkpoints, f"state-{number:06d}"))
+            for old in states[: len(states) + 1 - KEPT_STATES]:
+                shutil.rmtree(os.path.join(self._checkpoints, old))
+        self.accelerator.wait_for_everyone()
+        return True
+
+    def position(self) -> dict[str, Any] | None:
+        """The position of the newest state, or None for a run that has none."""
+        states = self._states()
+        if not states:
+            return None
+        return _read_json(os.path.join(self._checkpoints, states[-1], "position.json"))
+
+    def restore(self) -> None:
+        """Load the newest state into what the accelerator has prepared."""
+        self.accelerator.load_state(os.path.join(self._checkpoints, self._states()[-1]))
+
+    def forget_after(self, stage: str, step: int) -> None:
+        """Drop log records of work that the restored state has not seen: it is done again."""
+        path = os.path.join(self.output_dir, "metrics.jsonl")
+        if self.main and os.path.exists(path):
+            records = read_log(self.output_dir)
+            kept = [
+                r
+                for r in records
+                if r["stage"] != stage or r["step"] < step + ("evaluation" not in r)
+            ]
+            with open(f"{path}.tmp", "w", encoding="utf-8") as file:
+                file.writelines(json.dumps(record) + "\n" for record in kept)
+            os.replace(f"{path}.tmp", path)
+
+    def finish(self, metrics: dict[str, Any]) -> None:
+        """Write metrics.json, which marks the run as finished, and remove its states."""
+        if self.main:
+            write_json(os.path.join(self.output_dir, "metrics.json"), metrics)
+            shutil.rmtree(self._checkpoints)
+            if self._board:
+                self._board.close()
+            self._lock_file.close()
+            os.remove(os.path.join(self.output_dir, ".lock"))
+
+
+def read_log(output_dir: str) -> list[dict[str, Any]]:
+    """The records of metrics.jsonl; a last line that a kill cut short is left out."""
+    records = []
+    with open(os.path.join(output_dir, "metrics.jsonl"), encoding="utf-8") as file:
+        for line in file:
+            with contextlib.suppress(json.JSONDecodeError):
+                records.append(json.loads(line))
+    return records
+
+
+# ------------------------------------------------------------------------------------------------
+# What is shown
+
+
+class Progress:
+    """Progress on a terminal (a bar) or elsewhere (plain lines now and then), and in the log."""
+
+    def __init__(self, run: Run, stage: str, step: int, total: int, earlier_seconds: float) -> None:
+        self.run, self.stage, self.step, self.total = run, stage, step, total
+        self._earlier, self._began, self._paused_at = earlier_seconds, time.monotonic(), None
+        self._resumed_at_step = step
+        self._window: list[dict[str, float]] = []  # steps since the last record
+        self._window_began = self._line_at = self._began
+        terminal = run.main and sys.stderr.isatty()
+        self._lines = run.main and not terminal
+        self._bar = tqdm(total=total, initial=step, desc=stage, unit=" steps", disable=not terminal)
+
+    def seconds(self) -> float:
+        """Seconds of training so far, earlier parts of the run included, pauses excluded."""
+        return self._earlier + (self._paused_at or time.monotonic()) - self._began
+
+    def pause(self) -> None:
+        self._paused_at = time.monotonic()
+
+    def resume(self) -> None:
+        away = time.monotonic() - (self._paused_at or time.monotonic())
+        self._began += away
+        self._window_began += away
+        self._paused_at = None
+
+    def advance(self, sums: dict[str, float], epoch: float, learning_rate: float) -> None:
+        """Count a step; every log_steps of them, and at the last, write and show a record."""
+        self.step += 1
+        self._bar.update()
+        self._window.append(sums)
+        if self.step % self.run.log_steps and self.step != self.total:
+            return
+        now = time.monotonic()
+        spent = max(now - self._window_began, 1e-9)
+        total = {key: sum(each[key] for each in self._window) for key in sums}
+        losses = [key for key in sums if key not in ("tokens", "positions", "examples")]
+        mean = {
+            key: sum(each[key] * each["examples"] for each in self._window) / total["examples"]
+            for key in losses
+        }
+        here = self.seconds() - self._earlier
+        left = here / (self.step - self._resumed_at_step) * (self.total - self.step)
+        record = {
+            "stage": self.stage,
+            "step": self.step,
+            "epoch": epoch,
+            **mean,
+            "learning_rate": learning_rate,
+            "examples_per_second": total["examples"] / spent,
+            "tokens_per_second": total["tokens"] / spent,
+            "padding": 1 - total["tokens"] / total["positions"],
+            "seconds": self.seconds(),
+            "seconds_left": left,
+        }
+        self.run.log(record)
+        text = (
+            f"loss {mean['loss']:.4g}, lr {learning_rate:.2e},"
+            f" {record['tokens_per_second']:,.0f} tokens/s, padding {record['padding']:.1%}"
+        )
+        self._bar.set_postfix_str(text)
+        if self._lines and (now - self._line_at >= PLAIN_LINE_SECONDS or self.step == self.total):
+            self._line_at = now
+            print(
+                f"{self.stage} step {self.step}/{self.total}: {text},"
+                f" {tqdm.format_interval(left)} left",
+                flush=True,
+            )
+        self._window, self._window_began = [], now
+
+    def close(self) -> None:
+        self._bar.close()
+
+
+def summary(figures: dict[str, Any]) -> str:
+    """A line of figures: "F1 88.12, EM 80.45"."""
+    names = {"f1": "F1", "exact_match": "EM"}
+    return ", ".join(
+        f"{names.get(key, key)} {value:.2f}"
+        for key, value in figures.items()
+        if isinstance(value, float)
+    )

@@ -1,0 +1,298 @@
+"""The machine a run uses (precision, processes) and the training loop that all stages share."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+from torch import Tensor, nn
+
+from cli_utils import UserError
+from run_utils import Progress, Run, summary
+
+PRECISIONS = ("auto", "fp32", "bf16", "fp16")
+
+
+# ------------------------------------------------------------------------------------------------
+# The machine: precision, processes
+
+
+def pick_precision(precision: str, no_cuda: bool) -> str:
+    """What accelerate calls it ("no", "bf16", "fp16") for --precision on this machine.
+
+    Raises:
+        UserError: the hardware lacks it.
+    """
+    if torch.cuda.is_available() and not no_cuda:
+        has_bf16, where = torch.cuda.is_bf16_supported(including_emulation=False), "this GPU"
+    else:
+        features, where = torch.cpu.get_capabilities(), "this CPU"
+        has_bf16 = bool(features.get("avx512_bf16") or features.get("amx_bf16"))
+        if precision == "fp16":
+            raise UserError("--precision=fp16 needs a GPU; fp32 or auto is right on a CPU")
+    if precision == "bf16" and not has_bf16:
+        raise UserError(f"--precision=bf16: {where} has no bf16 arithmetic; use fp32 or auto")
+    if precision == "auto":
+        precision = "bf16" if has_bf16 else "fp32"
+    return {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}[precision]
+
+
+def process_count(no_cuda: bool) -> int:
+    """Processes that this run has, or will have once `use_all_gpus` has launched them."""
+    if "WORLD_SIZE" in os.environ:
+        return int(os.environ["WORLD_SIZE"])
+    return 1 if no_cuda else max(1, torch.cuda.device_count())
+
+
+def use_all_gpus(no_cuda: bool) -> None:
+    """Start this script again with a process for each GPU, if there are several and none launched.
+
+    Does not return in that case: torchrun takes the place of this process, so that signals and
+    the exit code are its own.
+    """
+    count = process_count(no_cuda)
+    if "WORLD_SIZE" in os.environ or count == 1:
+        return
+    print(f"using {count} GPUs", flush=True)
+    launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={count}"]
+    os.execv(sys.executable, [sys.executable, *launch, *sys.argv])
+
+
+def check_batch_sizes(total: int, per_process: int, processes: int, names: tuple[str, str]) -> None:
+    """Check that accumulation can reach `total` windows a step.
+
+    Raises:
+        UserError: total / (per_process x processes) is not whole; shows the nearest that are.
+    """
+    unit = per_process * processes
+    if total % unit:
+        nearest = [n for n in (total // unit * unit, -(-total // unit) * unit) if n]
+        raise UserError(
+            f"--{names[0]}={total} is not a multiple of --{names[1]}={per_process} x {processes}"
+            f" process{'es' if processes > 1 else ''}; the nearest that are:"
+            f" {' and '.join(map(str, nearest))}"
+        )
+
+
+def make_accelerator(precision: str, no_cuda: bool, seed: int) -> Accelerator:
+    """The accelerator of this process, with all random generators seeded."""
+    accelerator = Accelerator(mixed_precision=pick_precision(precision, no_cuda), cpu=no_cuda)
+    set_seed(seed)
+    # Denormal numbers slow a CPU down a hundredfold and change no figure.
+    torch.set_flush_denormal(True)
+    return accelerator
+
+
+# ------------------------------------------------------------------------------------------------
+# The loop
+
+
+def linear_decay(progress: float) -> float:
+    """Factor of the learning rate: 1 at the start of a stage, 0 at its end."""
+    return 1.0 - progress
+
+
+class Batches(Protocol):
+    """What a task gives the loop. The same for every process and accumulation."""
+
+    def steps(self, epoch: int) -> list[np.ndarray]:
+        """The examples of each optimisation step of an epoch, as indices."""
+
+    def batch(self, epoch: int, chosen: np.ndarray) -> dict[str, Tensor]:
+        """The batch of a few examples; `attention_mask` [B, L] among its tensors."""
+
+
+# From model and batch to named losses, each [B], one figure an example. The sum is minimised.
+LossFunction = Callable[[nn.Module, dict[str, Tensor]], dict[str, Tensor]]
+
+
+@dataclass(frozen=True)
+class Stage:
+    """How long and how fast one stage trains.
+
+    Attributes:
+        num_epochs: may be a fraction.
+        total_batch_size: examples of one optimisation step.
+        micro_batch_size: examples of one forward pass of one process.
+        schedule: factor of the learning rate at a progress in [0, 1).
+    """
+
+    name: str
+    num_epochs: float
+    learning_rate: float
+    total_batch_size: int
+    micro_batch_size: int
+    schedule: Callable[[float], float] = linear_decay
+
+
+def train(
+    run: Run,
+    model: nn.Module,
+    stage: Stage,
+    batches: Batches,
+    loss_function: LossFunction,
+    evaluate: Callable[[nn.Module], dict[str, Any]],
+) -> dict[str, Any]:
+    """Train `model` in place for a stage, from the newest state of that stage if there is one.
+
+    AdamW (eps 1e-8, no weight decay) over the parameters that require a gradient, gradient norm
+    clipped to 1. A step's loss is the mean over all its examples, whatever their number and
+    however they are spread over micro-batches and processes.
+
+    Args:
+        evaluate: called after each epoch and at the end; its figures are logged.
+
+    Returns:
+        the figures of the last evaluation.
+
+    Raises:
+        UserError: the loss or the gradient is not finite; the last state stays as it is.
+        Interrupted: Ctrl-C or SIGTERM came; the state has been saved.
+    """
+    accelerator = run.accelerator
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(
+        trained, lr=stage.learning_rate, eps=1e-8, weight_decay=0.0, fused=True
+    )
+    wrapped, optimizer = accelerator.prepare(model, optimizer)
+    wrapped.train()
+
+    steps_per_epoch = len(batches.steps(0))
+    total_steps = max(1, math.ceil(stage.num_epochs * steps_per_epoch - 1e-9))
+    step, trained_seconds = 0, 0.0
+    position = run.position()
+    if position and position["stage"] == stage.name:
+        run.restore()
+        step, trained_seconds = position["step"], position["seconds"]
+        run.forget_after(stage.name, step)
+        run.say(f"going on from step {step} of {total_steps}, saved in {run.output_dir}")
+    progress = Progress(run, stage.name, step, total_steps, trained_seconds)
+    saved_at = time.monotonic()
+
+    def save() -> bool:
+        return run.save({"stage": stage.name, "step": step, "seconds": progress.seconds()})
+
+    figures: dict[str, Any] = {}
+    while True:
+        if step == total_steps or (step > 0 and step % steps_per_epoch == 0):
+            progress.pause()
+            figures = evaluate(model)
+            record = {"stage": stage.name, "step": step, "epoch": step / steps_per_epoch}
+            run.log({**record, "evaluation": True, **figures})
+            run.say(f"after epoch {step / steps_per_epoch:.4g}: {summary(figures)}")
+            progress.resume()
+            wrapped.train()
+        if step == total_steps:
+            break
+
+        epoch = step // steps_per_epoch
+        for chosen in batches.steps(epoch)[step % steps_per_epoch :][: total_steps - step]:
+            for group in optimizer.param_groups:
+                group["lr"] = stage.learning_rate * stage.schedule(step / total_steps)
+            sums = _gradient_of_step(
+                accelerator, wrapped, stage, batches.batch, loss_function, epoch, chosen
+            )
+            norm = float(accelerator.clip_grad_norm_(trained, 1.0))
+            # In fp16 an infinite gradient is the scaler's business: it skips the step.
+            scaled = accelerator.mixed_precision == "fp16"
+            if not math.isfinite(sums["loss"]) or not (scaled or math.isfinite(norm)):
+                progress.close()
+                raise UserError(
+                    f"at step {step + 1} of {total_steps} the loss is {sums['loss']:g} and the"
+                    f" gradient norm {norm:g}; the state saved before it stays in {run.output_dir}."
+                    " A smaller --learning_rate or --precision=fp32 may help"
+                )
+            optimizer.step()
+            optimizer.zero_grad()
+            step += 1
+            progress.advance(sums, step / steps_per_epoch, group["lr"])
+
+            due = time.monotonic() - saved_at >= run.save_seconds
+            due, stop = _agree(accelerator, due, run.stop_signal)
+            if due or stop:
+                saved = save()
+                saved_at = time.monotonic()
+            if stop:
+                progress.close()
+                run.interrupt(
+                    stop, f"{'saved' if saved else 'NOT SAVED'} at step {step} of {total_steps}"
+                )
+        save()
+        saved_at = time.monotonic()
+    progress.close()
+    accelerator.unwrap_model(wrapped, keep_fp32_wrapper=False)
+    accelerator.free_memory()
+    return figures
+
+
+def _gradient_of_step(
+    accelerator: Accelerator,
+    model: nn.Module,
+    stage: Stage,
+    make_batch: Callable[[int, np.ndarray], dict[str, Tensor]],
+    loss_function: LossFunction,
+    epoch: int,
+    chosen: np.ndarray,
+) -> dict[str, float]:
+    """Leave in the parameters the gradient of the mean loss over the examples `chosen`.
+
+    Returns:
+        the mean of each named loss and of their sum ("loss"), over all processes; the number of
+        "examples", of "tokens", and of "positions" (tokens and padding).
+    """
+    size, world = stage.micro_batch_size, accelerator.num_processes
+    micro_batches = np.split(chosen, range(size, len(chosen), size))
+    mine = micro_batches[accelerator.process_index :: world]
+    # The last step of an epoch may have fewer micro-batches than there are processes. One without
+    # any goes through the first with weight 0: all must take part in summing the gradient.
+    weight = 1.0 / len(chosen) if mine else 0.0
+    mine = mine or micro_batches[:1]
+    sums: dict[str, Any] = {"tokens": 0.0, "positions": 0.0}
+    for i, examples in enumerate(mine):
+        batch = to_device(make_batch(epoch, examples), accelerator.device)
+        last = i == len(mine) - 1
+        with contextlib.nullcontext() if last else accelerator.no_sync(model):
+            losses = loss_function(model, batch)
+            total = torch.stack(list(losses.values())).sum() * weight
+            accelerator.backward(total * world)  # DDP takes the mean over processes
+        for name, each in losses.items():
+            sums[name] = sums.get(name, 0.0) + each.detach().double().sum() * weight
+        if weight:
+            sums["tokens"] += batch["attention_mask"].sum().double()
+            sums["positions"] += float(batch["attention_mask"].numel())
+    values = torch.stack(
+        [
+            torch.as_tensor(value, dtype=torch.float64).to(accelerator.device)
+            for value in sums.values()
+        ]
+    )
+    values = accelerator.reduce(values, reduction="sum").tolist()
+    result = dict(zip(sums, values, strict=True))
+    result["loss"] = sum(result[name] for name in losses)
+    result["examples"] = float(len(chosen))
+    return result
+
+
+def to_device(batch: dict[str, Tensor], device: torch.device) -> dict[str, Tensor]:
+    """The batch's tensors on `device`."""
+    return {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
+
+
+def _agree(accelerator: Accelerator, due: bool, stop: int) -> tuple[bool, int]:
+    """One decision for all processes: save when the main one says so, stop when any is asked."""
+    if accelerator.num_processes == 1:
+        return due, stop
+    wish = torch.tensor([float(due and accelerator.is_main_process), float(stop)])
+    wishes = accelerator.gather(wish.to(accelerator.device)[None])
+    due, stop = wishes.amax(dim=0).tolist()
+    return bool(due), int(stop)
