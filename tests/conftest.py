@@ -1,0 +1,88 @@
+"""What the tests share: a tiny BERT with its own vocabulary, sample data, a way to run scripts."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import BertConfig, BertForQuestionAnswering, BertTokenizerFast
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+os.environ["HF_HUB_OFFLINE"] = "1"  # no test may depend on the network
+
+from examples import make_sample  # noqa: E402
+
+
+@pytest.fixture(scope="session")
+def sample(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with train-v1.1.json (about 120 questions) and dev-v1.1.json (about 40)."""
+    folder = tmp_path_factory.mktemp("sample")
+    command = [sys.executable, ROOT / "examples" / "make_sample.py", "--num_train=120"]
+    command += ["--num_dev=40", f"--output_dir={folder}"]
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_bert(tmp_path_factory: pytest.TempPathFactory, sample: Path) -> Path:
+    """A folder with a BERT of 2 layers, hidden size 32, 4 heads, 512 positions, random weights."""
+    words: Counter[str] = Counter()
+    for article in json.loads((sample / "train-v1.1.json").read_text())["data"]:
+        for paragraph in article["paragraphs"]:
+            words.update(paragraph["context"].lower().split())
+    letters = [chr(code) for code in range(33, 127)]
+    vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *letters]
+    vocabulary += [f"##{letter}" for letter in letters]
+    vocabulary += [word for word, _ in words.most_common(600) if word.isalpha() and len(word) > 1]
+    folder = tmp_path_factory.mktemp("tiny_bert")
+    (folder / "vocab.txt").write_text("".join(f"{token}\n" for token in vocabulary))
+    BertTokenizerFast.from_pretrained(folder).save_pretrained(folder)
+    torch.manual_seed(0)
+    config = BertConfig(
+        vocab_size=len(vocabulary),
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        intermediate_size=64,
+        max_position_embeddings=512,
+    )
+    BertForQuestionAnswering(config).save_pretrained(folder)
+    return folder
+
+
+def train_qa_command(model: Path, data: Path, output_dir: Path, *flags: str) -> list[str]:
+    """A short train_qa.py run on the CPU in FP32; later flags override these."""
+    return [
+        sys.executable,
+        str(ROOT / "train_qa.py"),
+        f"--model_student={model}",
+        f"--output_dir={output_dir}",
+        f"--squad_train_data={data / 'train-v1.1.json'}",
+        f"--squad_dev_data={data / 'dev-v1.1.json'}",
+        "--learning_rate=1e-3",
+        "--num_train_epochs=1",
+        "--max_seq_length_q=24",
+        "--max_seq_length_c=160",
+        "--doc_stride=64",
+        "--per_gpu_train_batch_size=4",
+        "--total_train_batch_size=16",
+        "--no_cuda",
+        "--precision=fp32",
+        "--log_steps=1",
+        *flags,
+    ]
+
+
+def run(command: list[str], timeout: float = 240, **kwargs) -> subprocess.CompletedProcess[str]:
+    """Run a command with two threads a process; stdout and stderr are captured as text."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "2", **kwargs.pop("env", {})}
+    return subprocess.run(
+        command, capture_output=True, text=True, timeout=timeout, env=environment, **kwargs
+    )
