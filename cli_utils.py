@@ -82,6 +82,8 @@ def run_main(main: Callable[[], None]) -> NoReturn:
         code = 130
         if is_main_process():
             print("stopped before there was anything to save", file=sys.stderr, flush=True)
+    except BrokenPipeError:  # the reader of our output has gone, as `| head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     sys.exit(code)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import functools
 import os
 from collections.abc import Sequence
 from typing import Any
@@ -34,6 +35,7 @@ transformers_logging.disable_progress_bar()
 # Finding and loading
 
 
+@functools.lru_cache
 def find_model(name: str, flag: str) -> dict[str, Any]:
     """Check that a model is there: a local folder with weights, or a name that the hub knows.
 

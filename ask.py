@@ -1,0 +1,289 @@
+"""Ask an exported QA model about a text of any length.
+
+Runs model.onnx of a train_qa.py output folder in ONNX Runtime or OpenVINO; no torch is needed.
+Tokenisation, windows and span search are those of the evaluation.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import heapq
+import importlib.util
+import json
+import math
+import os
+import re
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from tokenizers import Tokenizer
+
+import squad_utils
+from cli_utils import ArgumentParser, UserError, number, read_text, run_main, warn
+from squad_utils import SpecialIds, SquadData, Tokens
+
+SPANS_A_WINDOW = 20  # candidates from each window ...
+SPANS_KEPT = 200  # ... and from the whole text, before overlapping ones are dropped
+SENTENCE_END = re.compile(r"(?<=[.!?])[\"'”’)\]]*\s+(?=[^a-z])|\n+")
+HIGHLIGHT, PLAIN = "\033[1;30;43m", "\033[0m"
+
+# From int64 [1, L] inputs by name to start and end logits [1, L].
+Infer = Callable[[dict[str, np.ndarray]], tuple[np.ndarray, np.ndarray]]
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = ArgumentParser(description=__doc__.splitlines()[0])
+    add = parser.add_argument
+    add("--model", required=True, help="output folder of train_qa.py (with model.onnx)")
+    add("--context", required=True, help="text file (UTF-8) that holds the answers")
+    add("--question", action="append", help="may be given several times; asked for if left out")
+    add("--top_k", type=number(int, 1, 50), default=3, help="answers to show")
+    add(
+        "--runtime",
+        choices=("auto", "openvino", "onnxruntime"),
+        default="auto",
+        help="auto: OpenVINO where it is installed",
+    )
+    add("--json", action="store_true", help="print one JSON object a question, a line each")
+    return parser.parse_args()
+
+
+# ------------------------------------------------------------------------------------------------
+# The model
+
+
+@dataclass(frozen=True)
+class QaModel:
+    """An exported model with what is needed to feed it and to read its answers.
+
+    Attributes:
+        length: L, the tokens of a window.
+        max_seq_length_q, doc_stride: what it was trained with.
+        threshold: of the no-answer score, over which there is no answer; None for a model of
+            SQuAD 1.1, which has one for every question.
+    """
+
+    infer: Infer
+    tokenizer: Tokenizer
+    special: SpecialIds
+    length: int
+    max_seq_length_q: int
+    doc_stride: int
+    threshold: float | None
+
+
+def load(folder: str, runtime: str) -> QaModel:
+    """Load model.onnx, tokenizer.json and metrics.json of an output folder.
+
+    Raises:
+        UserError: one is missing or unreadable, or the model is not for QA.
+    """
+    metrics_text = read_text(os.path.join(folder, "metrics.json"), "--model")
+    tokenizer_text = read_text(os.path.join(folder, "tokenizer.json"), "--model")
+    path = os.path.join(folder, "model.onnx")
+    if not os.path.isfile(path):
+        raise UserError(f"--model: {folder} has no model.onnx; train_qa.py writes it at its end")
+    try:
+        metrics = json.loads(metrics_text)
+        arguments = metrics["arguments"]
+        lengths = [arguments[key] for key in ("max_seq_length_q", "doc_stride")]
+        tokenizer = Tokenizer.from_str(tokenizer_text)
+    except Exception as error:  # the tokenizer's own errors are plain Exceptions
+        raise UserError(f"--model: {folder} is not a QA model's folder: {error!r}") from None
+    openvino = importlib.util.find_spec("openvino") is not None
+    if runtime == "openvino" and not openvino:
+        raise UserError("--runtime=openvino: pip install openvino, or --runtime=onnxruntime")
+    start = _openvino if openvino and runtime != "onnxruntime" else _onnxruntime
+    try:
+        infer, length = start(path)
+    except (RuntimeError, KeyError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(f"--model: {path} does not load as a QA model: {reason}") from None
+    return QaModel(
+        infer,
+        tokenizer,
+        SpecialIds(*(tokenizer.token_to_id(token) for token in ("[CLS]", "[SEP]", "[PAD]"))),
+        length,
+        *lengths,
+        threshold=metrics.get("f1_threshold"),
+    )
+
+
+def _onnxruntime(path: str) -> tuple[Infer, int]:
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    names = ["output_s", "output_e"]
+    _check_outputs([output.name for output in session.get_outputs()])
+    length = session.get_inputs()[0].shape[1]
+    return lambda batch: tuple(session.run(names, batch)), length
+
+
+def _openvino(path: str) -> tuple[Infer, int]:
+    import openvino
+
+    compiled = openvino.Core().compile_model(path, "CPU")
+    _check_outputs([output.any_name for output in compiled.outputs])
+
+    def infer(batch: dict[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+        result = compiled(batch)
+        return result["output_s"], result["output_e"]
+
+    return infer, compiled.inputs[0].shape[1]
+
+
+def _check_outputs(names: list[str]) -> None:
+    if sorted(names) != ["output_e", "output_s"]:
+        raise ValueError(f"its outputs are {', '.join(names)}, not output_s and output_e")
+
+
+# ------------------------------------------------------------------------------------------------
+# The answers
+
+
+@dataclass(frozen=True)
+class Answer:
+    """An answer: `context[start:end]`, in the sentence `context[slice(*sentence)]`."""
+
+    text: str
+    probability: float
+    start: int
+    end: int
+    sentence: tuple[int, int]
+
+
+def answer(
+    model: QaModel, context: str, tokens: Tokens, question: str, top_k: int
+) -> tuple[list[Answer], float]:
+    """The most probable answers that do not overlap, best first, and the no-answer score.
+
+    Args:
+        context: the text; its tokens are given beside it, so that they are made once.
+
+    Returns:
+        the answers, each with the probability it has in its window, and the ratio of the
+        probabilities of no answer and of the best answer, in the best answer's window.
+    """
+    data = SquadData("", [], [context], ["question"], [question], np.zeros(1, np.int32), [[]],
+                     np.zeros(1, bool), True, "")  # fmt: skip
+    asked = squad_utils.tokenize(model.tokenizer, [question], False, "")
+    if asked.lengths[0] > model.max_seq_length_q:
+        warn(
+            f"the question has {asked.lengths[0]} tokens; the model sees the first"
+            f" {model.max_seq_length_q}"
+        )
+    windows = squad_utils.cut_windows(
+        data,
+        tokens,
+        squad_utils.truncate(asked, model.max_seq_length_q),
+        model.special,
+        model.length,
+        model.doc_stride,
+        for_training=False,
+    )
+    # One window at a time, and few spans of each: memory does not grow with their number.
+    spans: list[tuple[float, float, int, int]] = []
+    for window in range(len(windows)):
+        chosen = np.array([window])
+        start_logits, end_logits = model.infer(
+            squad_utils.make_batch(windows, chosen, pad_to=model.length)
+        )
+        at = windows.context_at[chosen]
+        first, last, log_prob, no_answer = squad_utils.best_spans(
+            start_logits, end_logits, windows.total_lengths[chosen], at, SPANS_A_WINDOW
+        )
+        shift = windows.first[window] - at[0]
+        for i in np.flatnonzero(np.isfinite(log_prob[0])):
+            begin = int(tokens.offsets[first[0, i] + shift, 0])
+            end = int(tokens.offsets[last[0, i] + shift, 1])
+            spans.append((float(log_prob[0, i]), float(no_answer[0]), begin, end))
+        spans = heapq.nlargest(SPANS_KEPT, spans)
+
+    best: list[Answer] = []
+    for log_prob, _, begin, end in spans:
+        if len(best) < top_k and all(end <= a.start or begin >= a.end for a in best):
+            sentence = sentence_around(context, begin, end)
+            best.append(Answer(context[begin:end], math.exp(log_prob), begin, end, sentence))
+    return best, math.exp(min(spans[0][1] - spans[0][0], 700.0))
+
+
+def sentence_around(text: str, start: int, end: int) -> tuple[int, int]:
+    """Where the sentence (or sentences) that hold text[start:end] begin and end."""
+    begin, stop = 0, len(text)
+    for gap in SENTENCE_END.finditer(text):
+        if gap.end() <= start:
+            begin = gap.end()
+        elif gap.start() >= end:
+            stop = gap.start()
+            break
+    return begin, stop
+
+
+# ------------------------------------------------------------------------------------------------
+# Printing
+
+
+def show(model: QaModel, context: str, found: list[Answer], no_answer: float) -> None:
+    """Print answers for people: probability, answer, and the sentence with it highlighted."""
+    colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ
+    if model.threshold is not None and no_answer > model.threshold:
+        print("  no answer in this text; the nearest there is:")
+    for rank, each in enumerate(found, 1):
+        begin, stop = each.sentence
+        marked = f"{HIGHLIGHT}{each.text}{PLAIN}" if colour else each.text
+        sentence = context[begin : each.start] + marked + context[each.end : stop]
+        print(f"  {rank}. {each.probability:6.1%}  {' '.join(each.text.split())}")
+        print(f"             {' '.join(sentence.split())}")
+    print(flush=True)
+
+
+def as_json(model: QaModel, context: str, question: str, found: list[Answer], ratio: float) -> str:
+    """The same as one line of JSON; `no_answer` only for models of SQuAD 2.0."""
+    record: dict[str, Any] = {"question": question}
+    if model.threshold is not None:
+        record["no_answer"] = ratio > model.threshold
+    record["answers"] = [
+        {
+            "text": each.text,
+            "probability": each.probability,
+            "start": each.start,
+            "end": each.end,
+            "sentence": context[slice(*each.sentence)],
+        }
+        for each in found
+    ]
+    return json.dumps(record, ensure_ascii=False)
+
+
+def questions_from_input() -> Iterator[str]:
+    """Questions from a prompt, or from the lines of a pipe, until the end or an empty line."""
+    with contextlib.suppress(EOFError):
+        while question := input("question> " if sys.stdin.isatty() else "").strip():
+            yield question
+
+
+def main() -> None:
+    args = parse_arguments()
+    context = read_text(args.context, "--context")
+    model = load(args.model, args.runtime)
+    tokens = squad_utils.tokenize(model.tokenizer, [context], True, "")
+    if not len(tokens.ids):
+        raise UserError(f"--context: {args.context} has no text")
+    if args.question and not all(question.strip() for question in args.question):
+        raise UserError("--question is empty")
+    for question in args.question or questions_from_input():
+        found, no_answer = answer(model, context, tokens, question, args.top_k)
+        if args.json:
+            print(as_json(model, context, question, found, no_answer), flush=True)
+        else:
+            if not sys.stdin.isatty() or args.question:
+                print(question)
+            show(model, context, found, no_answer)
+
+
+if __name__ == "__main__":
+    run_main(main)
