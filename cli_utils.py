@@ -29,12 +29,20 @@ class Interrupted(Exception):
         self.signal_number = signal_number
 
 
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Shows defaults, but not of what has none."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        if action.default is None or action.default is False:
+            return action.help
+        return super()._get_help_string(action)
+
+
 class ArgumentParser(argparse.ArgumentParser):
     """argparse with one-line errors, close matches for unknown flags, defaults in --help."""
 
     def __init__(self, **kwargs: Any) -> None:
-        kwargs.setdefault("formatter_class", argparse.ArgumentDefaultsHelpFormatter)
-        super().__init__(allow_abbrev=False, **kwargs)
+        super().__init__(allow_abbrev=False, formatter_class=HelpFormatter, **kwargs)
 
     def parse_args(self, args=None, namespace=None):  # type: ignore[override]
         parsed, unknown = self.parse_known_args(args, namespace)
@@ -74,6 +82,13 @@ def run_main(main: Callable[[], None]) -> NoReturn:
         code = 2
         if is_main_process():
             print(f"error: {error}", file=sys.stderr, flush=True)
+    except BrokenPipeError:  # the reader of our output has gone, as `| head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except OSError as error:  # most often a full disk; UserErrors name the rest before it matters
+        code = 2
+        if is_main_process():
+            where = f"{error.filename}: " if error.filename else ""
+            print(f"error: {where}{error.strerror or error}", file=sys.stderr, flush=True)
     except Interrupted as stop:
         code = 128 + stop.signal_number
         if is_main_process():
@@ -82,8 +97,6 @@ def run_main(main: Callable[[], None]) -> NoReturn:
         code = 130
         if is_main_process():
             print("stopped before there was anything to save", file=sys.stderr, flush=True)
-    except BrokenPipeError:  # the reader of our output has gone, as `| head` does
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     sys.exit(code)
 
 

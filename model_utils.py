@@ -28,7 +28,8 @@ WEIGHT_FILES = (
 HUB_TIMEOUT = 5.0  # seconds that the hub has to answer; its own client retries for half a minute
 
 transformers_logging.set_verbosity_error()
-transformers_logging.disable_progress_bar()
+transformers_logging.disable_progress_bar()  # of reading weights; a download still shows its own
+huggingface_hub.utils.enable_progress_bars()
 
 
 # ------------------------------------------------------------------------------------------------
@@ -88,6 +89,8 @@ def load_config(name: str, flag: str) -> PretrainedConfig:
             f"{flag}: {name} is a {config.model_type} model; BERT is needed"
             f" (model_type {' or '.join(MODEL_TYPES)})"
         )
+    if config.type_vocab_size < 2:
+        raise UserError(f"{flag}: {name} has one token type; question and context need two")
     return config
 
 
@@ -118,11 +121,12 @@ def load_model(name: str, flag: str, auto_class: Any, quiet: bool = False) -> Pr
     return model
 
 
-def load_tokenizer(name: str, flag: str) -> Any:
+def load_tokenizer(name: str, flag: str, config: PretrainedConfig) -> Any:
     """The model's fast tokenizer.
 
     Raises:
-        UserError: there is none, or it lacks one of [CLS], [SEP], [PAD].
+        UserError: there is none, it lacks one of [CLS], [SEP], [PAD], or it has more tokens than
+            the model of configuration `config`.
     """
     try:
         tokenizer = AutoTokenizer.from_pretrained(**find_model(name, flag), use_fast=True)
@@ -137,6 +141,11 @@ def load_tokenizer(name: str, flag: str) -> Any:
         tokenizer.pad_token_id,
     ):
         raise UserError(f"{flag}: {name} has no fast BERT tokenizer (tokenizer.json or vocab.txt)")
+    if len(tokenizer) > config.vocab_size:
+        raise UserError(
+            f"{flag}: the tokenizer of {name} has {len(tokenizer)} tokens, its model only"
+            f" {config.vocab_size}"
+        )
     return tokenizer
 
 

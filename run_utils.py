@@ -120,6 +120,15 @@ def write_json(path: str, value: Any) -> None:
     os.replace(f"{path}.tmp", path)
 
 
+def _sync_folder(path: str) -> None:
+    """Bring a rename in a folder to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
 class Run:
     """A run in progress: its folder, its saved states, its log, and the wish to stop it.
 
@@ -188,7 +197,9 @@ class Run:
             Interrupted: Ctrl-C or SIGTERM came.
         """
         if self.stop_signal:
-            self.interrupt(self.stop_signal, "stopped after training; its state is saved")
+            self.interrupt(
+                self.stop_signal, "stopped while evaluating; the state before it is saved"
+            )
 
     def interrupt(self, number: int, what: str) -> NoReturn:
         """Stop the run because of a signal, telling what became of its state."""
@@ -205,8 +216,12 @@ class Run:
         """Append a record to metrics.jsonl (and tensorboard), on the main process alone."""
         if not self.main:
             return
-        with open(os.path.join(self.output_dir, "metrics.jsonl"), "a", encoding="utf-8") as file:
-            file.write(json.dumps(record) + "\n")
+        path = os.path.join(self.output_dir, "metrics.jsonl")
+        try:
+            with open(path, "a", encoding="utf-8") as file:
+                file.write(json.dumps(record) + "\n")
+        except OSError as error:  # a full disk may get room again: training is worth more
+            warn(f"a record of step {record['step']} is missing in {path}: {error.strerror}")
         if self._board:
             for key, value in record.items():
                 if isinstance(value, float) and key != "epoch":
@@ -245,8 +260,10 @@ class Run:
         if self.accelerator.reduce(failed, reduction="sum").item():
             if self.main:
                 shutil.rmtree(temporary, ignore_errors=True)
+                free = shutil.disk_usage(self._checkpoints).free
                 warn(
-                    f"the state at step {position['step']} could not be saved"
+                    f"the state at step {position['step']} could not be saved in"
+                    f" {self._checkpoints}, where {free / 1e6:,.0f} MB are free"
                     f" ({problem or 'another process failed'}); the one before it stays"
                 )
             return False
@@ -254,6 +271,7 @@ class Run:
             states = self._states()
             number = int(states[-1].split("-")[1]) + 1 if states else 1
             os.rename(temporary, os.path.join(self._checkpoints, f"state-{number:06d}"))
+            _sync_folder(self._checkpoints)
             for old in states[: len(states) + 1 - KEPT_STATES]:
                 shutil.rmtree(os.path.join(self._checkpoints, old))
         self.accelerator.wait_for_everyone()

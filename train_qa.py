@@ -16,7 +16,7 @@ from transformers import AutoModelForQuestionAnswering
 
 import qa_task
 import report_utils
-from cli_utils import ArgumentParser, UserError, number, run_main, warn
+from cli_utils import ArgumentParser, UserError, is_main_process, number, run_main, warn
 from model_utils import (
     freeze,
     fuse_attention,
@@ -133,21 +133,33 @@ def check_model(args: argparse.Namespace, name: str, flag: str) -> Any:
     return config
 
 
+def check_teacher(args: argparse.Namespace, student: Any, tokenizer: Any) -> None:
+    """Check that the teacher fits the student's configuration and tokenizer.
+
+    Raises:
+        UserError: as `check_model`, or their hidden sizes or vocabularies differ.
+    """
+    teacher = check_model(args, args.model_teacher, "--model_teacher")
+    if teacher.hidden_size != student.hidden_size:
+        raise UserError(
+            f"--model_teacher has hidden size {teacher.hidden_size}, --model_student"
+            f" {student.hidden_size}: hidden states of one size are needed to compare them"
+        )
+    vocabulary = load_tokenizer(args.model_teacher, "--model_teacher", teacher).get_vocab()
+    if vocabulary != tokenizer.get_vocab():
+        raise UserError("--model_teacher has another vocabulary than --model_student")
+
+
 def main() -> None:
     args = parse_arguments()
     check_arguments(args)
     started = time.time()
 
     # All that a user may have got wrong comes before anything that takes long.
-    student_config = check_model(args, args.model_student, "--model_student")
+    config = check_model(args, args.model_student, "--model_student")
+    tokenizer = load_tokenizer(args.model_student, "--model_student", config)
     if args.supervision_weight > 0:
-        teacher_config = check_model(args, args.model_teacher, "--model_teacher")
-        for key in ("vocab_size", "hidden_size"):
-            if getattr(teacher_config, key) != getattr(student_config, key):
-                raise UserError(
-                    f"--model_teacher has {key} {getattr(teacher_config, key)},"
-                    f" --model_student {getattr(student_config, key)}: they must be the same"
-                )
+        check_teacher(args, config, tokenizer)
     train_data = load_squad(args.squad_train_data, "--squad_train_data")
     dev_data = load_squad(args.squad_dev_data, "--squad_dev_data")
     scorer = load_scorer(args.squad_eval_script, dev_data)
@@ -158,9 +170,9 @@ def main() -> None:
     }
     found = check_output_dir(args.output_dir, arguments, args.overwrite_output_dir)
     if found == "finished":
-        print(f"{args.output_dir} is finished; --overwrite_output_dir runs this command again")
+        if is_main_process():
+            print(f"{args.output_dir} is finished; --overwrite_output_dir runs this command again")
         return
-    tokenizer = load_tokenizer(args.model_student, "--model_student")
     use_all_gpus(args.no_cuda)
 
     accelerator = make_accelerator(args.precision, args.no_cuda, args.seed)

@@ -207,9 +207,11 @@ def train(
             scaled = accelerator.mixed_precision == "fp16"
             if not math.isfinite(sums["loss"]) or not (scaled or math.isfinite(norm)):
                 progress.close()
+                saved = run.position()
+                kept = f"the state of step {saved['step']}" if saved else "no state yet"
                 raise UserError(
                     f"at step {step + 1} of {total_steps} the loss is {sums['loss']:g} and the"
-                    f" gradient norm {norm:g}; the state saved before it stays in {run.output_dir}."
+                    f" gradient norm {norm:g}; {run.output_dir} keeps {kept}."
                     " A smaller --learning_rate or --precision=fp32 may help"
                 )
             optimizer.step()
@@ -227,7 +229,8 @@ def train(
                 run.interrupt(
                     stop, f"{'saved' if saved else 'NOT SAVED'} at step {step} of {total_steps}"
                 )
-        save()
+        if not due:  # else this very step has been saved
+            save()
         saved_at = time.monotonic()
     progress.close()
     accelerator.unwrap_model(wrapped, keep_fp32_wrapper=False)

@@ -28,11 +28,16 @@ BERT_LARGE = {
     "num_attention_heads": 16,
     "intermediate_size": 4096,
 }
-COMMAND = """
---freeze_list=embedding --supervision_weight=0 --learning_rate=3e-5
---max_seq_length_q=64 --max_seq_length_c=384
---per_gpu_eval_batch_size=16 --per_gpu_train_batch_size=2 --total_train_batch_size=48
-""".split()
+COMMAND = (
+    "--freeze_list=embedding",
+    "--supervision_weight=0",
+    "--learning_rate=3e-5",
+    "--max_seq_length_q=64",
+    "--max_seq_length_c=384",
+    "--per_gpu_eval_batch_size=16",
+    "--per_gpu_train_batch_size=2",
+    "--total_train_batch_size=48",
+)
 
 
 def part_of_squad(path: str, questions: int, output: str) -> None:

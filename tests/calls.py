@@ -1,0 +1,119 @@
+"""Ways to call a script in tests: in this process, or as one that is watched while it runs."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import train_qa
+from cli_utils import run_main
+
+
+def call(command: list[str]) -> int:
+    """Run `python train_qa.py ...` in this process, which saves the imports; its exit code."""
+    earlier = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    threads = torch.get_num_threads()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", command[1:])
+        torch.set_num_threads(2)  # as many as `conftest.run` gives
+        try:
+            with pytest.raises(SystemExit) as stop:
+                run_main(train_qa.main)
+        finally:
+            torch.set_num_threads(threads)
+            for number, handler in earlier.items():
+                signal.signal(number, handler)
+    return stop.value.code
+
+
+@contextlib.contextmanager
+def started(
+    command: list[str], before: Callable[[], None] | None = None
+) -> Iterator[subprocess.Popen[str]]:
+    """A process that runs meanwhile; killed, with those it started, if the test fails."""
+    process = subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "2"},
+        preexec_fn=before,
+        start_new_session=True,
+    )
+    try:
+        yield process
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        for stream in (process.stdout, process.stderr):
+            stream.close()
+
+
+def wait_for(
+    process: subprocess.Popen[str], condition: Callable[[], bool], timeout: float = 120
+) -> None:
+    """Wait until the condition holds, which it must while the process still runs."""
+    end = time.monotonic() + timeout
+    while not condition():
+        if process.poll() is not None:
+            pytest.fail(f"it ended too early: {process.communicate()}")
+        assert time.monotonic() < end, "what the test waits for does not come"
+        time.sleep(0.002)
+
+
+def records(output_dir: Path) -> list[dict[str, Any]]:
+    """What metrics.jsonl holds; each line must be whole."""
+    path = output_dir / "metrics.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def last_step(output_dir: Path) -> int:
+    """The last step that metrics.jsonl shows so far, of lines that are whole."""
+    with contextlib.suppress(FileNotFoundError):
+        for line in reversed((output_dir / "metrics.jsonl").read_text().splitlines()):
+            with contextlib.suppress(json.JSONDecodeError):
+                return json.loads(line)["step"]
+    return 0
+
+
+def states(output_dir: Path) -> list[str]:
+    """The saved states, oldest first."""
+    return sorted(path.name for path in (output_dir / "checkpoints").glob("state-*"))
+
+
+def state_step(output_dir: Path) -> int:
+    """The step of the newest state."""
+    newest = output_dir / "checkpoints" / states(output_dir)[-1] / "position.json"
+    return json.loads(newest.read_text())["step"]
+
+
+def first_questions(source: Path, target: Path, count: int) -> None:
+    """Write a SQuAD file with the first `count` questions of another."""
+    root = json.loads(source.read_text())
+    for article in root["data"]:
+        for paragraph in article["paragraphs"]:
+            paragraph["qas"] = paragraph["qas"][:count]
+            count -= len(paragraph["qas"])
+        article["paragraphs"] = [p for p in article["paragraphs"] if p["qas"]]
+    root["data"] = [article for article in root["data"] if article["paragraphs"]]
+    target.write_text(json.dumps(root))
+
+
+def error_line(stderr: str) -> str:
+    """The one line that stderr must be, but for warnings: `error: ...`."""
+    lines = [line for line in stderr.splitlines() if not line.startswith("warning: ")]
+    assert len(lines) == 1, stderr
+    assert lines[0].startswith("error: "), stderr
+    return lines[0]

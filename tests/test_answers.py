@@ -1,0 +1,337 @@
+"""Tests of span search and of answers over several windows against plain double loops."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import BertTokenizerFast
+
+import qa_task
+import squad_utils
+from squad_utils import Answers, SquadData, Windows
+
+PROPERTY = settings(max_examples=80, deadline=None, derandomize=True)
+CLOSE = 1e-9
+
+
+def log_softmax(logits: list[float]) -> list[float]:
+    highest = max(logits)
+    total = math.fsum(math.exp(x - highest) for x in logits)
+    return [x - highest - math.log(total) for x in logits]
+
+
+def all_spans(
+    start: list[float], end: list[float], context_at: int, most: int
+) -> list[tuple[float, int, int]]:
+    """(log-probability, first, last) of every span of a window without padding, best first."""
+    log_start, log_end = log_softmax(start), log_softmax(end)
+    spans = []
+    for i in range(context_at, len(start) - 1):
+        for j in range(i, min(i + most, len(start) - 1)):
+            spans.append((log_start[i] + log_end[j], i, j))
+    return sorted(spans, key=lambda span: (-span[0], span[1], span[2]))
+
+
+@st.composite
+def window_batch(draw: st.DrawFn, logit: st.SearchStrategy[float]) -> dict:
+    """Logits of a few windows [CLS] question [SEP] context [SEP] with any padding behind."""
+    shapes = draw(
+        st.lists(st.tuples(st.integers(0, 5), st.integers(0, 12)), min_size=1, max_size=4)
+    )
+    lengths = [question + context + 3 for question, context in shapes]
+    width = max(lengths) + draw(st.integers(0, 6))
+    rows = st.lists(logit, min_size=width, max_size=width)
+    return {
+        "start": [draw(rows) for _ in shapes],
+        "end": [draw(rows) for _ in shapes],
+        "lengths": lengths,
+        "context_at": [question + 2 for question, _ in shapes],
+    }
+
+
+def search(batch: dict, top_k: int, most: int) -> tuple[np.ndarray, ...]:
+    return squad_utils.best_spans(
+        np.array(batch["start"], np.float32),
+        np.array(batch["end"], np.float32),
+        np.array(batch["lengths"]),
+        np.array(batch["context_at"]),
+        top_k,
+        most,
+    )
+
+
+def rows_of(batch: dict) -> list[tuple[list[float], list[float], int]]:
+    """Each window's start and end logits without padding, and where its context begins."""
+    return [
+        (start[:length], end[:length], at)
+        for start, end, length, at in zip(
+            batch["start"], batch["end"], batch["lengths"], batch["context_at"], strict=True
+        )
+    ]
+
+
+# ------------------------------------------------------------------------------------------------
+# One window
+
+
+@PROPERTY
+@given(
+    batch=window_batch(st.floats(-20, 20, width=32)),
+    top_k=st.integers(1, 12),
+    most=st.integers(1, 15),
+)
+def test_spans_are_those_of_the_double_loop(batch: dict, top_k: int, most: int) -> None:
+    """Log-probabilities of the top_k best spans, best first, and of no answer.
+
+    Each span that is given has the probability that is given for it, and none is given twice.
+    """
+    first, last, log_prob, no_answer = search(batch, top_k, most)
+    assert first.shape == last.shape == log_prob.shape == (len(batch["lengths"]), top_k)
+    for b, (start, end, at) in enumerate(rows_of(batch)):
+        spans = all_spans(start, end, at, most)
+        probabilities = [span[0] for span in spans[:top_k]]
+        found = len(probabilities)
+        assert log_prob[b, :found] == pytest.approx(probabilities, abs=CLOSE)
+        assert np.isneginf(log_prob[b, found:]).all()
+        by_place = {(i, j): probability for probability, i, j in spans}
+        given_spans = list(zip(first[b, :found].tolist(), last[b, :found].tolist(), strict=True))
+        assert len(set(given_spans)) == found
+        for k, span in enumerate(given_spans):
+            assert by_place[span] == pytest.approx(log_prob[b, k], abs=CLOSE)
+        nothing = log_softmax(start)[0] + log_softmax(end)[0]
+        assert no_answer[b] == pytest.approx(nothing, abs=CLOSE)
+
+
+@PROPERTY
+@given(batch=window_batch(st.sampled_from([0.0, 1.0])), most=st.integers(1, 15))
+def test_of_equal_spans_the_first_wins(batch: dict, most: int) -> None:
+    """Where several spans have the same best logits, the one that starts, then ends, first."""
+    first, last, log_prob, _ = search(batch, 1, most)
+    for b, (start, end, at) in enumerate(rows_of(batch)):
+        spans = [(-start[i] - end[j], i, j) for _, i, j in all_spans(start, end, at, most)]
+        if spans and start[min(spans)[1]] + end[min(spans)[2]] != 1.0:
+            # A sum of 1 is 0 + 1 or 1 + 0, equal by arithmetic but not in floating point.
+            assert (first[b, 0], last[b, 0]) == min(spans)[1:]
+        assert np.isneginf(log_prob[b, 0]) == (not spans)
+
+
+@pytest.mark.parametrize("top_k", [1, 3, 20])
+def test_equal_logits_everywhere(top_k: int) -> None:
+    """All spans equal: they come in the order of their starts, then their ends."""
+    zeros = np.zeros((1, 16))
+    first, last, log_prob, no_answer = squad_utils.best_spans(
+        zeros, zeros, np.array([7]), np.array([3]), top_k, 2
+    )
+    expected = [(3, 3), (3, 4), (4, 4), (4, 5), (5, 5)][:top_k]  # 3 .. 5 is the context
+    found = list(zip(first[0].tolist(), last[0].tolist(), strict=True))
+    assert found[: len(expected)] == expected
+    assert log_prob[0, : len(expected)] == pytest.approx([-2 * math.log(7)] * len(expected))
+    assert np.isneginf(log_prob[0, len(expected) :]).all()
+    assert no_answer[0] == pytest.approx(-2 * math.log(7))
+
+
+def test_fewer_places_than_top_k() -> None:
+    """top_k columns come back though the whole window has fewer pairs of positions."""
+    zeros = np.zeros((2, 4))
+    found = squad_utils.best_spans(zeros, zeros, np.array([4, 3]), np.array([2, 2]), 10, 1)
+    assert found[2].shape == (2, 10)
+    assert np.isneginf(found[2]).tolist() == [[False] + [True] * 9, [True] * 10]
+
+
+def test_padding_question_and_special_tokens_are_never_chosen() -> None:
+    """High logits outside the context neither win nor, at padding, take probability."""
+    start, end = np.zeros((1, 8), np.float32), np.zeros((1, 8), np.float32)
+    start[0, [0, 1, 2, 5, 6]] = 5.0  # [CLS], question, [SEP], last [SEP], padding
+    end[0, [0, 1, 2, 5, 7]] = 5.0
+    start[0, 4], end[0, 4] = 1.0, 1.0
+    first, last, log_prob, no_answer = squad_utils.best_spans(
+        start, end, np.array([6]), np.array([3])
+    )
+    total = 4 * math.exp(5) + math.exp(1) + 1
+    assert (first[0, 0], last[0, 0]) == (4, 4)
+    assert log_prob[0, 0] == pytest.approx(2 * (1 - math.log(total)))
+    assert no_answer[0] == pytest.approx(2 * (5 - math.log(total)))
+
+
+def test_large_logits_stay_finite() -> None:
+    start = np.array([[0.0, 0, 3e4, -3e4, 0]], np.float32)
+    _, _, log_prob, no_answer = squad_utils.best_spans(start, start, np.array([5]), np.array([2]))
+    assert log_prob[0, 0] == pytest.approx(0) and no_answer[0] == pytest.approx(-6e4)
+
+
+# ------------------------------------------------------------------------------------------------
+# Several windows
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tiny_bert: Path) -> BertTokenizerFast:
+    return BertTokenizerFast.from_pretrained(tiny_bert)
+
+
+def load(path: Path, asked: list[tuple[str, list[str]]]) -> SquadData:
+    """Data of (context, questions) without answers; ids are q0, q1, ..."""
+    listed, number = [], 0
+    for context, questions in asked:
+        qas = []
+        for question in questions:
+            qas.append({"id": f"q{number}", "question": question, "answers": []})
+            number += 1
+        listed.append({"context": context, "qas": qas})
+    path.write_text(json.dumps({"data": [{"paragraphs": listed}]}), encoding="utf-8")
+    return squad_utils.load_squad(str(path), "--squad_dev_data")
+
+
+def feed(answers: Answers, windows: Windows, logits: np.ndarray, order: np.ndarray, size: int):
+    """Give the windows' logits [windows, 2, L] in batches of `size`, padded as a model's."""
+    for at in range(0, len(order), size):
+        chosen = order[at : at + size]
+        longest = -(-int(windows.total_lengths[chosen].max()) // 8) * 8
+        answers.add(chosen, logits[chosen, 0, :longest], logits[chosen, 1, :longest])
+
+
+@pytest.fixture(scope="module")
+def many(tokenizer: BertTokenizerFast, sample: Path) -> tuple[SquadData, Windows, np.ndarray]:
+    """The sample's development file in short windows, with random logits."""
+    data = squad_utils.load_squad(str(sample / "dev-v1.1.json"), "--squad_dev_data")
+    windows = qa_task.make_windows(data, tokenizer, 12, 60, 20, for_training=False)
+    logits = np.random.default_rng(0).normal(0, 4, (len(windows), 2, 64)).astype(np.float32)
+    return data, windows, logits
+
+
+def test_answers_are_those_of_the_double_loop(
+    tokenizer: BertTokenizerFast, many: tuple[SquadData, Windows, np.ndarray]
+) -> None:
+    """The best span over all of a question's windows, cut from the text; no answer over it."""
+    data, windows, logits = many
+    assert np.bincount(windows.question).max() > 3
+    answers = Answers(data, windows)
+    feed(answers, windows, logits, np.arange(len(windows)), 7)
+    texts, scores = answers.texts(), answers.no_answer_scores()
+    assert list(texts) == list(scores) == data.ids
+    for q, name in enumerate(data.ids):
+        context = data.contexts[data.context_of[q]]
+        offsets = tokenizer.backend_tokenizer.encode(context, add_special_tokens=False).offsets
+        best = []
+        for w in np.flatnonzero(windows.question == q):
+            start, end = logits[w, :, : windows.total_lengths[w]].astype(float).tolist()
+            at = int(windows.context_at[w])
+            probability, i, j = all_spans(start, end, at, 30)[0]
+            shift = int(windows.first[w]) - at
+            nothing = log_softmax(start)[0] + log_softmax(end)[0]
+            best.append((probability, nothing, i + shift, j + shift))
+        probability, nothing, i, j = max(best)
+        assert texts[name] == context[offsets[i][0] : offsets[j][1]]
+        assert answers.log_prob[q] == pytest.approx(probability, abs=CLOSE)
+        assert scores[name] == pytest.approx(math.exp(nothing) / math.exp(probability), rel=CLOSE)
+
+
+def test_the_order_of_windows_does_not_matter(
+    many: tuple[SquadData, Windows, np.ndarray],
+) -> None:
+    """Any order, any batch size, shared among two processes in any way: the same answers."""
+    data, windows, logits = many
+    expected = Answers(data, windows)
+    feed(expected, windows, logits, np.arange(len(windows)), 16)
+    rng = np.random.default_rng(1)
+    for size in (1, 5, 32):
+        order = rng.permutation(len(windows))
+        halves = []
+        for half in np.split(order, [len(order) // 3]):
+            halves.append(Answers(data, windows))
+            feed(halves[-1], windows, logits, half, size)
+        halves[0].merge(halves[1].found())
+        assert halves[0].texts() == expected.texts()
+        assert halves[0].no_answer_scores() == pytest.approx(expected.no_answer_scores(), rel=CLOSE)
+
+
+@pytest.mark.parametrize("order", [[0, 1, 2], [2, 1, 0], [1, 2, 0]])
+def test_of_equal_windows_the_first_wins(
+    tokenizer: BertTokenizerFast, tmp_path: Path, order: list[int]
+) -> None:
+    data = load(tmp_path / "d.json", [("b c d e f", ["a"])])
+    windows = qa_task.make_windows(data, tokenizer, 4, 7, 1, for_training=False)
+    assert windows.first.tolist() == [0, 1, 2]
+    answers = Answers(data, windows)
+    logits = np.zeros((3, 2, 8), np.float32)
+    logits[:, :, 4] = 1.0  # the second context token of each window
+    feed(answers, windows, logits, np.array(order), 1)
+    assert answers.texts() == {"q0": "c"}
+
+
+# ------------------------------------------------------------------------------------------------
+# The text
+
+
+def answer_text(
+    tokenizer: BertTokenizerFast, folder: Path, context: str, first: str, last: str
+) -> str:
+    """The answer when the logits peak at the tokens where the words `first`, `last` stand."""
+    data = load(folder / "d.json", [(context, ["?"])])
+    windows = qa_task.make_windows(data, tokenizer, 4, 384, 128, for_training=False)
+    offsets = windows.contexts.offsets.tolist()
+    logits = np.zeros((1, 2, 384), np.float32)
+    at = windows.context_at[0]
+    begin, end = context.index(first), context.index(last) + len(last)
+    logits[0, 0, at + next(t for t, (a, b) in enumerate(offsets) if b > begin)] = 20.0
+    logits[0, 1, at + max(t for t, (a, b) in enumerate(offsets) if a < end)] = 20.0
+    answers = Answers(data, windows)
+    feed(answers, windows, logits, np.array([0]), 1)
+    return answers.texts()["q0"]
+
+
+@pytest.mark.parametrize(
+    "context,first,last,expected",
+    [
+        ("At the Café  CRÈME, Paris", "Café", "CRÈME", "Café  CRÈME"),
+        ("the U.S. (New\n York) did", "U", ")", "U.S. (New\n York)"),
+        ("an İstanbul straße x", "İstanbul", "straße", "İstanbul straße"),
+        ("in 東京 today", "東", "京", "東京"),
+        ("a 👩‍👩‍👧 b", "👩", "b", "👩‍👩‍👧 b"),
+        ("at the cafe\u0301s now", "cafe", "s", "cafe\u0301s"),  # e + combining accent
+    ],
+)
+def test_answers_are_cut_from_the_original_text(
+    tokenizer: BertTokenizerFast, tmp_path: Path, context: str, first: str, last: str, expected: str
+) -> None:
+    """Case, accents, spacing and punctuation are the context's."""
+    assert answer_text(tokenizer, tmp_path, context, first, last) == expected
+
+
+def test_a_combining_accent_at_the_end_is_kept(
+    tokenizer: BertTokenizerFast, tmp_path: Path
+) -> None:
+    """The tokenizer drops combining accents; an answer that ends in one is not cut before it."""
+    text = answer_text(tokenizer, tmp_path, "at the cafe\u0301 now", "cafe", "cafe")
+    assert text == "cafe\u0301"
+
+
+@pytest.mark.parametrize("context", ["", " \n\t "])
+def test_an_empty_context_has_no_answer(
+    tokenizer: BertTokenizerFast, tmp_path: Path, context: str
+) -> None:
+    """No span at all: the answer is "", and no answer is infinitely more probable, as a number."""
+    data = load(tmp_path / "d.json", [(context, ["a"]), ("b", ["a"])])
+    windows = qa_task.make_windows(data, tokenizer, 4, 16, 4, for_training=False)
+    answers = Answers(data, windows)
+    feed(answers, windows, np.zeros((2, 2, 8), np.float32), np.arange(2), 2)
+    assert answers.texts() == {"q0": "", "q1": "b"}
+    scores = answers.no_answer_scores()
+    assert scores["q0"] > 1e300 and math.isfinite(scores["q0"])
+    assert scores["q1"] == 1.0
+
+
+def test_no_answer_score_written_out(tokenizer: BertTokenizerFast, tmp_path: Path) -> None:
+    """[CLS] a [SEP] b c [SEP]: the ratio of exp(2 + 1) at [CLS] to exp(3 + 2) at "b c" is e^-2."""
+    data = load(tmp_path / "d.json", [("b c", ["a"])])
+    windows = qa_task.make_windows(data, tokenizer, 4, 16, 4, for_training=False)
+    answers = Answers(data, windows)
+    start, end = [2.0, 9, 9, 3, 0, 9, 50, 50], [1.0, 9, 9, 1, 2, 9, 50, 50]
+    answers.add(np.array([0]), np.array([start]), np.array([end]))
+    assert answers.texts() == {"q0": "b c"}
+    assert answers.no_answer_scores() == {"q0": pytest.approx(math.exp(-2))}
