@@ -207,7 +207,9 @@ def answer(
     for log_prob, _, begin, end in spans:
         if len(best) < top_k and all(end <= a.start or begin >= a.end for a in best):
             sentence = sentence_around(context, begin, end)
-            best.append(Answer(context[begin:end], math.exp(log_prob), begin, end, sentence))
+            text = squad_utils.cut(context, begin, end)
+            end = begin + len(text)
+            best.append(Answer(text, math.exp(log_prob), begin, end, sentence))
     return best, math.exp(min(spans[0][1] - spans[0][0], 700.0))
 
 

@@ -135,11 +135,10 @@ def load_tokenizer(name: str, flag: str, config: PretrainedConfig) -> Any:
     except Exception as error:
         reason = (str(error).strip() or repr(error)).splitlines()[0]
         raise UserError(f"{flag}: the tokenizer of {name} does not load: {reason}") from None
-    if not tokenizer.is_fast or None in (
-        tokenizer.cls_token_id,
-        tokenizer.sep_token_id,
-        tokenizer.pad_token_id,
-    ):
+    # Without files the library makes up a tokenizer that knows its special tokens alone.
+    made_up = set(tokenizer.get_vocab()) <= set(tokenizer.all_special_tokens)
+    ids = (tokenizer.cls_token_id, tokenizer.sep_token_id, tokenizer.pad_token_id)
+    if made_up or not tokenizer.is_fast or None in ids:
         raise UserError(f"{flag}: {name} has no fast BERT tokenizer (tokenizer.json or vocab.txt)")
     if len(tokenizer) > config.vocab_size:
         raise UserError(
@@ -221,6 +220,7 @@ class FusedSelfAttention(nn.Module):
         self.query, self.key, self.value = original.query, original.key, original.value
         self.dropout = original.dropout
         self.heads, self.head_size = original.num_attention_heads, original.attention_head_size
+        self.train(original.training)
 
     def forward(
         self, hidden_states: Tensor, attention_mask: Tensor | None = None, **_: Any

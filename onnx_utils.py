@@ -6,6 +6,7 @@ nothing inside depends on them: it is traced with dynamic axes and the shapes ar
 
 from __future__ import annotations
 
+import contextlib
 import os
 import warnings
 from collections.abc import Sequence
@@ -40,8 +41,8 @@ class QaGraph(nn.Module):
         token_type_ids: Tensor,
         position_ids: Tensor,
     ) -> tuple[Tensor, Tensor]:
-        # As one [B, 1, 1, L] term that is added to the scores, the mask is part of the attention
-        # pattern that OpenVINO fuses into one kernel; the library's [B, 1, L, L] one is not.
+        # As one [B, 1, 1, L] term that is added to the scores, the mask is part of an attention
+        # pattern that OpenVINO fuses into one kernel, whatever the library makes of a 2-D mask.
         mask = (1.0 - attention_mask[:, None, None, :].to(torch.float32)) * MASKED
         outputs = self.model(
             input_ids=input_ids,
@@ -74,38 +75,51 @@ def export_onnx(
     """
     # The wrapper's own mode counts: the exporter restores it, and with it all modules' dropout.
     graph.eval()
-    axes = {name: {0: "batch", 1: "length"} for name in (*INPUTS, *output_names)}
-    example = tuple(torch.from_numpy(batches[0][name]) for name in INPUTS)
     temporary = f"{path}.tmp"
+    try:
+        _trace(graph, temporary, batches[0], output_names, max_seq_length)
+        onnx.checker.check_model(temporary)
+        difference = compare(graph, temporary, batches)
+        if not difference <= MAX_DIFFERENCE:
+            raise UserError(
+                f"the exported {path} differs from the PyTorch model by {difference:.2g} on real"
+                f" windows, over {MAX_DIFFERENCE:g}; it was not kept"
+            )
+        os.replace(temporary, path)
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror or error}") from None
+    finally:
+        with contextlib.suppress(OSError):
+            os.remove(temporary)
+    return difference
+
+
+def _trace(
+    graph: nn.Module,
+    path: str,
+    example: dict[str, np.ndarray],
+    output_names: Sequence[str],
+    max_seq_length: int,
+) -> None:
+    """Write the graph, traced with dynamic axes, with static shapes declared."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of tracing: the check below is on other inputs
+        warnings.simplefilter("ignore")  # of tracing: `compare` runs it on other inputs
         torch.onnx.export(
             graph,
-            example,
-            temporary,
+            tuple(torch.from_numpy(example[name]) for name in INPUTS),
+            path,
             dynamo=False,  # its graphs keep OpenVINO's attention pattern
             opset_version=OPSET,
             input_names=list(INPUTS),
             output_names=list(output_names),
-            dynamic_axes=axes,
+            dynamic_axes={name: {0: "batch", 1: "length"} for name in (*INPUTS, *output_names)},
         )
-    model = onnx.load(temporary)
+    model = onnx.load(path)
     for value in [*model.graph.input, *model.graph.output]:
         for dim, size in zip(value.type.tensor_type.shape.dim, (1, max_seq_length), strict=True):
             dim.Clear()
             dim.dim_value = size
-    onnx.save(model, temporary)
-    del model
-    onnx.checker.check_model(temporary)
-    difference = compare(graph, temporary, batches)
-    if not difference <= MAX_DIFFERENCE:
-        os.remove(temporary)
-        raise UserError(
-            f"the exported {path} differs from the PyTorch model by {difference:.2g} on real"
-            f" windows, over {MAX_DIFFERENCE:g}; it was not kept"
-        )
-    os.replace(temporary, path)
-    return difference
+    onnx.save(model, path)
 
 
 def compare(graph: nn.Module, path: str, batches: Sequence[dict[str, np.ndarray]]) -> float:

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -94,6 +95,13 @@ def load_squad(path: str, flag: str) -> SquadData:
             raise UserError(f"{flag}: {path} is not SQuAD: {here} is missing")
         if not isinstance(parent[key], kind) or isinstance(parent[key], bool):
             raise UserError(f"{flag}: {path} is not SQuAD: {here} must be {names[kind]}")
+        if kind is str:
+            try:
+                parent[key].encode()
+            except UnicodeEncodeError:
+                raise UserError(
+                    f"{flag}: {path}: {here} has half of a surrogate pair, which is not text"
+                ) from None
         return parent[key]
 
     contexts: list[str] = []
@@ -422,7 +430,8 @@ def make_batch(windows: Windows, chosen: np.ndarray, pad_to: int | None = None) 
         "input_ids": input_ids,
         "attention_mask": (position_ids < total[:, None]).astype(np.int64),
         "token_type_ids": token_type_ids,
-        "position_ids": position_ids.copy(),
+        # Rounding up may go past the positions that a model has; padding may repeat one.
+        "position_ids": np.minimum(position_ids, max(longest, pad_to or 0) - 1),
     }
 
 
@@ -447,7 +456,7 @@ def best_spans(
 
     A span's probability is the product of the softmax probabilities of its start and its end,
     taken over the window's tokens; it has at most max_answer_tokens tokens. Of equal spans the
-    one that starts, then ends, first wins.
+    one that starts, then ends, first wins (equal logits; sums may round apart).
 
     Args:
         start_logits, end_logits: float [B, L].
@@ -474,12 +483,22 @@ def best_spans(
     )
     windowed = np.lib.stride_tricks.sliding_window_view(end, max_answer_tokens, axis=1)
     score = (np.where(context, start, IMPOSSIBLE)[:, :, None] + windowed).reshape(batch, -1)
+    score = np.pad(  # a short window may have fewer places than top_k
+        score, ((0, 0), (0, max(0, top_k - score.shape[1]))), constant_values=IMPOSSIBLE
+    )
     if top_k == 1:
         best = score.argmax(axis=1)[:, None]
     else:
         best = np.argsort(-score, axis=1, kind="stable")[:, :top_k]
     first, extra = best // max_answer_tokens, best % max_answer_tokens
     return first, first + extra, np.take_along_axis(score, best, axis=1), no_answer
+
+
+def cut(text: str, begin: int, end: int) -> str:
+    """text[begin:end], with the combining accents that follow: BERT's tokens end before them."""
+    while end < len(text) and unicodedata.combining(text[end]):
+        end += 1
+    return text[begin:end]
 
 
 class Answers:
@@ -532,7 +551,7 @@ class Answers:
                 context = self.windows.context_of[q]
                 offsets = self.windows.contexts.offsets[self.windows.contexts.of(context)]
                 begin, end = offsets[self._span[q, 0], 0], offsets[self._span[q, 1], 1]
-                answers[name] = self.data.contexts[context][begin:end]
+                answers[name] = cut(self.data.contexts[context], begin, end)
         return answers
 
     def no_answer_scores(self) -> dict[str, float]:

@@ -79,6 +79,17 @@ def alone(data: Path, tiny_bert: Path, tmp_path_factory: pytest.TempPathFactory)
     return out
 
 
+# A softmax does not change with a constant that is added to all its inputs, so the gradient of
+# these is 0 (in FP64 under 1e-16; all others' is over 1e-7). In FP32 it is rounding, which Adam
+# scales up to whole steps: these drift at random and change no answer.
+NO_GRADIENT = (
+    "qa_outputs.bias",
+    "bert.encoder.layer.1.output.LayerNorm.bias",
+    "bert.encoder.layer.0.attention.self.key.bias",
+    "bert.encoder.layer.1.attention.self.key.bias",
+)
+
+
 def assert_close(output_dir: Path, alone: Path) -> None:
     """The same training, but for the order in which numbers are summed."""
     mine, theirs = records(output_dir), records(alone)
@@ -93,8 +104,9 @@ def assert_close(output_dir: Path, alone: Path) -> None:
             assert one[key] == pytest.approx(other[key], rel=1e-5, abs=1e-9), (key, one["step"])
     weights, expected = (load_file(f / "model.safetensors") for f in (output_dir, alone))
     assert weights.keys() == expected.keys()
-    for name in weights:
-        torch.testing.assert_close(weights[name], expected[name], atol=1e-4, rtol=0)
+    for name in weights.keys() - set(NO_GRADIENT):
+        difference = (weights[name] - expected[name]).abs().max()
+        assert difference < 1e-5, (name, difference)
     predictions, truth = (
         json.loads((folder / "predictions.json").read_text()) for folder in (output_dir, alone)
     )
@@ -106,9 +118,7 @@ def assert_close(output_dir: Path, alone: Path) -> None:
     assert (figures["processes"], right["processes"]) == (2, 1)
 
 
-def test_two_processes_are_as_one(
-    data: Path, alone: Path, tiny_bert: Path, tmp_path: Path
-) -> None:
+def test_two_processes_are_as_one(data: Path, alone: Path, tiny_bert: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     done = run(in_two(train_qa_command(tiny_bert, data, out, *FLAGS)))
     assert done.returncode == 0, done.stderr
