@@ -27,9 +27,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 DOMAINS_FILE = Path(__file__).with_name("sample_domains.txt")
-LONG_EVERY = 13  # one paragraph in 13 is longer than the model's 384-token window
+LONG_EVERY = 20  # one paragraph in 20 is longer than the model's 384-token window
 SHORT_WORDS = (60, 150)
-LONG_WORDS = (340, 600)
+LONG_WORDS = (340, 480)
 
 # ---------------------------------------------------------------------------------------------
 # names: the words of these pools are dealt out to train and dev, so the two never share a name
