@@ -1,6 +1,6 @@
 """The command line that all scripts share: errors, the argument parser, number checks.
 
-Only the standard library is imported here, so that a wrong flag is reported before torch loads.
+Only the standard library is imported here: ask.py must not wait for torch.
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import difflib
 import os
+import signal
 import sys
 from collections.abc import Callable
 from typing import Any, NoReturn
@@ -76,6 +77,7 @@ def run_main(main: Callable[[], None]) -> NoReturn:
     Exit codes: 0 done, 2 a user's mistake, 128 + n stopped by signal n.
     """
     code = 0
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         main()
     except UserError as error:

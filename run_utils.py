@@ -14,10 +14,12 @@ import shutil
 import signal
 import sys
 import time
+from collections.abc import Iterator
 from typing import Any, NoReturn
 
 import torch
 from accelerate import Accelerator
+from safetensors import SafetensorError
 from tqdm import tqdm
 
 from cli_utils import Interrupted, UserError, warn
@@ -27,6 +29,7 @@ KEPT_STATES = 2
 PLAIN_LINE_SECONDS = 30.0  # between progress lines where there is no terminal
 # Arguments that may change between the start of a run and its continuation.
 FREE_ARGUMENTS = (
+    "output_dir",
     "overwrite_output_dir",
     "save_minutes",
     "log_steps",
@@ -136,6 +139,7 @@ class Run:
         accelerator, output_dir: as given.
         main: whether this process writes and speaks.
         stop_signal: the number of the signal that asked the run to stop, or 0.
+        overwrite: whether the command, given again, would start from nothing.
     """
 
     def __init__(
@@ -153,6 +157,7 @@ class Run:
         self.main = accelerator.is_main_process
         self.save_seconds, self.log_steps = 60 * save_minutes, log_steps
         self.stop_signal = 0
+        self.overwrite = bool(arguments.get("overwrite_output_dir"))
         self.started = time.time()
         self._checkpoints = os.path.join(output_dir, CHECKPOINTS)
         if self.main:
@@ -204,7 +209,10 @@ class Run:
     def interrupt(self, number: int, what: str) -> NoReturn:
         """Stop the run because of a signal, telling what became of its state."""
         name = signal.Signals(number).name
-        raise Interrupted(f"{name}: {what}. The same command again goes on from there.", number)
+        command = "The same command again"
+        if self.overwrite:
+            command += ", without --overwrite_output_dir,"
+        raise Interrupted(f"{name}: {what}. {command} goes on from there.", number)
 
     def say(self, text: str) -> None:
         """Print a line, on the main process alone, above the progress bar if there is one."""
@@ -302,6 +310,17 @@ class Run:
                 file.writelines(json.dumps(record) + "\n" for record in kept)
             os.replace(f"{path}.tmp", path)
 
+    @contextlib.contextmanager
+    def writing_results(self) -> Iterator[None]:
+        """Around what writes the results: a full disk is one line, and the states stay."""
+        try:
+            yield
+        except (OSError, SafetensorError) as error:
+            raise UserError(
+                f"--output_dir: the results cannot be written to {self.output_dir} ({error});"
+                " the same command again goes on from the saved state"
+            ) from None
+
     def finish(self, metrics: dict[str, Any]) -> None:
         """Write metrics.json, which marks the run as finished, and remove its states."""
         if self.main:
@@ -330,19 +349,33 @@ def read_log(output_dir: str) -> list[dict[str, Any]]:
 class Progress:
     """Progress on a terminal (a bar) or elsewhere (plain lines now and then), and in the log."""
 
-    def __init__(self, run: Run, stage: str, step: int, total: int, earlier_seconds: float) -> None:
+    def __init__(
+        self, run: Run, stage: str, step: int, total: int, earlier: dict[str, Any] | None
+    ) -> None:
+        """`earlier` is the `state` of the progress that this one goes on from."""
         self.run, self.stage, self.step, self.total = run, stage, step, total
-        self._earlier, self._began, self._paused_at = earlier_seconds, time.monotonic(), None
-        self._resumed_at_step = step
-        self._window: list[dict[str, float]] = []  # steps since the last record
-        self._window_began = self._line_at = self._began
+        earlier = earlier or {"seconds": 0.0, "window_seconds": 0.0, "window": []}
+        self._began, self._paused_at = time.monotonic(), None
+        self._line_at, self._resumed_at_step = self._began, step
+        self._earlier_seconds = earlier["seconds"]
+        self._window: list[dict[str, float]] = earlier["window"]  # steps since the last record
+        self._window_began = self._began - earlier["window_seconds"]
         terminal = run.main and sys.stderr.isatty()
         self._lines = run.main and not terminal
         self._bar = tqdm(total=total, initial=step, desc=stage, unit=" steps", disable=not terminal)
 
+    def state(self) -> dict[str, Any]:
+        """What a later part of the run needs, to go on with records and times."""
+        now = self._paused_at or time.monotonic()
+        return {
+            "seconds": self.seconds(),
+            "window_seconds": now - self._window_began,
+            "window": self._window,
+        }
+
     def seconds(self) -> float:
         """Seconds of training so far, earlier parts of the run included, pauses excluded."""
-        return self._earlier + (self._paused_at or time.monotonic()) - self._began
+        return self._earlier_seconds + (self._paused_at or time.monotonic()) - self._began
 
     def pause(self) -> None:
         self._paused_at = time.monotonic()
@@ -368,7 +401,7 @@ class Progress:
             key: sum(each[key] * each["examples"] for each in self._window) / total["examples"]
             for key in losses
         }
-        here = self.seconds() - self._earlier
+        here = self.seconds() - self._earlier_seconds
         left = here / (self.step - self._resumed_at_step) * (self.total - self.step)
         record = {
             "stage": self.stage,

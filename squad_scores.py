@@ -149,7 +149,7 @@ def load_scorer(script: str | None, data: SquadData) -> Scorer:
     except (Exception, SystemExit) as error:
         raise UserError(f"{flag}: {script} does not load: {error!r}") from None
     if all(callable(getattr(module, name, None)) for name in V2_FUNCTIONS):
-        return lambda *found: _score_by_v2_script(module, *found)
+        return _tried(script, data, lambda *found: _score_by_v2_script(module, *found))
     if not callable(getattr(module, "evaluate", None)):
         missing = [name for name in V2_FUNCTIONS if not hasattr(module, name)]
         raise UserError(
@@ -168,7 +168,18 @@ def load_scorer(script: str | None, data: SquadData) -> Scorer:
         result = module.evaluate(data.articles, predictions)
         return {"exact_match": float(result["exact_match"]), "f1": float(result["f1"])}
 
-    return score
+    return _tried(script, data, score)
+
+
+def _tried(script: str, data: SquadData, scorer: Scorer) -> Scorer:
+    """The scorer, tried on empty answers: a script that fails must not fail after an epoch."""
+    try:
+        scorer(data, dict.fromkeys(data.ids, ""), dict.fromkeys(data.ids, 0.0))
+    except Exception as error:
+        raise UserError(
+            f"--squad_eval_script: {script} does not score {data.path}: {error!r}"
+        ) from None
+    return scorer
 
 
 def _score_by_v2_script(

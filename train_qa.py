@@ -9,8 +9,11 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import os
+import signal
 import time
 from typing import Any
+
+signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends the seconds of imports without a word
 
 from transformers import AutoModelForQuestionAnswering
 
@@ -43,7 +46,7 @@ from train_utils import (
 
 def parse_arguments() -> argparse.Namespace:
     parser = ArgumentParser(description=__doc__.splitlines()[0])
-    positive, not_negative = number(int, 1), number(float, 0)
+    positive, not_negative = number(int, 1, 1_000_000), number(float, 0)
     add = parser.add_argument
     add("--model_student", required=True, help="BERT to train: a folder or a hub name")
     add("--output_dir", required=True, help="folder for all results")
@@ -76,7 +79,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--per_gpu_train_batch_size", type=positive, default=8, help="of one pass of a process")
     add("--per_gpu_eval_batch_size", type=positive, default=16, help="of one pass of a process")
     add("--dropout", type=number(float, 0, 0.9), default=0.0, help="probability while training")
-    add("--seed", type=number(int, 0), default=42, help="of everything random")
+    add("--seed", type=number(int, 0, 2**32 - 1), default=42, help="of everything random")
     add("--no_cuda", action="store_true", help="run on the CPU though a GPU is there")
     add(
         "--precision", choices=PRECISIONS, default="auto", help="auto: bf16 where there is hardware"
@@ -114,8 +117,9 @@ def check_arguments(args: argparse.Namespace) -> None:
         )
     if args.report_to == "tensorboard" and not importlib.util.find_spec("tensorboard"):
         raise UserError("--report_to=tensorboard: pip install tensorboard, or --report_to=none")
-    if os.path.realpath(args.output_dir) == os.path.realpath(args.model_student):
-        raise UserError("--output_dir is the folder of --model_student; choose another")
+    for flag in ("model_student", "model_teacher"):
+        if os.path.realpath(args.output_dir) == os.path.realpath(getattr(args, flag)):
+            raise UserError(f"--output_dir is the folder of --{flag}; choose another")
 
 
 def check_model(args: argparse.Namespace, name: str, flag: str) -> Any:
@@ -187,6 +191,11 @@ def main() -> None:
     lengths = (args.max_seq_length_q, args.max_seq_length_c, args.doc_stride)
     train_windows = qa_task.make_windows(train_data, tokenizer, *lengths, for_training=True)
     dev_windows = qa_task.make_windows(dev_data, tokenizer, *lengths, for_training=False)
+    if not len(train_windows):
+        raise UserError(
+            f"--squad_train_data: none of the answers in {train_data.path} is in its context at"
+            " answer_start, so there is nothing to learn"
+        )
     run = Run(
         accelerator,
         args.output_dir,
@@ -221,41 +230,46 @@ def main() -> None:
     )
 
     if accelerator.is_main_process:
-        student.to("cpu").save_pretrained(args.output_dir)
-        save_vocabulary(tokenizer, args.output_dir)
-        write_json(os.path.join(args.output_dir, "predictions.json"), evaluation.predictions)
-        if dev_data.version_2:
-            write_json(
-                os.path.join(args.output_dir, "no_answer_scores.json"), evaluation.no_answer_scores
-            )
-        parameters = sum(p.numel() for p in student.parameters())
-        del teacher
-        difference = qa_task.export(args.output_dir, dev_windows, args.max_seq_length_c)
-        run.stop_if_asked()
-        records = report_utils.read_log(args.output_dir)
-        metrics = {
-            **figures,
-            "counts": {
-                "train_questions": len(train_data.ids),
-                "train_windows": len(train_windows),
-                "dev_questions": len(dev_data.ids),
-                "dev_windows": len(dev_windows),
-            },
-            "parameters": parameters,
-            "train_seconds": max(record.get("seconds", 0.0) for record in records),
-            "total_seconds": time.time() - started,
-            "onnx_max_difference": difference,
-            "precision": precision,
-            "processes": accelerator.num_processes,
-            "device": accelerator.device.type,
-            "arguments": arguments,
-            "versions": report_utils.versions(),
-        }
-        report_utils.draw_curves(args.output_dir, {"f1": "F1", "exact_match": "exact match"})
-        report_utils.write_qa_card(args.output_dir, metrics)
-        run.finish(metrics)
+        with run.writing_results():
+            save(args, student, tokenizer, evaluation)
+            difference = qa_task.export(args.output_dir, dev_windows, args.max_seq_length_c)
+            run.stop_if_asked()
+            records = report_utils.read_log(args.output_dir)
+            metrics = {
+                **figures,
+                "counts": {
+                    "train_questions": len(train_data.ids),
+                    "train_windows": len(train_windows),
+                    "dev_questions": len(dev_data.ids),
+                    "dev_windows": len(dev_windows),
+                },
+                "parameters": sum(p.numel() for p in student.parameters()),
+                "train_seconds": max((r.get("seconds", 0.0) for r in records), default=0.0),
+                "total_seconds": time.time() - started,
+                "onnx_max_difference": difference,
+                "precision": precision,
+                "processes": accelerator.num_processes,
+                "device": accelerator.device.type,
+                "arguments": arguments,
+                "versions": report_utils.versions(),
+            }
+            report_utils.draw_curves(args.output_dir, {"f1": "F1", "exact_match": "exact match"})
+            report_utils.write_qa_card(args.output_dir, metrics)
+            run.finish(metrics)
     accelerator.end_training()
     run.say(f"{args.output_dir}: {summary(figures)}; model.onnx checked")
+
+
+def save(
+    args: argparse.Namespace, student: Any, tokenizer: Any, evaluation: qa_task.QaEvaluation
+) -> None:
+    """Write the checkpoint, its tokenizer, and the answers of the last evaluation."""
+    student.to("cpu").save_pretrained(args.output_dir)
+    save_vocabulary(tokenizer, args.output_dir)
+    write_json(os.path.join(args.output_dir, "predictions.json"), evaluation.predictions)
+    if evaluation.data.version_2:
+        path = os.path.join(args.output_dir, "no_answer_scores.json")
+        write_json(path, evaluation.no_answer_scores)
 
 
 if __name__ == "__main__":

@@ -169,18 +169,18 @@ def train(
 
     steps_per_epoch = len(batches.steps(0))
     total_steps = max(1, math.ceil(stage.num_epochs * steps_per_epoch - 1e-9))
-    step, trained_seconds = 0, 0.0
+    step, earlier = 0, None
     position = run.position()
     if position and position["stage"] == stage.name:
         run.restore()
-        step, trained_seconds = position["step"], position["seconds"]
-        run.forget_after(stage.name, step)
+        step, earlier = position["step"], position["progress"]
         run.say(f"going on from step {step} of {total_steps}, saved in {run.output_dir}")
-    progress = Progress(run, stage.name, step, total_steps, trained_seconds)
+    run.forget_after(stage.name, step)
+    progress = Progress(run, stage.name, step, total_steps, earlier)
     saved_at = time.monotonic()
 
     def save() -> bool:
-        return run.save({"stage": stage.name, "step": step, "seconds": progress.seconds()})
+        return run.save({"stage": stage.name, "step": step, "progress": progress.state()})
 
     figures: dict[str, Any] = {}
     while True:

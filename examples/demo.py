@@ -51,7 +51,7 @@ def main() -> None:
         f"--squad_dev_data={DATA}/dev-v1.1.json",
         "--freeze_list=embedding",
         "--learning_rate=3e-4",
-        "--num_train_epochs=3",
+        "--num_train_epochs=4",
         "--max_seq_length_q=32",
         "--total_train_batch_size=16",
         "--per_gpu_train_batch_size=16",

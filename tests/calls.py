@@ -26,7 +26,7 @@ def call(command: list[str]) -> int:
     threads = torch.get_num_threads()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", command[1:])
-        torch.set_num_threads(2)  # as many as `conftest.run` gives
+        torch.set_num_threads(1)  # as many as `conftest.run` gives
         try:
             with pytest.raises(SystemExit) as stop:
                 run_main(train_qa.main)
@@ -47,7 +47,7 @@ def started(
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "2"},
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
         preexec_fn=before,
         start_new_session=True,
     )

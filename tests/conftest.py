@@ -16,6 +16,7 @@ from transformers import BertConfig, BertForQuestionAnswering, BertTokenizerFast
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test may depend on the network
+torch.set_num_threads(1)  # of tiny models, threads only wait for one another
 
 
 @pytest.fixture(scope="session")
@@ -79,8 +80,8 @@ def train_qa_command(model: Path, data: Path, output_dir: Path, *flags: str) -> 
 
 
 def run(command: list[str], timeout: float = 240, **kwargs) -> subprocess.CompletedProcess[str]:
-    """Run a command with two threads a process; stdout and stderr are captured as text."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "2", **kwargs.pop("env", {})}
+    """Run a command with one thread a process; stdout and stderr are captured as text."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", **kwargs.pop("env", {})}
     return subprocess.run(
         command, capture_output=True, text=True, timeout=timeout, env=environment, **kwargs
     )

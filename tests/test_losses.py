@@ -23,7 +23,6 @@ from model_utils import fuse_attention, hidden_state_loss
 from qa_task import QaLoss, answer_loss, log_probabilities, soft_cross_entropy
 from squad_utils import Windows
 
-torch.set_num_threads(1)  # of tiny models, threads only wait for one another
 LN2, LN3 = log(2), log(3)
 FAKE_RUN = SimpleNamespace(accelerator=SimpleNamespace(autocast=contextlib.nullcontext))
 

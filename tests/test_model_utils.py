@@ -27,7 +27,6 @@ from model_utils import (
 )
 
 CLOSE = 1e-5
-torch.set_num_threads(1)  # of tiny models, threads only wait for one another
 
 
 def random_inputs(lengths: list[int], width: int, vocabulary: int = 600) -> dict[str, Tensor]:

@@ -22,7 +22,6 @@ import squad_utils
 from cli_utils import UserError
 from squad_utils import Windows
 
-torch.set_num_threads(1)  # of tiny models, threads only wait for one another
 LENGTH = 100  # max_seq_length_c; no multiple of 8
 
 
