@@ -5,8 +5,8 @@
 
 The parts, each of which can be skipped:
 
-    speed  examples/s of our loop and of the Trainer in alternating rounds of one process, and the
-           time of nothing but the matrix products that our steps consist of
+    speed  examples/s of our loop and of the Trainer in alternating rounds, each in a process of
+           its own, and the time of nothing but the matrix products that our steps consist of
     f1     one epoch on a part of the questions with each, both evaluated by the same code
     large  on a GPU: a model of BERT-large's shape, and the share of the card's bf16 rate it gets
 
@@ -19,10 +19,12 @@ that script's defaults. Both train the same model with the same batch size and l
 from __future__ import annotations
 
 import argparse
+import concurrent.futures
 import contextlib
 import gc
 import io
 import json
+import multiprocessing
 import os
 import platform
 import signal
@@ -98,9 +100,9 @@ def parse_arguments() -> argparse.Namespace:
     add("--no_cuda", action="store_true", help="run on the CPU though a GPU is there")
     add("--seed", type=not_negative, default=42, help="of everything random")
     add("--rounds", type=positive, default=3, help="alternations between ours and the Trainer")
-    add("--round_steps", type=positive, default=4, help="timed steps of ours in a round")
+    add("--round_steps", type=positive, default=8, help="timed steps of ours in a round")
     add("--trainer_round_steps", type=positive, default=1, help="timed Trainer steps in a round")
-    add("--warm_up_steps", type=positive, default=1, help="untimed steps before each round's")
+    add("--warm_up_steps", type=positive, default=2, help="untimed steps before each round's")
     add("--num_questions", type=positive, default=1000, help="to train on in the f1 part, about")
     add("--num_dev_questions", type=not_negative, default=0, help="to evaluate on; 0: all")
     add("--large_batch_size", type=positive, default=48, help="of one step in the large part")
@@ -440,15 +442,33 @@ def sample_rounds(
     ]
 
 
+def in_fresh_process(function: Callable[..., Timing], *arguments: Any) -> Timing:
+    """Call a function in a process of its own: one side's memory must not slow the other down."""
+    context = multiprocessing.get_context("spawn")
+    with concurrent.futures.ProcessPoolExecutor(1, mp_context=context) as pool:
+        return pool.submit(function, *arguments).result()
+
+
+def our_fresh_round(args: argparse.Namespace, windows: Windows, steps: list[np.ndarray]) -> Timing:
+    """`our_round` with a model as it was loaded."""
+    model = load_model(args.model, "--model", AutoModelForQuestionAnswering, quiet=True)
+    return our_round(args, prepared(args, model), windows, steps, args.micro_batch_size)
+
+
+def trainer_fresh_round(args: argparse.Namespace, features: list[dict[str, np.ndarray]]) -> Timing:
+    """`trainer_round` with a model as it was loaded."""
+    model = load_model(args.model, "--model", AutoModelForQuestionAnswering, quiet=True)
+    size = args.batch_size
+    return trainer_round(args, model, features, args.trainer_round_steps, size, size)
+
+
 def measure_speed(
     args: argparse.Namespace, data: SquadData, windows: Windows, tokenizer: Any
 ) -> dict[str, Any]:
     """Part speed: alternating rounds of ours, the bare matrix products, and the Trainer."""
     device = "cuda" if torch.cuda.is_available() and not args.no_cuda else "cpu"
     precision = pick_precision(args.precision, args.no_cuda)
-    model = load_model(args.model, "--model", AutoModelForQuestionAnswering)
-    ours = prepared(args, model)
-    theirs = load_model(args.model, "--model", AutoModelForQuestionAnswering, quiet=True)
+    config = load_config(args.model, "--model")
     rounds = sample_rounds(args, windows, args.batch_size, args.round_steps)
     sampled = np.concatenate([step for steps in rounds for step in steps])
     print(
@@ -460,18 +480,15 @@ def measure_speed(
     our_rounds, trainer_rounds = [], []
     bare: dict[str, list[float]] = {"as_run": [], "three_qkv": []}
     for r, steps in enumerate(rounds):
-        our_rounds.append(our_round(args, ours, windows, steps, args.micro_batch_size))
+        our_rounds.append(in_fresh_process(our_fresh_round, args, windows, steps))
         shapes = micro_batch_shapes(windows, steps, args.micro_batch_size)
         for name, one_qkv in (("as_run", True), ("three_qkv", False)):
             with torch.inference_mode():
-                seconds = bare_seconds(ours.config, shapes, DTYPES[precision], device, one_qkv)
+                seconds = bare_seconds(config, shapes, DTYPES[precision], device, one_qkv)
             bare[name].append(seconds)
         questions = np.unique(windows.question[np.concatenate(steps)])
         features = trainer_features(args, data, questions, tokenizer)
-        size = args.batch_size
-        trainer_rounds.append(
-            trainer_round(args, theirs, features, args.trainer_round_steps, size, size)
-        )
+        trainer_rounds.append(in_fresh_process(trainer_fresh_round, args, features))
         print(
             f"round {r + 1}: ours {our_rounds[-1].rate:.2f} examples/s, Trainer"
             f" {trainer_rounds[-1].rate:.2f}, ratio"
