@@ -86,7 +86,7 @@ def load_squad(path: str, flag: str) -> SquadData:
             f"{flag}: {path} line {error.lineno} column {error.colno} is not JSON: {error.msg}"
         ) from None
     except (ValueError, RecursionError) as error:  # a number too long, lists too deep
-        raise UserError(f"{flag}: {path} is JSON that cannot be read: {error}") from None
+        raise UserError(f"{flag}: {path} is not JSON that can be read: {error}") from None
 
     def get(parent: Any, where: str, key: str, kind: type) -> Any:
         names = {list: "a list", str: "a string", int: "a whole number"}

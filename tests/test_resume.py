@@ -48,9 +48,9 @@ FLAGS = (
 
 @pytest.fixture(scope="module")
 def few(sample: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with 26 questions to train on and 6 to evaluate on."""
+    """A folder with 30 questions to train on and 6 to evaluate on."""
     folder = tmp_path_factory.mktemp("few")
-    first_questions(sample / "train-v1.1.json", folder / "train-v1.1.json", 26)
+    first_questions(sample / "train-v1.1.json", folder / "train-v1.1.json", 30)
     first_questions(sample / "dev-v1.1.json", folder / "dev-v1.1.json", 6)
     return folder
 
@@ -121,7 +121,7 @@ def test_finished_folder(reference: Path, few: Path) -> None:
     last = [r for r in records(reference) if "evaluation" in r][-1]
     assert (metrics["f1"], metrics["exact_match"]) == (last["f1"], last["exact_match"])
     assert 0 < metrics["train_seconds"] < metrics["total_seconds"]
-    assert metrics["counts"]["train_questions"] == 26
+    assert metrics["counts"]["train_questions"] == 30
     assert metrics["counts"]["dev_questions"] == 6
     assert metrics["arguments"]["dropout"] == 0.1
     assert metrics["versions"]["torch"] == torch.__version__
