@@ -1,4 +1,4 @@
-"""BERT models: found, checked, loaded, frozen, made fast to train, compared by hidden states."""
+"""BERT models, packed or not: found, checked, loaded, frozen, compared by hidden states."""
 
 from __future__ import annotations
 
@@ -10,21 +10,25 @@ from typing import Any
 
 import huggingface_hub
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
+import bert_pack  # registers packed models with the Auto classes
 from cli_utils import UserError, is_main_process
 from squad_utils import SpecialIds
 
-MODEL_TYPES = ("bert",)  # config.json's model_type of what these scripts train
+MODEL_TYPES = (
+    "bert",
+    bert_pack.PackedBertConfig.model_type,
+)  # config.json's model_type of what these scripts train
 WEIGHT_FILES = (
     "model.safetensors",
     "model.safetensors.index.json",
     "pytorch_model.bin",
     "pytorch_model.bin.index.json",
 )
+UNMERGED = "unmerged"  # the folder, in that of a packed model, of the model before merging
 HUB_TIMEOUT = 5.0  # seconds that the hub has to answer; its own client retries for half a minute
 
 transformers_logging.set_verbosity_error()
@@ -94,6 +98,49 @@ def load_config(name: str, flag: str) -> PretrainedConfig:
     return config
 
 
+def check_model(name: str, flag: str, max_seq_length_c: int) -> PretrainedConfig:
+    """The configuration of a model that takes max_seq_length_c tokens.
+
+    Raises:
+        UserError: as `load_config`, or it has too few positions.
+    """
+    config = load_config(name, flag)
+    if max_seq_length_c > config.max_position_embeddings:
+        raise UserError(
+            f"--max_seq_length_c={max_seq_length_c} is over the"
+            f" {config.max_position_embeddings} positions of {name}"
+        )
+    return config
+
+
+def check_teacher(name: str, teacher: PretrainedConfig, student: PretrainedConfig,
+                  tokenizer: Any) -> None:  # fmt: skip
+    """Check that --model_teacher, of name `name`, can teach --model_student.
+
+    Args:
+        student, tokenizer: of --model_student.
+
+    Raises:
+        UserError: their hidden states differ in size, or their vocabularies differ.
+    """
+    sizes = []
+    for flag, config in (("--model_teacher", teacher), ("--model_student", student)):
+        if getattr(config, "merged", False):
+            raise UserError(
+                f"{flag} is packed and merged: its hidden states cannot be compared with another"
+                " model's; the folder before merging can"
+            )
+        sizes.append(getattr(config, "state_size", config.hidden_size))
+    if sizes[0] != sizes[1]:
+        raise UserError(
+            f"--model_teacher has hidden size {sizes[0]}, --model_student {sizes[1]}: hidden"
+            " states of one size are needed to compare them"
+        )
+    vocabulary = load_tokenizer(name, "--model_teacher", teacher).get_vocab()
+    if vocabulary != tokenizer.get_vocab():
+        raise UserError("--model_teacher has another vocabulary than --model_student")
+
+
 def load_model(name: str, flag: str, auto_class: Any, quiet: bool = False) -> PreTrainedModel:
     """The model in FP32 on the CPU; says which of its weights start anew, unless quiet.
 
@@ -153,6 +200,29 @@ def special_ids(tokenizer: Any) -> SpecialIds:
     return SpecialIds(tokenizer.cls_token_id, tokenizer.sep_token_id, tokenizer.pad_token_id)
 
 
+def unmerged_folder(name: str) -> str:
+    """Where a packed model still has the maps that its hidden states need: `name`/unmerged if
+    there is such a folder, else `name` itself."""
+    folder = os.path.join(name, UNMERGED)
+    return folder if os.path.isfile(os.path.join(folder, "config.json")) else name
+
+
+def save_model(model: PreTrainedModel, tokenizer: Any, output_dir: str) -> PreTrainedModel:
+    """Save a checkpoint with its tokenizer; of a packed model, merged, beside it as it was.
+
+    Returns:
+        what is in output_dir itself, on the CPU.
+    """
+    model = model.to("cpu")
+    if isinstance(model.config, bert_pack.PackedBertConfig) and not model.config.merged:
+        model.save_pretrained(os.path.join(output_dir, UNMERGED))
+        save_vocabulary(tokenizer, os.path.join(output_dir, UNMERGED))
+        model = bert_pack.merge(model)
+    model.save_pretrained(output_dir)
+    save_vocabulary(tokenizer, output_dir)
+    return model
+
+
 def save_vocabulary(tokenizer: Any, output_dir: str) -> None:
     """Save the tokenizer's files, and vocab.txt (a token a line, by id) for other programs."""
     tokenizer.save_pretrained(output_dir)
@@ -202,72 +272,13 @@ def set_dropout(model: nn.Module, probability: float) -> None:
 
 
 # ------------------------------------------------------------------------------------------------
-# Fast attention
-
-
-class FusedSelfAttention(nn.Module):
-    """BERT's self-attention with one matrix product for query, key and value.
-
-    Takes the place of the library's module and holds its parameters under the same names, so a
-    state dict does not change. Three products of a small hidden size run at half the rate of one
-    three times as wide. On a CPU, attention is two batched products and a softmax in the
-    activations' precision: in training that takes half the time of the CPU's flash kernel, whose
-    backward pass recomputes. On a GPU it is `scaled_dot_product_attention`.
-    """
-
-    def __init__(self, original: nn.Module) -> None:
-        super().__init__()
-        self.query, self.key, self.value = original.query, original.key, original.value
-        self.dropout = original.dropout
-        self.heads, self.head_size = original.num_attention_heads, original.attention_head_size
-        self.train(original.training)
-
-    def forward(
-        self, hidden_states: Tensor, attention_mask: Tensor | None = None, **_: Any
-    ) -> tuple[Tensor, None]:
-        """hidden_states [B, L, H]; attention_mask bool [B, 1, 1 or L, L], True for tokens and
-        False for padding (all rows alike), or None. Returns the heads' outputs [B, L, H]."""
-        batch, length, _ = hidden_states.shape
-        parts = (self.query, self.key, self.value)
-        qkv = F.linear(
-            hidden_states,
-            torch.cat([part.weight for part in parts]),
-            torch.cat([part.bias for part in parts]),
-        )
-        qkv = qkv.view(batch, length, 3, self.heads, self.head_size)
-        query, key, value = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # each [B, heads, L, head_size]
-        dropout = self.dropout.p if self.training else 0.0
-        if hidden_states.device.type == "cpu":
-            scores = torch.matmul(query * self.head_size**-0.5, key.transpose(2, 3))
-            if attention_mask is not None:
-                hidden = ~attention_mask[:, :, :1]
-                # Added, not filled in: an addition costs the backward pass nothing.
-                scores = scores + hidden.to(scores.dtype) * torch.finfo(scores.dtype).min
-            weights = F.dropout(torch.softmax(scores, dim=-1, dtype=scores.dtype), dropout)
-            context = torch.matmul(weights, value)
-        else:
-            context = F.scaled_dot_product_attention(
-                query, key, value, attn_mask=attention_mask, dropout_p=dropout
-            )
-        return context.transpose(1, 2).reshape(batch, length, -1), None
-
-
-def fuse_attention(model: PreTrainedModel) -> PreTrainedModel:
-    """Put `FusedSelfAttention` in the place of every self-attention of a BERT, and return it."""
-    model.set_attn_implementation("sdpa")  # whose masks are bool, True for what is seen
-    for layer in model.base_model.encoder.layer:
-        layer.attention.self = FusedSelfAttention(layer.attention.self)
-    return model
-
-
-# ------------------------------------------------------------------------------------------------
 # Supervision by a teacher's hidden states
 
 
-def hidden_state_loss(
+def state_errors(
     student: Sequence[Tensor], teacher: Sequence[Tensor], attention_mask: Tensor
 ) -> Tensor:
-    """Mean squared error between hidden states, summed over pairs of states.
+    """Mean squared error between hidden states, for each pair of states.
 
     Student state i of n_S (the embedding output is state 0) pairs with teacher state
     floor(i (n_T - 1) / (n_S - 1)), so first and last meet first and last.
@@ -277,13 +288,13 @@ def hidden_state_loss(
         attention_mask: [B, L], 1 for tokens, 0 for padding, which does not count.
 
     Returns:
-        [B], the mean over each row's tokens and H, so that it does not depend on the padding.
+        [n_S, B], the mean over each row's tokens and H, so that it does not depend on the padding.
     """
     mask = attention_mask.to(torch.float32)
     weight = mask / mask.sum(dim=1, keepdim=True)
-    total = torch.zeros(len(mask), device=mask.device)
+    errors = []
     for i, state in enumerate(student):
         target = teacher[i * (len(teacher) - 1) // max(1, len(student) - 1)]
         error = (state.float() - target.float()).square().mean(dim=2)
-        total = total + (error * weight).sum(dim=1)
-    return total
+        errors.append((error * weight).sum(dim=1))
+    return torch.stack(errors)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import argparse
+import contextlib
 import functools
 import os
-from typing import Any
+from collections.abc import Iterator
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -15,13 +18,119 @@ from transformers import AutoModelForQuestionAnswering
 
 import onnx_utils
 import squad_utils
-from model_utils import hidden_state_loss, load_model, special_ids
-from run_utils import Run
-from squad_scores import Scorer
-from squad_utils import SquadData, Windows
+from cli_utils import UserError
+from model_utils import load_model, special_ids, state_errors
+from run_utils import Run, write_json
+from squad_scores import Scorer, load_scorer
+from squad_utils import SquadData, Windows, load_squad
 from train_utils import to_device
 
 CHECKED_WINDOWS = 8  # on which the exported file is compared with PyTorch
+
+
+# ------------------------------------------------------------------------------------------------
+# The task as the scripts see it
+
+
+class QaTask:
+    """Extractive QA for a script: what is read, trained on, evaluated, written and exported.
+
+    Attributes:
+        train_windows, dev_windows: after `tokenize`.
+        evaluation: after `make_evaluation`.
+    """
+
+    auto_class = AutoModelForQuestionAnswering
+    score_names: ClassVar[dict[str, str]] = {"f1": "F1", "exact_match": "exact match"}
+    train_windows: Windows
+    dev_windows: Windows
+    evaluation: QaEvaluation
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        """Read the files that args names.
+
+        Raises:
+            UserError: one of them is not what it should be.
+        """
+        self.args = args
+        self.train_data = load_squad(args.squad_train_data, "--squad_train_data")
+        self.dev_data = load_squad(args.squad_dev_data, "--squad_dev_data")
+        self.scorer = load_scorer(args.squad_eval_script, self.dev_data)
+
+    def hashes(self) -> dict[str, str]:
+        """What tells the data from other files of the same name."""
+        return {
+            "sha256_train": self.train_data.sha256[:16],
+            "sha256_dev": self.dev_data.sha256[:16],
+        }
+
+    def tokenize(self, tokenizer: Any) -> None:
+        """Cut both files into windows.
+
+        Raises:
+            UserError: there is nothing to train on.
+        """
+        lengths = (self.args.max_seq_length_q, self.args.max_seq_length_c, self.args.doc_stride)
+        self.train_windows = make_windows(self.train_data, tokenizer, *lengths, for_training=True)
+        self.dev_windows = make_windows(self.dev_data, tokenizer, *lengths, for_training=False)
+        if not len(self.train_windows):
+            raise UserError(
+                f"--squad_train_data: none of the answers in {self.train_data.path} is in its"
+                " context at answer_start, so there is nothing to learn"
+            )
+
+    def make_evaluation(self, run: Run) -> QaEvaluation:
+        """The evaluation on the dev file."""
+        size = self.args.per_gpu_eval_batch_size
+        self.evaluation = QaEvaluation(run, self.dev_data, self.dev_windows, self.scorer, size)
+        return self.evaluation
+
+    def batches(self, step_size: int) -> QaBatches:
+        """Batches of the training file."""
+        return QaBatches(self.train_windows, step_size, self.args.seed)
+
+    def sample(self, count: int) -> Iterator[dict[str, Tensor]]:
+        """Batches of `count` training windows, or of all where there are fewer; without targets."""
+        generator = np.random.default_rng([self.args.seed, 2])
+        windows = self.train_windows
+        chosen = generator.permutation(len(windows))[:count]
+        chosen = chosen[np.argsort(windows.total_lengths[chosen], kind="stable")]
+        size = self.args.per_gpu_eval_batch_size
+        for some in np.split(chosen, range(size, len(chosen), size)):
+            arrays = squad_utils.make_batch(windows, some)
+            yield {name: torch.from_numpy(array) for name, array in arrays.items()}
+
+    def describe(self) -> str:
+        """One line on the data."""
+        return (
+            f"{len(self.train_data.ids):,} questions in {len(self.train_windows):,} windows to"
+            f" train on, {len(self.dev_data.ids):,} to evaluate on"
+        )
+
+    def counts(self) -> dict[str, int]:
+        """For metrics.json."""
+        return {
+            "train_questions": len(self.train_data.ids),
+            "train_windows": len(self.train_windows),
+            "dev_questions": len(self.dev_data.ids),
+            "dev_windows": len(self.dev_windows),
+        }
+
+    def write_answers(self) -> None:
+        """Write the answers of the last evaluation to the output folder."""
+        folder = self.args.output_dir
+        write_json(os.path.join(folder, "predictions.json"), self.evaluation.predictions)
+        if self.dev_data.version_2:
+            path = os.path.join(folder, "no_answer_scores.json")
+            write_json(path, self.evaluation.no_answer_scores)
+
+    def export(self) -> float:
+        """Export the checkpoint in the output folder to model.onnx; see `export`."""
+        return export(self.args.output_dir, self.dev_windows, self.args.max_seq_length_c)
+
+
+# ------------------------------------------------------------------------------------------------
+# Batches
 
 
 def make_windows(
@@ -113,9 +222,9 @@ class QaLoss:
             losses["distillation"] = self.kd_weight * soft_cross_entropy(
                 log_probs, teacher_log_probs
             )
-            losses["hidden_states"] = self.supervision_weight * hidden_state_loss(
+            losses["hidden_states"] = self.supervision_weight * state_errors(
                 outputs.hidden_states, taught.hidden_states, mask
-            )
+            ).sum(dim=0)
         return losses
 
 
@@ -154,8 +263,12 @@ class QaEvaluation:
         self.predictions: dict[str, str] = {}
         self.no_answer_scores: dict[str, float] = {}
 
-    def __call__(self, model: nn.Module) -> dict[str, float]:
-        """Figures of the scorer: `f1` and `exact_match`, in percent."""
+    def __call__(self, model: nn.Module, precise: bool = False) -> dict[str, float]:
+        """Figures of the scorer: `f1` and `exact_match`, in percent.
+
+        Args:
+            precise: compute in FP32 whatever the run's precision is.
+        """
         accelerator = self.run.accelerator
         answers = squad_utils.Answers(self.data, self.windows)
         # Longest first: what does not fit in memory fails at once.
@@ -166,7 +279,8 @@ class QaEvaluation:
             self.run.stop_if_asked()
             arrays = squad_utils.make_batch(self.windows, chosen)
             batch = {name: torch.from_numpy(array) for name, array in arrays.items()}
-            with torch.inference_mode(), accelerator.autocast():
+            cast = contextlib.nullcontext() if precise else accelerator.autocast()
+            with torch.inference_mode(), cast:
                 outputs = forward(model, to_device(batch, accelerator.device))
             start, end = outputs.start_logits.float().cpu(), outputs.end_logits.float().cpu()
             answers.add(chosen, start.numpy(), end.numpy())
@@ -189,7 +303,8 @@ def export(output_dir: str, windows: Windows, max_seq_length_c: int) -> float:
     It is the saved checkpoint that is exported, so the check covers saving and loading too.
     """
     model = load_model(output_dir, "--output_dir", AutoModelForQuestionAnswering, quiet=True)
-    model.set_attn_implementation("eager")
+    if model.config.model_type == "bert":
+        model.set_attn_implementation("eager")  # whose pattern OpenVINO fuses
     # Spread over the lengths: the longest window and the shortest are both among them.
     by_length = np.argsort(windows.total_lengths, kind="stable")
     chosen = by_length[np.linspace(0, len(by_length) - 1, CHECKED_WINDOWS).astype(int)]

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import os
 import platform
+import time
 from importlib import metadata
 from typing import Any
 
-from run_utils import read_log
+from run_utils import Run, read_log
 
 PACKAGES = ("torch", "transformers", "accelerate", "onnx", "onnxruntime", "numpy")
 
@@ -15,6 +16,24 @@ PACKAGES = ("torch", "transformers", "accelerate", "onnx", "onnxruntime", "numpy
 def versions() -> dict[str, str]:
     """Versions of Python and of the packages that figures may depend on."""
     return {"python": platform.python_version(), **{p: metadata.version(p) for p in PACKAGES}}
+
+
+def describe_run(run: Run, arguments: dict[str, Any], started: float) -> dict[str, Any]:
+    """What metrics.json tells of any run: its times, its machine, its arguments, the versions."""
+    seconds: dict[str, float] = {}
+    for record in read_log(run.output_dir):
+        seconds[record["stage"]] = max(
+            seconds.get(record["stage"], 0.0), record.get("seconds", 0.0)
+        )
+    return {
+        "train_seconds": sum(seconds.values()),
+        "total_seconds": time.time() - started,
+        "precision": run.precision,
+        "processes": run.accelerator.num_processes,
+        "device": run.accelerator.device.type,
+        "arguments": arguments,
+        "versions": versions(),
+    }
 
 
 def draw_curves(output_dir: str, score_names: dict[str, str]) -> None:
@@ -62,8 +81,13 @@ def draw_curves(output_dir: str, score_names: dict[str, str]) -> None:
 LOSSES = ("answer", "distillation", "hidden_states")
 
 
-def write_qa_card(output_dir: str, metrics: dict[str, Any]) -> None:
-    """Write README.md, the model card of a QA model, from what metrics.json will hold."""
+def write_qa_card(output_dir: str, metrics: dict[str, Any], script: str, made: str) -> None:
+    """Write README.md, the model card of a QA model, from what metrics.json will hold.
+
+    Args:
+        script: that ran.
+        made: what became of the model there, e.g. "fine-tuned on".
+    """
     arguments, counts = metrics["arguments"], metrics["counts"]
     name = os.path.basename(os.path.abspath(output_dir))
     command = " \\\n".join(
@@ -77,7 +101,7 @@ tags: [bert, question-answering, squad, onnx, openvino]
 ---
 # {name}
 
-Extractive question answering: `{arguments["model_student"]}` fine-tuned on
+Extractive question answering: `{arguments["model_student"]}` {made}
 `{os.path.basename(arguments["squad_train_data"])}`.
 
 | | |
@@ -109,7 +133,7 @@ The input is `[CLS] question [SEP] context [SEP]`, token types 0 and 1; question
 
 ## Training
 ```
-python3 train_qa.py \\
+python3 {script} \\
 {command}
 ```
 """

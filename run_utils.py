@@ -53,7 +53,7 @@ RUN_FILES = (
     "special_tokens_map.json",
     "vocab.txt",
 )
-RUN_FOLDERS = (CHECKPOINTS, "tensorboard")
+RUN_FOLDERS = (CHECKPOINTS, "tensorboard", "unmerged")
 
 
 # ------------------------------------------------------------------------------------------------
@@ -179,6 +179,19 @@ class Run:
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self._on_signal)
 
+    @property
+    def precision(self) -> str:
+        """fp32, bf16 or fp16."""
+        return {"no": "fp32"}.get(
+            self.accelerator.mixed_precision, self.accelerator.mixed_precision
+        )
+
+    def machine(self) -> str:
+        """What it computes on, e.g. "bf16 on 1 x cpu"."""
+        return (
+            f"{self.precision} on {self.accelerator.num_processes} x {self.accelerator.device.type}"
+        )
+
     def _lock(self) -> None:
         # Held until the process ends, however it ends.
         self._lock_file = open(os.path.join(self.output_dir, ".lock"), "w")  # noqa: SIM115
@@ -202,9 +215,7 @@ class Run:
             Interrupted: Ctrl-C or SIGTERM came.
         """
         if self.stop_signal:
-            self.interrupt(
-                self.stop_signal, "stopped while evaluating; the state before it is saved"
-            )
+            self.interrupt(self.stop_signal, "stopped between steps; the last saved state stays")
 
     def interrupt(self, number: int, what: str) -> NoReturn:
         """Stop the run because of a signal, telling what became of its state."""
@@ -333,9 +344,12 @@ class Run:
 
 
 def read_log(output_dir: str) -> list[dict[str, Any]]:
-    """The records of metrics.jsonl; a last line that a kill cut short is left out."""
-    records = []
-    with open(os.path.join(output_dir, "metrics.jsonl"), encoding="utf-8") as file:
+    """The records of metrics.jsonl, if there is one; a last line that a kill cut is left out."""
+    records: list[dict[str, Any]] = []
+    path = os.path.join(output_dir, "metrics.jsonl")
+    if not os.path.exists(path):
+        return records
+    with open(path, encoding="utf-8") as file:
         for line in file:
             with contextlib.suppress(json.JSONDecodeError):
                 records.append(json.loads(line))
@@ -350,19 +364,33 @@ class Progress:
     """Progress on a terminal (a bar) or elsewhere (plain lines now and then), and in the log."""
 
     def __init__(
-        self, run: Run, stage: str, step: int, total: int, earlier: dict[str, Any] | None
+        self, run: Run, stage: Any, step: int, total: int, earlier: dict[str, Any] | None
     ) -> None:
-        """`earlier` is the `state` of the progress that this one goes on from."""
-        self.run, self.stage, self.step, self.total = run, stage, step, total
-        earlier = earlier or {"seconds": 0.0, "window_seconds": 0.0, "window": []}
+        """`stage` is a train_utils.Stage, `earlier` the `state` that this progress goes on from."""
+        self.run, self.stage, self.total = run, stage, total
+        self._line_at = time.monotonic()
+        self._continue(step, earlier or {"seconds": 0.0, "window_seconds": 0.0, "window": []})
+        terminal = run.main and sys.stderr.isatty()
+        self._lines = run.main and not terminal
+        self._name = stage.name
+        if stage.count > 1:
+            self._name = f"stage {stage.number}/{stage.count} {stage.name}"
+        self._bar = tqdm(
+            total=total, initial=step, desc=self._name, unit=" steps", disable=not terminal
+        )
+
+    def _continue(self, step: int, earlier: dict[str, Any]) -> None:
+        self.step = self._resumed_at_step = step
         self._began, self._paused_at = time.monotonic(), None
-        self._line_at, self._resumed_at_step = self._began, step
         self._earlier_seconds = earlier["seconds"]
         self._window: list[dict[str, float]] = earlier["window"]  # steps since the last record
         self._window_began = self._began - earlier["window_seconds"]
-        terminal = run.main and sys.stderr.isatty()
-        self._lines = run.main and not terminal
-        self._bar = tqdm(total=total, initial=step, desc=stage, unit=" steps", disable=not terminal)
+
+    def go_back(self, step: int, earlier: dict[str, Any]) -> None:
+        """Count from an earlier step again, of which `earlier` is the `state`."""
+        self._continue(step, earlier)
+        self._bar.n = step
+        self._bar.refresh()
 
     def state(self) -> dict[str, Any]:
         """What a later part of the run needs, to go on with records and times."""
@@ -402,9 +430,11 @@ class Progress:
             for key in losses
         }
         here = self.seconds() - self._earlier_seconds
-        left = here / (self.step - self._resumed_at_step) * (self.total - self.step)
+        pace = here / (self.step - self._resumed_at_step)
+        left = pace * (self.total - self.step)
+        left_all = left + pace * self.stage.work_after
         record = {
-            "stage": self.stage,
+            "stage": self.stage.name,
             "step": self.step,
             "epoch": epoch,
             **mean,
@@ -414,18 +444,23 @@ class Progress:
             "padding": 1 - total["tokens"] / total["positions"],
             "seconds": self.seconds(),
             "seconds_left": left,
+            "seconds_left_all": left_all,
         }
         self.run.log(record)
         text = (
             f"loss {mean['loss']:.4g}, lr {learning_rate:.2e},"
             f" {record['tokens_per_second']:,.0f} tokens/s, padding {record['padding']:.1%}"
         )
-        self._bar.set_postfix_str(text)
+        until = f"{tqdm.format_interval(left)} left"
+        if self.stage.count > 1:
+            until += f", {tqdm.format_interval(left_all)} for all stages"
+            self._bar.set_postfix_str(f"{text}, {until}")
+        else:
+            self._bar.set_postfix_str(text)
         if self._lines and (now - self._line_at >= PLAIN_LINE_SECONDS or self.step == self.total):
             self._line_at = now
             print(
-                f"{self.stage} step {self.step}/{self.total}: {text},"
-                f" {tqdm.format_interval(left)} left",
+                f"{self._name} step {self.step}/{self.total}: {text}, {until}",
                 flush=True,
             )
         self._window, self._window_began = [], now

@@ -8,7 +8,7 @@ import os
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import numpy as np
@@ -17,9 +17,12 @@ from accelerate import Accelerator
 from accelerate.utils import set_seed
 from torch import Tensor, nn
 
-from cli_utils import UserError
+from cli_utils import UserError, warn
 from run_utils import Progress, Run, summary
 
+RECENT_STEPS = 20  # whose mean loss tells a divergence from a hard batch
+DIVERGED = 1.5  # times the mean loss at the last good state
+LOWEST_FACTOR = 2.0**-5  # of the learning rate: five returns in a row are enough
 PRECISIONS = ("auto", "fp32", "bf16", "fp16")
 
 
@@ -97,9 +100,19 @@ def make_accelerator(precision: str, no_cuda: bool, seed: int) -> Accelerator:
 # The loop
 
 
-def linear_decay(progress: float) -> float:
+def linear_decay(step: int, total: int) -> float:
     """Factor of the learning rate: 1 at the start of a stage, 0 at its end."""
-    return 1.0 - progress
+    return 1.0 - step / total
+
+
+def warm_up(step: int, total: int) -> float:
+    """Factor of the learning rate: rising over the first 1% of the steps, then 1."""
+    return min(1.0, (step + 1) / max(1.0, total / 100))
+
+
+def warm_up_linear_decay(step: int, total: int) -> float:
+    """Factor of the learning rate: a warm-up as above, and a fall to 0 all along."""
+    return warm_up(step, total) * linear_decay(step, total)
 
 
 class Batches(Protocol):
@@ -124,7 +137,12 @@ class Stage:
         num_epochs: may be a fraction.
         total_batch_size: examples of one optimisation step.
         micro_batch_size: examples of one forward pass of one process.
-        schedule: factor of the learning rate at a progress in [0, 1).
+        schedule: factor of the learning rate at a step of so many.
+        max_steps: an end before num_epochs, or None.
+        goes_back: whether a diverging run goes back to its last good state, with half the
+            learning rate, instead of stopping.
+        number, count: this stage's place among those of the run.
+        work_after: work of the stages after it, in steps of this one, to tell the time left.
     """
 
     name: str
@@ -132,7 +150,45 @@ class Stage:
     learning_rate: float
     total_batch_size: int
     micro_batch_size: int
-    schedule: Callable[[float], float] = linear_decay
+    schedule: Callable[[int, int], float] = linear_decay
+    max_steps: int | None = None
+    goes_back: bool = False
+    number: int = 1
+    count: int = 1
+    work_after: float = 0.0
+
+    def total_steps(self, steps_per_epoch: int) -> int:
+        """Optimisation steps of this stage."""
+        steps = max(1, math.ceil(self.num_epochs * steps_per_epoch - 1e-9))
+        return min(steps, self.max_steps or steps)
+
+
+@dataclass
+class Divergence:
+    """Whether the loss still is what it was at the last good state, or near it.
+
+    Attributes:
+        recent: losses of the last RECENT_STEPS steps at most.
+        good: their mean when the last state was saved, or the first loss of all.
+        factor: of the learning rate, halved at each return.
+    """
+
+    recent: list[float] = field(default_factory=list)
+    good: float | None = None
+    factor: float = 1.0
+
+    def found(self, loss: float) -> bool:
+        """Take note of a step's loss; True if it is not finite or the mean is far over `good`."""
+        self.recent = [*self.recent, loss][-RECENT_STEPS:]
+        mean = sum(self.recent) / len(self.recent)
+        if self.good is None and math.isfinite(loss):
+            self.good = loss
+        return self.good is None or not mean <= DIVERGED * self.good
+
+    def mark_good(self) -> None:
+        """Take the present state as the one to compare with from now on."""
+        if self.recent:
+            self.good = sum(self.recent) / len(self.recent)
 
 
 def train(
@@ -141,7 +197,8 @@ def train(
     stage: Stage,
     batches: Batches,
     loss_function: LossFunction,
-    evaluate: Callable[[nn.Module], dict[str, Any]],
+    evaluate: Callable[[nn.Module], dict[str, Any]] | None = None,
+    after_backward: Callable[[], None] | None = None,
 ) -> dict[str, Any]:
     """Train `model` in place for a stage, from the newest state of that stage if there is one.
 
@@ -151,12 +208,14 @@ def train(
 
     Args:
         evaluate: called after each epoch and at the end; its figures are logged.
+        after_backward: called when a step's gradients are there, before they are used.
 
     Returns:
         the figures of the last evaluation.
 
     Raises:
-        UserError: the loss or the gradient is not finite; the last state stays as it is.
+        UserError: the loss or the gradient is not finite (or, of a stage that goes back, again and
+            again); the last state stays as it is.
         Interrupted: Ctrl-C or SIGTERM came; the state has been saved.
     """
     accelerator = run.accelerator
@@ -168,23 +227,37 @@ def train(
     wrapped.train()
 
     steps_per_epoch = len(batches.steps(0))
-    total_steps = max(1, math.ceil(stage.num_epochs * steps_per_epoch - 1e-9))
+    total_steps = stage.total_steps(steps_per_epoch)
     step, earlier = 0, None
+    divergence = Divergence()
     position = run.position()
     if position and position["stage"] == stage.name:
         run.restore()
         step, earlier = position["step"], position["progress"]
-        run.say(f"going on from step {step} of {total_steps}, saved in {run.output_dir}")
+        divergence = Divergence(**position["divergence"])
+        where = f" of {stage.name}" if stage.count > 1 else ""
+        run.say(f"going on from step {step} of {total_steps}{where}, saved in {run.output_dir}")
     run.forget_after(stage.name, step)
-    progress = Progress(run, stage.name, step, total_steps, earlier)
-    saved_at = time.monotonic()
+    progress = Progress(run, stage, step, total_steps, earlier)
 
     def save() -> bool:
-        return run.save({"stage": stage.name, "step": step, "progress": progress.state()})
+        divergence.mark_good()
+        return run.save(
+            {
+                "stage": stage.name,
+                "step": step,
+                "progress": progress.state(),
+                "divergence": vars(divergence),
+            }
+        )
 
+    if stage.goes_back and earlier is None:
+        save()  # so that there is always a state to go back to
+    saved_at = time.monotonic()
     figures: dict[str, Any] = {}
+    epoch_steps: tuple[int, list[np.ndarray]] = (-1, [])
     while True:
-        if step == total_steps or (step > 0 and step % steps_per_epoch == 0):
+        if evaluate and (step == total_steps or (step > 0 and step % steps_per_epoch == 0)):
             progress.pause()
             figures = evaluate(model)
             record = {"stage": stage.name, "step": step, "epoch": step / steps_per_epoch}
@@ -195,43 +268,63 @@ def train(
         if step == total_steps:
             break
 
-        epoch = step // steps_per_epoch
-        for chosen in batches.steps(epoch)[step % steps_per_epoch :][: total_steps - step]:
-            for group in optimizer.param_groups:
-                group["lr"] = stage.learning_rate * stage.schedule(step / total_steps)
-            sums = _gradient_of_step(
-                accelerator, wrapped, stage, batches.batch, loss_function, epoch, chosen
+        epoch, place = divmod(step, steps_per_epoch)
+        if epoch_steps[0] != epoch:
+            epoch_steps = epoch, batches.steps(epoch)
+        learning_rate = stage.learning_rate * stage.schedule(step, total_steps) * divergence.factor
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate
+        sums = _gradient_of_step(
+            accelerator, wrapped, stage, batches.batch, loss_function, epoch, epoch_steps[1][place]
+        )
+        if after_backward:
+            after_backward()
+        norm = float(accelerator.clip_grad_norm_(trained, 1.0))
+        # In fp16 an infinite gradient is the scaler's business: it skips the step.
+        scaled = accelerator.mixed_precision == "fp16"
+        finite = math.isfinite(sums["loss"]) and (scaled or math.isfinite(norm))
+        if divergence.found(sums["loss"] if finite else math.nan) and stage.goes_back:
+            position = run.position()
+            if position and position["stage"] == stage.name and divergence.factor > LOWEST_FACTOR:
+                warn(
+                    f"{stage.name}: at step {step + 1} the loss is {sums['loss']:.4g}, after"
+                    f" {divergence.good:.4g} at step {position['step']}; going back there, with"
+                    f" {divergence.factor / 2:g} of the learning rate"
+                )
+                divergence = Divergence(
+                    **{**position["divergence"], "factor": divergence.factor / 2}
+                )
+                run.restore()
+                optimizer.zero_grad()
+                step = position["step"]
+                run.forget_after(stage.name, step)
+                progress.go_back(step, position["progress"])
+                continue
+            finite = False
+        if not finite:
+            progress.close()
+            saved = run.position()
+            kept = f"the state of step {saved['step']}" if saved else "no state yet"
+            raise UserError(
+                f"at step {step + 1} of {total_steps} the loss is {sums['loss']:g} and the"
+                f" gradient norm {norm:g}; {run.output_dir} keeps {kept}."
+                " A smaller --learning_rate or --precision=fp32 may help"
             )
-            norm = float(accelerator.clip_grad_norm_(trained, 1.0))
-            # In fp16 an infinite gradient is the scaler's business: it skips the step.
-            scaled = accelerator.mixed_precision == "fp16"
-            if not math.isfinite(sums["loss"]) or not (scaled or math.isfinite(norm)):
-                progress.close()
-                saved = run.position()
-                kept = f"the state of step {saved['step']}" if saved else "no state yet"
-                raise UserError(
-                    f"at step {step + 1} of {total_steps} the loss is {sums['loss']:g} and the"
-                    f" gradient norm {norm:g}; {run.output_dir} keeps {kept}."
-                    " A smaller --learning_rate or --precision=fp32 may help"
-                )
-            optimizer.step()
-            optimizer.zero_grad()
-            step += 1
-            progress.advance(sums, step / steps_per_epoch, group["lr"])
+        optimizer.step()
+        optimizer.zero_grad()
+        step += 1
+        progress.advance(sums, step / steps_per_epoch, learning_rate)
 
-            due = time.monotonic() - saved_at >= run.save_seconds
-            due, stop = _agree(accelerator, due, run.stop_signal)
-            if due or stop:
-                saved = save()
-                saved_at = time.monotonic()
-            if stop:
-                progress.close()
-                run.interrupt(
-                    stop, f"{'saved' if saved else 'NOT SAVED'} at step {step} of {total_steps}"
-                )
-        if not due:  # else this very step has been saved
-            save()
-        saved_at = time.monotonic()
+        due = time.monotonic() - saved_at >= run.save_seconds
+        due, stop = _agree(accelerator, due, run.stop_signal)
+        if due or stop or step == total_steps or step % steps_per_epoch == 0:
+            saved = save()
+            saved_at = time.monotonic()
+        if stop:
+            progress.close()
+            run.interrupt(
+                stop, f"{'saved' if saved else 'NOT SAVED'} at step {step} of {total_steps}"
+            )
     progress.close()
     accelerator.unwrap_model(wrapped, keep_fp32_wrapper=False)
     accelerator.free_memory()

@@ -1,0 +1,780 @@
+"""A packed BERT: its configuration, its modules, and the packing of a teacher into it.
+
+The packed encoder is narrower than the teacher (hidden size h instead of H), may have fewer
+layers, fewer heads, and has stacked h x h layers in place of the wide feed-forward. Linear maps
+tie it to the teacher: H -> h behind the embedding tables, h -> H behind each layer, so that its
+hidden states can be compared with the teacher's. `merge` folds away the maps that outputs need
+and drops the others.
+
+    pack(teacher, cfg, sample) -> student    training -> prune_heads -> training -> merge
+"""
+
+from __future__ import annotations
+
+import copy
+import difflib
+import functools
+import itertools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from accelerate import Accelerator
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForQuestionAnswering,
+    BertForQuestionAnswering,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
+from transformers.activations import ACT2FN
+from transformers.modeling_outputs import BaseModelOutput, QuestionAnsweringModelOutput
+
+from cli_utils import UserError
+from fast_attention import attend
+
+# ------------------------------------------------------------------------------------------------
+# The configuration
+
+
+@dataclass(frozen=True)
+class PackCfg:
+    """What --pack_cfg says, checked by itself; `check_pack_cfg` checks it against a teacher.
+
+    Attributes:
+        num_hidden_layers: n; layer i is packed from the teacher's layer N (i + 1) / n - 1.
+        ff_iter_num: h x h layers in place of the feed-forward, with the activation between them;
+            0 keeps the teacher's two layers and the width between them.
+        num_attention_heads: heads of a layer, of the teacher's head size.
+        hidden_size: h.
+        pack_emb: 1: embedding tables are mapped to h each, and merge to h-wide tables; 0: they
+            stay H wide, and one map feeds the encoder.
+        hidden_act: "orig" for the teacher's, or an activation of the Transformers library.
+    """
+
+    num_hidden_layers: int = 12
+    ff_iter_num: int = 4
+    num_attention_heads: int = 8
+    hidden_size: int = 512
+    pack_emb: int = 1
+    hidden_act: str = "orig"
+
+
+_LOWEST = {"num_hidden_layers": 1, "ff_iter_num": 0, "num_attention_heads": 1, "hidden_size": 2}
+
+
+def parse_pack_cfg(text: str) -> PackCfg:
+    """Parse "key:value,key:value"; a key that is left out keeps its default.
+
+    Raises:
+        UserError: an unknown key or activation, a value of the wrong type or out of range, a key
+            given twice, a hidden size that the heads do not divide.
+    """
+    defaults = vars(PackCfg())
+    values: dict[str, Any] = {}
+    for item in text.split(","):
+        key, colon, value = (part.strip() for part in item.partition(":"))
+        if key not in defaults or not colon:
+            close = difflib.get_close_matches(key, defaults, n=1)
+            raise UserError(
+                f"--pack_cfg: {item.strip()!r} is not key:value with a key of"
+                f" {', '.join(defaults)}" + (f"; did you mean {close[0]}?" if close else "")
+            )
+        if key in values:
+            raise UserError(f"--pack_cfg: {key} is given twice")
+        if key == "hidden_act":
+            if value != "orig" and value not in ACT2FN:
+                close = difflib.get_close_matches(value, ACT2FN, n=3, cutoff=0.4)
+                raise UserError(
+                    f"--pack_cfg: {value!r} is not an activation; orig (the teacher's) or one of"
+                    f" {', '.join(close or sorted(ACT2FN))}"
+                )
+            values[key] = value
+        elif key == "pack_emb":
+            if value not in ("0", "1"):
+                raise UserError(f"--pack_cfg: pack_emb:{value} is neither 0 nor 1")
+            values[key] = int(value)
+        else:
+            if not value.isascii() or not value.isdigit() or int(value) < _LOWEST[key]:
+                raise UserError(
+                    f"--pack_cfg: {key}:{value} is not a whole number of at least {_LOWEST[key]}"
+                )
+            values[key] = int(value)
+    cfg = PackCfg(**values)
+    if cfg.hidden_size % cfg.num_attention_heads:
+        heads = cfg.num_attention_heads
+        near = sorted(
+            {max(1, cfg.hidden_size // heads) * heads, -(-cfg.hidden_size // heads) * heads}
+        )
+        raise UserError(
+            f"--pack_cfg: hidden_size:{cfg.hidden_size} is not divisible by"
+            f" num_attention_heads:{heads}; the nearest that are: {' and '.join(map(str, near))}"
+        )
+    return cfg
+
+
+def check_pack_cfg(cfg: PackCfg, teacher: PreTrainedConfig) -> None:
+    """Check that a BERT of configuration `teacher` can be packed so.
+
+    Raises:
+        UserError: more layers or heads, or a larger hidden size, than the teacher has.
+    """
+    for key in ("num_hidden_layers", "num_attention_heads", "hidden_size"):
+        if getattr(cfg, key) > getattr(teacher, key):
+            raise UserError(
+                f"--pack_cfg: {key}:{getattr(cfg, key)} is over the {getattr(teacher, key)} of the"
+                " model to pack; 1 to that many are possible"
+            )
+
+
+class PackedBertConfig(PreTrainedConfig):
+    """Configuration of a packed BERT.
+
+    `hidden_size` is h, `state_size` the H of the teacher, `num_attention_heads` those that are
+    left (a student has the teacher's until `prune_heads`). `pack_cfg` is what it was packed for.
+    """
+
+    model_type = "packed_bert"
+
+    vocab_size: int = 30522
+    max_position_embeddings: int = 512
+    type_vocab_size: int = 2
+    hidden_size: int = 512
+    state_size: int = 1024
+    head_size: int = 64
+    num_hidden_layers: int = 12
+    num_attention_heads: int = 8
+    ff_iter_num: int = 4
+    intermediate_size: int = 4096  # of ff_iter_num 0
+    pack_emb: bool = True
+    hidden_act: str = "gelu"
+    layer_norm_eps: float = 1e-12
+    initializer_range: float = 0.02
+    pad_token_id: int | None = 0
+    merged: bool = False
+    pack_cfg: dict | None = None
+
+
+def packed_config(teacher: PreTrainedConfig, cfg: PackCfg) -> PackedBertConfig:
+    """The configuration of a student of `teacher` packed by `cfg`, all heads still there."""
+    return PackedBertConfig(
+        vocab_size=teacher.vocab_size,
+        max_position_embeddings=teacher.max_position_embeddings,
+        type_vocab_size=teacher.type_vocab_size,
+        hidden_size=cfg.hidden_size,
+        state_size=teacher.hidden_size,
+        head_size=teacher.hidden_size // teacher.num_attention_heads,
+        num_hidden_layers=cfg.num_hidden_layers,
+        num_attention_heads=teacher.num_attention_heads,
+        ff_iter_num=cfg.ff_iter_num,
+        intermediate_size=teacher.intermediate_size,
+        pack_emb=bool(cfg.pack_emb),
+        hidden_act=teacher.hidden_act if cfg.hidden_act == "orig" else cfg.hidden_act,
+        layer_norm_eps=teacher.layer_norm_eps,
+        pad_token_id=teacher.pad_token_id,
+        pack_cfg=vars(cfg).copy(),
+    )
+
+
+# ------------------------------------------------------------------------------------------------
+# The model
+
+
+class PackedEmbeddings(nn.Module):
+    """Word, position and type embeddings to the encoder's input, [B, L, h]."""
+
+    def __init__(self, config: PackedBertConfig) -> None:
+        super().__init__()
+        full, packed = config.state_size, config.hidden_size
+        width = packed if config.pack_emb and config.merged else full
+        self.word_embeddings = nn.Embedding(config.vocab_size, width)
+        self.position_embeddings = nn.Embedding(config.max_position_embeddings, width)
+        self.token_type_embeddings = nn.Embedding(config.type_vocab_size, width)
+        self.word_map = self.position_map = self.token_type_map = self.sum_map = None
+        if not config.pack_emb:
+            self.sum_map = nn.Linear(full, packed)
+        elif not config.merged:
+            self.word_map = nn.Linear(full, packed)
+            self.position_map = nn.Linear(full, packed)
+            self.token_type_map = nn.Linear(full, packed)
+        self.LayerNorm = nn.LayerNorm(packed if config.pack_emb else full, config.layer_norm_eps)
+
+    def forward(self, input_ids: Tensor, token_type_ids: Tensor, position_ids: Tensor) -> Tensor:
+        """int64 [B, L] each."""
+        states = self.LayerNorm(self.sum(input_ids, token_type_ids, position_ids))
+        return states if self.sum_map is None else self.sum_map(states)
+
+    def sum(self, input_ids: Tensor, token_type_ids: Tensor, position_ids: Tensor) -> Tensor:
+        """What LayerNorm reads."""
+        words = self.word_embeddings(input_ids)
+        positions = self.position_embeddings(position_ids)
+        types = self.token_type_embeddings(token_type_ids)
+        if self.word_map is not None:
+            words = self.word_map(words)
+            positions, types = self.position_map(positions), self.token_type_map(types)
+        return words + positions + types
+
+
+class PackedLayer(nn.Module):
+    """Self-attention and stacked feed-forward, each behind a residual and a LayerNorm."""
+
+    def __init__(self, config: PackedBertConfig) -> None:
+        super().__init__()
+        h, attention_size = config.hidden_size, config.num_attention_heads * config.head_size
+        self.heads, self.stacked = config.num_attention_heads, config.ff_iter_num > 0
+        self.qkv = nn.Linear(h, 3 * attention_size)
+        self.attention_output = nn.Linear(attention_size, h)
+        self.attention_norm = nn.LayerNorm(h, config.layer_norm_eps)
+        widths = [h] * (config.ff_iter_num + 1)
+        if not config.ff_iter_num:
+            widths = [h, config.intermediate_size, h]
+        self.feed_forward = nn.ModuleList(nn.Linear(*pair) for pair in itertools.pairwise(widths))
+        self.output_norm = nn.LayerNorm(h, config.layer_norm_eps)
+        self.activation = ACT2FN[config.hidden_act]
+
+    def forward(self, states: Tensor, mask: Tensor | None) -> Tensor:
+        """[B, L, h] to [B, L, h]; mask as in `fast_attention.attend`."""
+        return self.after_attention(self.attention(states, mask))
+
+    def attention(self, states: Tensor, mask: Tensor | None) -> Tensor:
+        context = attend(self.qkv(states), self.heads, mask)
+        return self.attention_norm(states + self.attention_output(context))
+
+    def after_attention(self, states: Tensor) -> Tensor:
+        return self.output_norm(states + self.feed(states))
+
+    def feed(self, states: Tensor) -> Tensor:
+        """The feed-forward: linear layers with the activation between them."""
+        inner = self.feed_forward[0](states)
+        for linear in self.feed_forward[1:]:
+            inner = linear(self.activation(inner))
+        return inner
+
+
+class PackedBertPreTrainedModel(PreTrainedModel):
+    """What the packed models share, for the library."""
+
+    config_class = PackedBertConfig
+    base_model_prefix = "bert"
+    _supports_sdpa = True
+
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+
+
+class PackedBertModel(PackedBertPreTrainedModel):
+    """The packed encoder.
+
+    Unmerged, its hidden states are H wide: each through the map of its layer. Merged, they are h
+    wide, as they are in the encoder.
+    """
+
+    def __init__(self, config: PackedBertConfig) -> None:
+        super().__init__(config)
+        self.embeddings = PackedEmbeddings(config)
+        self.layers = nn.ModuleList(PackedLayer(config) for _ in range(config.num_hidden_layers))
+        self.state_maps = None
+        if not config.merged:
+            self.state_maps = nn.ModuleList(
+                nn.Linear(config.hidden_size, config.state_size)
+                for _ in range(config.num_hidden_layers + 1)
+            )
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.embeddings.word_embeddings
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        output_hidden_states: bool = False,
+        num_layers: int | None = None,
+        **_: Any,
+    ) -> BaseModelOutput:
+        """Run the encoder, or its first `num_layers` layers.
+
+        Args:
+            input_ids, token_type_ids, position_ids: int64 [B, L].
+            attention_mask: [B, L], 1 for tokens and 0 for padding; or [B, 1, 1, L] as
+                `fast_attention.attend` takes it.
+
+        Returns:
+            last_hidden_state, and hidden_states (num_layers + 1 of them) if asked for.
+        """
+        if token_type_ids is None:
+            token_type_ids = torch.zeros_like(input_ids)
+        if position_ids is None:
+            position_ids = torch.arange(input_ids.shape[1], device=input_ids.device)[None]
+        if attention_mask is not None and attention_mask.dim() == 2:
+            attention_mask = attention_mask.bool()[:, None, None, :]
+        states = [self.embeddings(input_ids, token_type_ids, position_ids)]
+        for layer in self.layers[:num_layers]:
+            states.append(layer(states[-1], attention_mask))
+        hidden = None
+        if output_hidden_states:
+            hidden = tuple(self.to_state(i, state) for i, state in enumerate(states))
+        last = hidden[-1] if hidden else self.to_state(len(states) - 1, states[-1])
+        return BaseModelOutput(last_hidden_state=last, hidden_states=hidden)
+
+    def to_state(self, i: int, packed: Tensor) -> Tensor:
+        """State i as the outside sees it: [B, L, H], or [B, L, h] of a merged model."""
+        return packed if self.state_maps is None else self.state_maps[i](packed)
+
+
+class PackedBertForQuestionAnswering(PackedBertPreTrainedModel):
+    """The packed encoder with the teacher's QA head."""
+
+    head = "qa_outputs"  # the linear layer that reads the last state, by its name in the teacher
+
+    def __init__(self, config: PackedBertConfig) -> None:
+        super().__init__(config)
+        self.bert = PackedBertModel(config)
+        self.qa_outputs = nn.Linear(
+            config.hidden_size if config.merged else config.state_size, config.num_labels
+        )
+        self.post_init()
+
+    def forward(self, input_ids: Tensor, **inputs: Any) -> QuestionAnsweringModelOutput:
+        """Arguments of `PackedBertModel.forward`; start and end logits, [B, L] each."""
+        outputs = self.bert(input_ids, **inputs)
+        start_logits, end_logits = self.qa_outputs(outputs.last_hidden_state).unbind(dim=-1)
+        return QuestionAnsweringModelOutput(
+            start_logits=start_logits,
+            end_logits=end_logits,
+            hidden_states=outputs.hidden_states,
+        )
+
+
+PACKED_CLASSES = {BertForQuestionAnswering: PackedBertForQuestionAnswering}
+
+AutoConfig.register(PackedBertConfig.model_type, PackedBertConfig)
+AutoModel.register(PackedBertConfig, PackedBertModel)
+AutoModelForQuestionAnswering.register(PackedBertConfig, PackedBertForQuestionAnswering)
+
+
+# ------------------------------------------------------------------------------------------------
+# Packing
+
+FIT_STEPS = 500  # of a short regression, ...
+FIT_TOKENS = 2048  # ... each of so many tokens of the sample
+FIT_RATE = 2e-3
+RIDGE = 1e-4  # of least squares, times the mean variance of what is mapped
+
+
+def pack(
+    teacher: PreTrainedModel, cfg: PackCfg, batches: Sequence[dict[str, Tensor]]
+) -> PreTrainedModel:
+    """A student of `teacher`, with all of the teacher's heads, in eval mode.
+
+    Its weights are fitted to the teacher's hidden states on a sample, from the embeddings up,
+    each layer on what the packed layers below it really give:
+
+    - The maps begin as projections onto principal directions of the teacher's states, P [H, h],
+      and the packed weights as the teacher's between such projections.
+    - Least squares then make up for what P leaves out and for the layers that are skipped.
+    - Stacked feed-forward layers are like nothing in the teacher. A short regression on the
+      sample's tokens finds them, and another refines the maps of the embeddings.
+
+    At full width P is the identity, and with the teacher's feed-forward (ff_iter_num 0) and all
+    its layers the student's states are the teacher's.
+
+    Args:
+        teacher: a fine-tuned BERT in FP32.
+        batches: the sample, inputs [B, L] on the teacher's device. Without any, maps and packed
+            weights stay random (normal, 0.02); tables and head are the teacher's all the same.
+    """
+    student = PACKED_CLASSES[type(teacher)](packed_config(teacher.config, cfg))
+    student = student.to(teacher.device).eval()
+    bert, packed = teacher.base_model, student.base_model
+    getattr(student, student.head).load_state_dict(getattr(teacher, student.head).state_dict())
+    for name in ("word_embeddings", "position_embeddings", "token_type_embeddings"):
+        table = getattr(packed.embeddings, name)
+        table.load_state_dict(getattr(bert.embeddings, name).state_dict())
+    if not cfg.pack_emb:
+        packed.embeddings.LayerNorm.load_state_dict(bert.embeddings.LayerNorm.state_dict())
+    if not batches:
+        return student
+
+    sample = _Sample(batches)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        directions = principal_directions(bert, sample, cfg.hidden_size)
+        target = sample.embed(bert.embeddings)
+    state = _pack_embeddings(packed, bert.embeddings, sample, target, directions, generator)
+    depth, n = teacher.config.num_hidden_layers, cfg.num_hidden_layers
+    for i in range(n):
+        skipped, original = depth * i // n, depth * (i + 1) // n - 1
+        with torch.no_grad():
+            for layer in bert.encoder.layer[skipped:original]:
+                target = sample.attend(layer, target)
+        maps = (packed.layers[i], packed.state_maps[i + 1])
+        layer = bert.encoder.layer[original]
+        state, target = _pack_layer(*maps, layer, sample, state, target, directions, generator)
+    return student
+
+
+class _Sample:
+    """The tokens of some batches side by side, [T, ...], padding left out."""
+
+    def __init__(self, batches: Sequence[dict[str, Tensor]]) -> None:
+        self.masks = [batch["attention_mask"].bool() for batch in batches]
+        self.inputs = {
+            name: torch.cat([b[name][mask] for b, mask in zip(batches, self.masks, strict=True)])
+            for name in ("input_ids", "token_type_ids", "position_ids")
+        }
+
+    def embed(self, embeddings: nn.Module) -> Tensor:
+        """[T, width]: what a model's embeddings give."""
+        return embeddings(**{name: ids[None] for name, ids in self.inputs.items()})[0]
+
+    def attend(self, layer: Callable[[Tensor, Tensor], Any], tokens: Tensor) -> Tensor:
+        """What `layer(states [B, L, width], mask)` gives for the states `tokens`, [T, ...]."""
+        results, begin = [], 0
+        for mask in self.masks:
+            states = tokens.new_zeros(*mask.shape, tokens.shape[1])
+            count = int(mask.sum())
+            states[mask] = tokens[begin : begin + count]
+            begin += count
+            result = layer(states, mask[:, None, None, :])
+            results.append((result[0] if isinstance(result, tuple) else result)[mask])
+        return torch.cat(results)
+
+
+def principal_directions(bert: PreTrainedModel, sample: _Sample, width: int) -> Tensor:
+    """Orthonormal directions P [H, h] that keep most of the teacher's hidden states.
+
+    The principal directions of all its states together, each state's second moments scaled to
+    trace 1. Not centred: LayerNorm divides by a norm that the mean is a part of. A LayerNorm also
+    takes away the direction (1, ..., 1); a reflection gives it the place of the last of the
+    principal directions, so that this costs least. At full width P is the identity.
+    """
+    full = bert.config.hidden_size
+    device = sample.inputs["input_ids"].device
+    if width == full:
+        return torch.eye(full, dtype=torch.float64, device=device)
+    moments = torch.zeros(full, full, dtype=torch.float64, device=device)
+    state = sample.embed(bert.embeddings)
+    for layer in (None, *bert.encoder.layer):
+        state = sample.attend(layer, state) if layer else state
+        squares = state.double().T @ state.double()
+        moments += squares / squares.trace()
+    principal = torch.linalg.eigh(moments).eigenvectors[:, -width:].flip(1)
+    reflected = torch.full((width,), width**-0.5, dtype=torch.float64, device=device)
+    reflected[-1] -= 1.0
+    reflected /= reflected.norm()
+    return principal - 2 * torch.outer(principal @ reflected, reflected)
+
+
+def least_squares(
+    inputs: Tensor, outputs: Tensor, prior: Tensor, origin: Tensor | float = 0.0
+) -> tuple[Tensor, Tensor]:
+    """Weight W and bias b of outputs ~ W inputs + b, ridge regression towards `prior`.
+
+    Args:
+        inputs: [T, I].
+        outputs: [T, O].
+        prior: [O, I], which W is where the inputs tell nothing, and exactly where it leaves no
+            error.
+        origin: [O], the prior's bias.
+    """
+    x, prior = inputs.double(), prior.double()
+    left = outputs.double() - x @ prior.T - origin
+    mean = x.mean(dim=0)
+    centred = x - mean
+    moments = centred.T @ centred / len(x)
+    moments.diagonal().add_(RIDGE * moments.diagonal().mean())
+    change = torch.linalg.solve(moments, centred.T @ left / len(x)).T
+    return prior + change, origin + left.mean(dim=0) - change @ mean
+
+
+@torch.no_grad()
+def _set(linear: nn.Linear, weight: Tensor, bias: Tensor | float) -> None:
+    linear.weight.copy_(weight)
+    linear.bias.copy_(bias if isinstance(bias, Tensor) else torch.full_like(linear.bias, bias))
+
+
+@torch.no_grad()
+def _fit_norm(norm: nn.LayerNorm, inputs: Tensor, outputs: Tensor) -> None:
+    """Gain and bias of a LayerNorm, [T, h] to [T, h], by least squares a coordinate."""
+    x = F.layer_norm(inputs.double(), norm.normalized_shape, eps=norm.eps)
+    y = outputs.double()
+    centred = x - x.mean(dim=0)
+    gain = (centred * y).mean(dim=0) / centred.square().mean(dim=0).clamp_min(1e-12)
+    norm.weight.copy_(gain)
+    norm.bias.copy_(y.mean(dim=0) - gain * x.mean(dim=0))
+
+
+def _regress(
+    function: Callable[[Tensor], Tensor],
+    modules: Sequence[nn.Module],
+    targets: Tensor,
+    generator: torch.Generator,
+) -> None:
+    """Train `modules` so that function(indices of tokens) is near their targets [T, H]."""
+    trained = [p for module in modules for p in module.parameters()]
+    optimizer = torch.optim.AdamW(trained, weight_decay=0.0, fused=True)
+    for step in range(FIT_STEPS):
+        optimizer.param_groups[0]["lr"] = FIT_RATE * (1 - step / FIT_STEPS)
+        chosen = torch.randint(len(targets), (FIT_TOKENS,), generator=generator).to(targets.device)
+        loss = F.mse_loss(function(chosen), targets[chosen])
+        gradients = torch.autograd.grad(loss, trained)
+        for parameter, gradient in zip(trained, gradients, strict=True):
+            parameter.grad = gradient
+        optimizer.step()
+    for parameter in trained:
+        parameter.grad = None
+
+
+def _pack_embeddings(
+    packed: PackedBertModel,
+    original: nn.Module,
+    sample: _Sample,
+    target: Tensor,
+    directions: Tensor,
+    generator: torch.Generator,
+) -> Tensor:
+    """Fit the embeddings and the map of state 0 to the teacher's, `target` [T, H].
+
+    Returns:
+        the packed state 0, [T, h].
+    """
+    embeddings, state_map = packed.embeddings, packed.state_maps[0]
+    if embeddings.sum_map is not None:
+        _set(embeddings.sum_map, directions.T, 0.0)
+    else:
+        maps = (embeddings.word_map, embeddings.position_map, embeddings.token_type_map)
+        for each in maps:
+            _set(each, directions.T, 0.0)
+        with torch.no_grad():
+            _fit_norm(
+                embeddings.LayerNorm, embeddings.sum(**sample.inputs), target.double() @ directions
+            )
+    with torch.no_grad():
+        state = sample.embed(embeddings)
+        _set(state_map, *least_squares(state, target, directions))
+    if embeddings.sum_map is None and directions.shape[0] > directions.shape[1]:
+
+        def states(chosen: Tensor) -> Tensor:
+            ids = {name: ids[chosen] for name, ids in sample.inputs.items()}
+            return state_map(embeddings(**ids))
+
+        _regress(states, (*maps, embeddings.LayerNorm, state_map), target, generator)
+    with torch.no_grad():
+        return sample.embed(embeddings)
+
+
+def _pack_layer(
+    layer: PackedLayer,
+    state_map: nn.Linear,
+    original: nn.Module,
+    sample: _Sample,
+    state: Tensor,
+    target: Tensor,
+    directions: Tensor,
+    generator: torch.Generator,
+) -> tuple[Tensor, Tensor]:
+    """Fit a layer and the map behind it to the teacher's layer `original`.
+
+    Args:
+        state: packed state before the layer, [T, h].
+        target: the teacher's before `original`, [T, H].
+
+    Returns:
+        both after it.
+    """
+    up, down = directions, directions.T  # h to H and H to h
+    attention = original.attention
+    with torch.no_grad():
+        # Query, key and value of the teacher's state as it can be told from the packed one.
+        weight, bias = least_squares(state, target, up)
+        parts = (attention.self.query, attention.self.key, attention.self.value)
+        qkv = torch.cat([part.weight for part in parts]).double()
+        _set(layer.qkv, qkv @ weight, qkv @ bias + torch.cat([part.bias for part in parts]))
+        # What attention adds: the teacher's sum before LayerNorm, less the state it is added to.
+        context = sample.attend(attention.self, target)
+        target_sum = target + attention.output.dense(context)
+        target = attention.output.LayerNorm(target_sum)
+        context = sample.attend(lambda s, mask: attend(layer.qkv(s), layer.heads, mask), state)
+        output = attention.output.dense
+        added = target_sum.double() @ up - state
+        prior = (down @ output.weight.double(), down @ output.bias.double())
+        _set(layer.attention_output, *least_squares(context, added, *prior))
+        state = state + layer.attention_output(context)
+        _fit_norm(layer.attention_norm, state, target.double() @ up)
+        state = layer.attention_norm(state)
+
+        # The feed-forward, from the state after attention to the one after the layer.
+        target_before = target
+        target = original.output(original.intermediate(target), target)
+        if layer.stacked:
+            _start_stacked(layer, state, target.double() @ up - state, generator)
+        else:
+            weight, bias = least_squares(state, target_before, up)
+            wide, narrow = original.intermediate.dense, original.output.dense
+            inner = wide.weight.double()
+            _set(layer.feed_forward[0], inner @ weight, inner @ bias + wide.bias)
+            _set(layer.feed_forward[1], down @ narrow.weight.double(), down @ narrow.bias.double())
+        _fit_norm(layer.output_norm, state + layer.feed(state), target.double() @ up)
+        _set(state_map, *least_squares(layer.after_attention(state), target, up))
+    if layer.stacked:
+        _regress(
+            lambda chosen: state_map(layer.after_attention(state[chosen])),
+            (layer.feed_forward, layer.output_norm, state_map),
+            target,
+            generator,
+        )
+    with torch.no_grad():
+        return layer.after_attention(state), target
+
+
+def _start_stacked(
+    layer: PackedLayer, state: Tensor, added: Tensor, generator: torch.Generator
+) -> None:
+    """Begin stacked feed-forward layers: random (He et al., 2015), the last by least squares."""
+    *random, last = layer.feed_forward
+    inner = state
+    for linear in random:
+        scale = (2 / linear.in_features) ** 0.5
+        weight = torch.randn(linear.weight.shape, generator=generator).to(state.device)
+        _set(linear, scale * weight, 0.0)
+        inner = layer.activation(linear(inner))
+    _set(last, *least_squares(inner, added, torch.zeros_like(last.weight)))
+
+
+# ------------------------------------------------------------------------------------------------
+# Size
+
+
+def size_of(model_class: type[PreTrainedModel], config: PreTrainedConfig, length: int) -> Any:
+    """Parameters, and 1e9 operations (2 x multiply-adds) at 1 x `length` tokens.
+
+    Counted on the meta device: no weights are made and nothing is computed.
+    """
+    config = copy.deepcopy(config)
+    config._attn_implementation = "eager"
+    with torch.device("meta"):
+        model = model_class(config).eval()
+        ids = torch.zeros(1, length, dtype=torch.long)
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            model(input_ids=ids, token_type_ids=ids, position_ids=ids)
+    return sum(p.numel() for p in model.parameters()), counter.get_total_flops() / 1e9
+
+
+# ------------------------------------------------------------------------------------------------
+# Heads
+
+
+class HeadImportance:
+    """Running mean of |d loss / d gate|, of a gate of 1 on each head's output.
+
+    Michel et al., 2019, "Are Sixteen Heads Really Better than One?", eq. 2, with the gradient of
+    an optimisation step's mean loss. Being made, it puts the gates into the model; `remove` takes
+    them out. Saved and restored with a run's state.
+
+    Attributes:
+        mean: float64 [layers, heads].
+        steps: that the mean is over.
+    """
+
+    def __init__(self, student: PreTrainedModel, device: torch.device) -> None:
+        shape = (student.config.num_hidden_layers, student.config.num_attention_heads)
+        self.gates = torch.ones(shape, device=device, requires_grad=True)
+        self.mean, self.steps = torch.zeros(shape, dtype=torch.float64), 0
+        self._hooks: list[Any] = []
+
+    def insert(self, student: PreTrainedModel) -> None:
+        """Put the gates on the heads of a model."""
+        self._hooks = [
+            layer.attention_output.register_forward_pre_hook(functools.partial(self._gate, i))
+            for i, layer in enumerate(student.base_model.layers)
+        ]
+
+    def remove(self) -> None:
+        """Take the gates out of the model."""
+        for hook in self._hooks:
+            hook.remove()
+
+    def _gate(self, i: int, _: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor]:
+        context = inputs[0]  # [B, L, heads x head size]
+        heads = context.unflatten(-1, (self.gates.shape[1], -1))
+        return ((heads * self.gates[i, :, None].to(context.dtype)).flatten(-2),)
+
+    def update(self, accelerator: Accelerator) -> None:
+        """Count the gradient that a step's backward passes have left in the gates."""
+        gradient = accelerator.reduce(self.gates.grad, reduction="mean").double().cpu()
+        if accelerator.scaler is not None:
+            gradient = gradient / accelerator.scaler.get_scale()
+        self.gates.grad = None
+        self.steps += 1
+        if gradient.isfinite().all():
+            self.mean += (gradient.abs() - self.mean) / self.steps
+
+    def most_important(self, count: int) -> Tensor:
+        """The `count` most important heads of each layer, [layers, count], in their order."""
+        return self.mean.topk(count, dim=1).indices.sort(dim=1).values
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"mean": self.mean, "steps": self.steps}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.mean, self.steps = state["mean"], state["steps"]
+
+
+@torch.no_grad()
+def prune_heads(student: PreTrainedModel, kept: Tensor) -> PreTrainedModel:
+    """A student with only some of its heads.
+
+    Args:
+        kept: indices of the heads that stay, [layers, new number of heads].
+    """
+    config = copy.deepcopy(student.config)
+    config.num_attention_heads = kept.shape[1]
+    pruned = type(student)(config).to(student.device).train(student.training)
+    weights = student.state_dict()
+    for i, heads in enumerate(kept.to(student.device)):
+        name = f"{student.base_model_prefix}.layers.{i}"
+        for part in ("weight", "bias"):
+            qkv = weights[f"{name}.qkv.{part}"].unflatten(0, (3, -1, config.head_size))
+            weights[f"{name}.qkv.{part}"] = qkv[:, heads].flatten(0, 2)
+        output = weights[f"{name}.attention_output.weight"].unflatten(1, (-1, config.head_size))
+        weights[f"{name}.attention_output.weight"] = output[:, heads].flatten(1)
+    pruned.load_state_dict(weights)
+    return pruned
+
+
+# ------------------------------------------------------------------------------------------------
+# Merging
+
+
+@torch.no_grad()
+def merge(student: PreTrainedModel) -> PreTrainedModel:
+    """The same function without linear maps: embedding maps go into the tables, the last output
+    map into the head, those that only losses use away. On the CPU, in eval mode."""
+    config = copy.deepcopy(student.config)
+    config.merged = True
+    merged = type(student)(config).eval()
+    weights = {name: value.cpu() for name, value in student.state_dict().items()}
+
+    def pop(name: str) -> tuple[Tensor, Tensor]:
+        return tuple(weights.pop(f"{name}.{part}").double() for part in ("weight", "bias"))
+
+    prefix = student.base_model_prefix
+    if config.pack_emb:
+        for kind in ("word", "position", "token_type"):
+            weight, bias = pop(f"{prefix}.embeddings.{kind}_map")
+            table = f"{prefix}.embeddings.{kind}_embeddings.weight"
+            weights[table] = weights[table].double() @ weight.T + bias
+    weight, bias = pop(student.head)
+    maps = [pop(f"{prefix}.state_maps.{i}") for i in range(config.num_hidden_layers + 1)]
+    weights[f"{student.head}.weight"] = weight @ maps[-1][0]
+    weights[f"{student.head}.bias"] = weight @ maps[-1][1] + bias
+    merged.load_state_dict(weights)
+    return merged

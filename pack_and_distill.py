@@ -1,0 +1,512 @@
+"""Pack a fine-tuned BERT into a small one and distill it, without labels, stage by stage.
+
+The loss of every stage is the mean squared error between the hidden states of teacher and
+student. The output folder gets the merged student with its model.onnx, and the student before
+merging, with which distillation can go on. The same command again goes on where it was stopped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import functools
+import os
+import signal
+import time
+from dataclasses import dataclass, replace
+from typing import Any
+
+signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends the seconds of imports without a word
+
+import torch
+from torch import Tensor, nn
+from transformers import BertForQuestionAnswering, PreTrainedModel
+
+import bert_pack
+import report_utils
+from bert_pack import HeadImportance, PackCfg, PackedBertConfig, PackedBertForQuestionAnswering
+from cli_utils import ArgumentParser, UserError, is_main_process, run_main
+from fast_attention import fuse_attention
+from model_utils import (
+    check_model,
+    check_teacher,
+    load_model,
+    load_tokenizer,
+    save_model,
+    state_errors,
+    unmerged_folder,
+)
+from onnx_utils import INPUTS
+from qa_task import QaTask
+from run_arguments import (
+    add_data_arguments,
+    add_run_arguments,
+    check_arguments,
+    over_0,
+    positive,
+    rate,
+)
+from run_utils import Run, check_output_dir, summary
+from train_utils import (
+    Stage,
+    make_accelerator,
+    to_device,
+    train,
+    use_all_gpus,
+    warm_up,
+    warm_up_linear_decay,
+)
+
+STAGES = ("embeddings", "grow", "feed-forward", "heads", "final")
+SIZED = {"bert": BertForQuestionAnswering, "packed_bert": PackedBertForQuestionAnswering}
+TASKS = {
+    "BertForQuestionAnswering": QaTask,
+    "PackedBertForQuestionAnswering": QaTask,
+}
+QUARTER = 0.25  # epochs of the first stages, which have little to learn each
+SAMPLE_WINDOWS = 256  # on which a packed model's weights are fitted to the teacher's
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = ArgumentParser(description=__doc__.splitlines()[0])
+    add = parser.add_argument
+    add("--model_student", required=True, help="what to pack; packed already: what to distill on")
+    add("--model_teacher", required=True, help="fine-tuned BERT whose states are the target")
+    add_data_arguments(parser, max_seq_length_q=64)
+    add(
+        "--pack_cfg",
+        default="num_hidden_layers:12,ff_iter_num:4,num_attention_heads:8,hidden_size:512,"
+        "pack_emb:1,hidden_act:orig",
+        help="the packed model, key:value,...",
+    )
+    add("--start", choices=("teacher", "random"), default="teacher", help="of the packed weights")
+    add("--stages", default=",".join(STAGES), help="which of them, in this order")
+    add("--num_train_epochs", type=over_0, default=16.0, help="of each of the last three stages")
+    add("--max_steps_per_stage", type=positive, help="end each stage after so many steps")
+    add("--learning_rate", type=rate, default=5e-4, help="of all stages but the final one")
+    add("--learning_rate_for_tune", type=rate, default=10e-4, help="of the final one, falling to 0")
+    add("--total_train_batch_size_for_tune", type=positive, default=64, help="of the final stage")
+    add("--loss_weight_alpha", type=over_0, default=1.5, help="final stage: state i weighs alpha^i")
+    add_run_arguments(parser)
+    return parser.parse_args()
+
+
+def parse_stages(text: str) -> list[str]:
+    """The stages that --stages names, in the order of the method.
+
+    Raises:
+        UserError: one is unknown or named twice, or none is left.
+    """
+    names = [name.strip() for name in text.split(",")]
+    for name in names:
+        if name not in STAGES or names.count(name) > 1:
+            what = "given twice" if name in STAGES else "not a stage"
+            raise UserError(f"--stages: {name!r} is {what}; the stages are {','.join(STAGES)}")
+    return [name for name in STAGES if name in names]
+
+
+# ------------------------------------------------------------------------------------------------
+# The stages
+
+
+@dataclass(frozen=True)
+class Distillation:
+    """A stage of distillation: how long, on which states, and what trains.
+
+    Attributes:
+        weights: of the errors of states 0..k; only the first k layers run.
+        trains: parts of the names of the parameters that train ...
+        except_for: ... without these.
+    """
+
+    stage: Stage
+    weights: tuple[float, ...]
+    trains: tuple[str, ...]
+    except_for: tuple[str, ...] = ()
+
+    @property
+    def num_layers(self) -> int:
+        return len(self.weights) - 1
+
+
+def plan_stages(args: argparse.Namespace, num_layers: int) -> list[Distillation]:
+    """The stages of --stages, of a student of so many layers."""
+    chosen, n = parse_stages(args.stages), num_layers
+    mean = (1 / (n + 1),) * (n + 1)
+    growing = [args.loss_weight_alpha**i for i in range(n + 1)]
+    stage = Stage(
+        name="",
+        num_epochs=args.num_train_epochs,
+        learning_rate=args.learning_rate,
+        total_batch_size=args.total_train_batch_size,
+        micro_batch_size=args.per_gpu_train_batch_size,
+        schedule=warm_up,
+        max_steps=args.max_steps_per_stage,
+        goes_back=True,
+    )
+    quarter = replace(stage, num_epochs=QUARTER)
+    embeddings = ("_map.", "embeddings.LayerNorm.", "state_maps.0.")
+    everything = ("_map.", "embeddings.LayerNorm.", "state_maps.", "layers.")
+    plan = []
+    if "embeddings" in chosen:
+        plan.append(Distillation(replace(quarter, name="embeddings"), (1.0,), embeddings))
+    if "grow" in chosen:
+        for k in range(1, n + 1):
+            layers = tuple(f"layers.{i}." for i in range(k))
+            maps = tuple(f"state_maps.{i + 1}." for i in range(k))
+            name = replace(quarter, name=f"grow {k}")
+            plan.append(Distillation(name, (1 / (k + 1),) * (k + 1), embeddings + layers + maps))
+    if "feed-forward" in chosen:
+        attention = (".qkv.", ".attention_output.")
+        stage_of = replace(stage, name="feed-forward")
+        plan.append(Distillation(stage_of, mean, everything, except_for=attention))
+    if "heads" in chosen:
+        plan.append(Distillation(replace(stage, name="heads"), mean, everything))
+    if "final" in chosen:
+        final = replace(
+            stage,
+            name="final",
+            learning_rate=args.learning_rate_for_tune,
+            total_batch_size=args.total_train_batch_size_for_tune,
+            schedule=warm_up_linear_decay,
+        )
+        weights = tuple(weight / sum(growing) for weight in growing)
+        plan.append(Distillation(final, weights, everything))
+    return plan
+
+
+def number_stages(plan: list[Distillation], examples: int) -> list[Distillation]:
+    """Tell each stage its place, and how much work comes after it in steps of its own."""
+
+    def work(part: Distillation) -> float:
+        """Of one example: of the layers that run, and something for the rest."""
+        return part.num_layers + 0.5
+
+    def total(part: Distillation) -> float:
+        steps = part.stage.total_steps(-(-examples // part.stage.total_batch_size))
+        return steps * part.stage.total_batch_size * work(part)
+
+    return [
+        replace(
+            part,
+            stage=replace(
+                part.stage,
+                number=i + 1,
+                count=len(plan),
+                work_after=sum(map(total, plan[i + 1 :]))
+                / (work(part) * part.stage.total_batch_size),
+            ),
+        )
+        for i, part in enumerate(plan)
+    ]
+
+
+def select_trained(student: nn.Module, part: Distillation) -> None:
+    """Let the parameters train that the stage names."""
+    for name, parameter in student.named_parameters():
+        named = any(each in name for each in part.trains)
+        parameter.requires_grad_(named and not any(each in name for each in part.except_for))
+
+
+class StateLoss:
+    """The weighted squared errors of states 0..k, each [B], as `state_0` ... `state_k`.
+
+    Student state i of n layers has teacher state floor(i N / n) of N as its target.
+    """
+
+    def __init__(
+        self, run: Run, teacher: PreTrainedModel, num_layers: int, weights: tuple[float, ...]
+    ) -> None:
+        """`num_layers` is the student's n; the teacher may have been cut to the layers needed."""
+        self.run, self.teacher, self.weights = run, teacher, weights
+        depth = teacher.config.num_hidden_layers
+        self.targets = [i * depth // num_layers for i in range(len(weights))]
+
+    def __call__(self, model: nn.Module, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        inputs = {name: batch[name] for name in INPUTS}
+        with torch.no_grad(), self.run.accelerator.autocast():
+            taught = teacher_states(self.teacher.base_model, inputs, self.targets[-1])
+        k = len(self.weights) - 1
+        states = model(**inputs, output_hidden_states=True, num_layers=k).hidden_states
+        targets = [taught[j] for j in self.targets]
+        errors = state_errors(states, targets, batch["attention_mask"])
+        return {f"state_{i}": self.weights[i] * error for i, error in enumerate(errors)}
+
+
+def teacher_states(bert: PreTrainedModel, inputs: dict[str, Tensor], count: int) -> list[Tensor]:
+    """The hidden states 0..count of a BERT, [B, L, H]; only its first `count` layers run."""
+    mask = inputs["attention_mask"].bool()[:, None, None, :]
+    ids = {name: value for name, value in inputs.items() if name != "attention_mask"}
+    states = [bert.embeddings(**ids)]
+    for layer in bert.encoder.layer[:count]:
+        states.append(layer(states[-1], mask))
+    return states
+
+
+# ------------------------------------------------------------------------------------------------
+# The run
+
+
+def check_models(args: argparse.Namespace) -> tuple[Any, Any, Any, type[QaTask]]:
+    """Student's and teacher's configurations, the student's tokenizer, and the task of both.
+
+    Raises:
+        UserError: they do not fit --pack_cfg, --max_seq_length_c, a task, or each other.
+    """
+    cfg = bert_pack.parse_pack_cfg(args.pack_cfg)
+    student_name = unmerged_folder(args.model_student)
+    student = check_model(student_name, "--model_student", args.max_seq_length_c)
+    teacher = check_model(args.model_teacher, "--model_teacher", args.max_seq_length_c)
+    tasks = []
+    for flag, config in (("--model_student", student), ("--model_teacher", teacher)):
+        architecture = (config.architectures or ["no architecture"])[0]
+        if architecture not in TASKS:
+            raise UserError(
+                f"{flag}: {getattr(args, flag[2:])} is {architecture}, a model of no task that can"
+                " be distilled; fine-tune it first (train_qa.py)"
+            )
+        tasks.append(TASKS[architecture])
+    if tasks[0] is not tasks[1]:
+        raise UserError("--model_student and --model_teacher are of different tasks")
+    if isinstance(teacher, PackedBertConfig):
+        raise UserError(f"--model_teacher: {args.model_teacher} is packed; give the model it is of")
+    tokenizer = load_tokenizer(student_name, "--model_student", student)
+    check_teacher(args.model_teacher, teacher, student, tokenizer)
+    if not isinstance(student, PackedBertConfig):
+        bert_pack.check_pack_cfg(cfg, student)
+        return student, teacher, tokenizer, tasks[0]
+    differing = [
+        f"{key}:{value}, not {key}:{getattr(cfg, key)}"
+        for key, value in (student.pack_cfg or {}).items()
+        if value != getattr(cfg, key)
+    ]
+    if differing:
+        raise UserError(
+            f"--pack_cfg: {args.model_student} was packed with {', '.join(differing)}; give what it"
+            " was packed with to distill on, or an unpacked model"
+        )
+    return student, teacher, tokenizer, tasks[0]
+
+
+def show_sizes(teacher: Any, student: Any, cfg: PackCfg, length: int) -> dict[str, Any]:
+    """Print and return parameters, operations and FP32 size of teacher and merged student."""
+    if not isinstance(student, PackedBertConfig):
+        student = bert_pack.packed_config(student, cfg)
+    student = copy.deepcopy(student)
+    student.merged, student.num_attention_heads = True, cfg.num_attention_heads
+    sizes = {}
+    for name, config in (("teacher", teacher), ("student", student)):
+        model_class = SIZED[config.model_type]
+        parameters, gops = bert_pack.size_of(model_class, config, length)
+        sizes[name] = {"parameters": parameters, "gops": gops, "fp32_bytes": 4 * parameters}
+    if is_main_process():
+        for name, size in sizes.items():
+            print(
+                f"{name}: {size['parameters'] / 1e6:.2f} M parameters,"
+                f" {size['gops']:.2f} GOps at 1 x {length}, {size['fp32_bytes'] / 1e6:.1f} MB"
+            )
+    return sizes
+
+
+def evaluated(run: Run, stage: str) -> dict[str, Any] | None:
+    """The record of a stage's last evaluation, if the log has one."""
+    found = None
+    for record in report_utils.read_log(run.output_dir):
+        if record["stage"] == stage and "evaluation" in record:
+            found = record
+    return found
+
+
+def log_evaluation(run: Run, stage: str, figures: dict[str, float]) -> None:
+    """Log and say the figures of what does not train."""
+    run.log({"stage": stage, "step": 0, "epoch": 0.0, "evaluation": True, **figures})
+    run.say(f"{stage}: {summary(figures)}")
+
+
+def pack_student(args: argparse.Namespace, task: QaTask, run: Run, anew: bool) -> PreTrainedModel:
+    """The student as distillation begins: packed, or loaded if it is so already.
+
+    Args:
+        anew: False where a saved state will give the weights.
+    """
+    name, device = unmerged_folder(args.model_student), run.accelerator.device
+    model = load_model(name, "--model_student", task.auto_class).eval()
+    if isinstance(model.config, PackedBertConfig):
+        run.say(f"--model_student {args.model_student} is packed: distillation goes on")
+        return model.to(device)
+    sample = []
+    if anew and args.start == "teacher":
+        run.say(f"packing: fitting weights to the teacher's states on {SAMPLE_WINDOWS} windows")
+        sample = [to_device(batch, device) for batch in task.sample(SAMPLE_WINDOWS)]
+    return bert_pack.pack(model.to(device), bert_pack.parse_pack_cfg(args.pack_cfg), sample)
+
+
+def measure_importance(
+    run: Run, importance: HeadImportance, student: PreTrainedModel, loss: StateLoss, task: QaTask
+) -> None:
+    """Measure the importance of heads on a sample, where no stage before has done so."""
+    run.say(f"measuring the importance of heads on {SAMPLE_WINDOWS} windows")
+    importance.insert(student)
+    for batch in task.sample(SAMPLE_WINDOWS):
+        with run.accelerator.autocast():
+            errors = loss(student, to_device(batch, run.accelerator.device))
+        torch.stack(list(errors.values())).sum(dim=0).mean().backward()
+        importance.update(run.accelerator)
+    importance.remove()
+    student.zero_grad()
+
+
+def distill(
+    run: Run,
+    task: QaTask,
+    student: PreTrainedModel,
+    teacher: PreTrainedModel,
+    plan: list[Distillation],
+    heads: int,
+) -> PreTrainedModel:
+    """Train the student through the stages of the plan, from where the newest state is.
+
+    Returns:
+        the student with `heads` heads a layer.
+    """
+    accelerator, num_layers = run.accelerator, student.config.num_hidden_layers
+    names = [part.stage.name for part in plan]
+    position = run.position()
+    first = names.index(position["stage"]) if position else -1
+    pruned_at = names.index("heads") if "heads" in names else 0
+    importance = HeadImportance(student, accelerator.device)
+    accelerator.register_for_checkpointing(importance)
+    for i, part in enumerate(plan):
+        loss = StateLoss(run, teacher, num_layers, part.weights)
+        if i == pruned_at and student.config.num_attention_heads > heads:
+            if i > first and not importance.steps:
+                measure_importance(run, importance, student, loss, task)
+            # A run that goes on from here or later takes the weights of its heads from its state.
+            student = bert_pack.prune_heads(student, importance.most_important(heads))
+        if i < first:
+            continue
+        select_trained(student, part)
+        measures = part.stage.name == "feed-forward" and pruned_at > i
+        if measures:
+            importance.insert(student)
+        train(
+            run,
+            student,
+            part.stage,
+            task.batches(part.stage.total_batch_size),
+            loss,
+            task.evaluation if part.num_layers in (0, num_layers) else None,
+            functools.partial(importance.update, accelerator) if measures else None,
+        )
+        if measures:
+            importance.remove()
+    return student
+
+
+def stage_table(run: Run, plan: list[Distillation], unmerged: dict[str, float]) -> list[Any]:
+    """What each stage came to: its figures, its steps, its seconds."""
+    rows = []
+    for name in ("teacher", "packed", *(part.stage.name for part in plan)):
+        row = {"stage": name, **(evaluated(run, name) or {})}
+        log = [r for r in report_utils.read_log(run.output_dir) if r["stage"] == name]
+        row["seconds"] = max((r.get("seconds", 0.0) for r in log), default=0.0)
+        row["loss"] = next((r["loss"] for r in reversed(log) if "loss" in r), None)
+        rows.append(row)
+    rows.append({"stage": "unmerged", **unmerged})
+    rows.append({"stage": "merged", **(evaluated(run, "merged") or {})})
+    return rows
+
+
+def show_table(rows: list[dict[str, Any]]) -> None:
+    """Print `stage_table`."""
+    print(f"{'':14}{'F1':>8}{'EM':>8}{'loss':>10}{'steps':>8}{'s a step':>10}")
+    for row in rows:
+        cells = [f"{row['stage']:14}"]
+        for key in ("f1", "exact_match"):
+            cells.append(f"{row[key]:8.2f}" if key in row else " " * 8)
+        loss, steps = row.get("loss"), row.get("step", 0)
+        cells.append(f"{loss:10.4f}" if loss is not None else " " * 10)
+        if steps:
+            cells.append(f"{steps:8}{row['seconds'] / steps:10.3f}")
+        print("".join(cells))
+
+
+def main() -> None:
+    args = parse_arguments()
+    check_arguments(args, ("total_train_batch_size", "total_train_batch_size_for_tune"))
+    parse_stages(args.stages)
+    started = time.time()
+
+    # All that a user may have got wrong comes before anything that takes long.
+    config, teacher_config, tokenizer, task_class = check_models(args)
+    task = task_class(args)
+    arguments = {**vars(args), **task.hashes()}
+    found = check_output_dir(args.output_dir, arguments, args.overwrite_output_dir)
+    if found == "finished":
+        if is_main_process():
+            print(f"{args.output_dir} is finished; --overwrite_output_dir runs this command again")
+        return
+    use_all_gpus(args.no_cuda)
+
+    cfg = bert_pack.parse_pack_cfg(args.pack_cfg)
+    sizes = show_sizes(teacher_config, config, cfg, args.max_seq_length_c)
+    accelerator = make_accelerator(args.precision, args.no_cuda, args.seed)
+    teacher = load_model(args.model_teacher, "--model_teacher", task.auto_class)
+    teacher = fuse_attention(teacher).eval().requires_grad_(False).to(accelerator.device)
+    task.tokenize(tokenizer)
+    run = Run(
+        accelerator,
+        args.output_dir,
+        arguments,
+        found,
+        save_minutes=args.save_minutes,
+        log_steps=args.log_steps,
+        report_to=args.report_to,
+    )
+    run.say(f"{task.describe()}; {run.machine()}")
+    evaluation = task.make_evaluation(run)
+    if evaluated(run, "teacher") is None:
+        log_evaluation(run, "teacher", evaluation(teacher))
+    anew = run.position() is None
+    student = pack_student(args, task, run, anew)
+    if anew:
+        log_evaluation(run, "packed", evaluation(student))
+    plan = plan_stages(args, cfg.num_hidden_layers)
+    plan = number_stages(plan, len(task.train_windows))
+    student = distill(run, task, student, teacher, plan, cfg.num_attention_heads).eval()
+
+    # In FP32, since folding maps away rounds otherwise.
+    unmerged = evaluation(student, precise=True)
+    merged = bert_pack.merge(student)
+    figures = evaluation(merged.to(accelerator.device), precise=True)
+    log_evaluation(run, "merged", figures)
+    if run.main:
+        with run.writing_results():
+            save_model(student, tokenizer, args.output_dir)
+            task.write_answers()
+            difference = task.export()
+            run.stop_if_asked()
+            table = stage_table(run, plan, unmerged)
+            sizes["student"]["onnx_bytes"] = os.path.getsize(
+                os.path.join(args.output_dir, "model.onnx")
+            )
+            metrics = {
+                **figures,
+                **report_utils.describe_run(run, arguments, started),
+                "counts": task.counts(),
+                "parameters": sizes["student"]["parameters"],
+                "sizes": sizes,
+                "stages": table,
+                "onnx_max_difference": difference,
+            }
+            report_utils.draw_curves(args.output_dir, task.score_names)
+            made = f"packed (`{args.pack_cfg}`) and distilled on"
+            report_utils.write_qa_card(args.output_dir, metrics, "pack_and_distill.py", made)
+            run.finish(metrics)
+            show_table(table)
+    accelerator.end_training()
+    run.say(f"{args.output_dir}: {summary(figures)}; model.onnx checked")
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,78 @@
+"""The flags that all training scripts share, and what can be checked of them at once."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import os
+
+from cli_utils import ArgumentParser, UserError, number, warn
+from train_utils import PRECISIONS, check_batch_sizes, pick_precision, process_count
+
+positive, not_negative = number(int, 1, 1_000_000), number(float, 0)
+over_0, rate = number(float, 0, low_open=True), number(float, 0, 1, True)
+
+
+def add_data_arguments(parser: ArgumentParser, max_seq_length_q: int) -> None:
+    """SQuAD files, lengths and batch sizes; the default length of a question differs by task."""
+    add = parser.add_argument
+    add("--output_dir", required=True, help="folder for all results")
+    add("--squad_train_data", required=True, help="SQuAD v1.1 or v2.0 JSON to train on")
+    add("--squad_dev_data", required=True, help="SQuAD JSON to evaluate on")
+    add("--squad_eval_script", help="evaluate-v1.1.py or -v2.0.py; built-in scorer if left out")
+    add("--max_seq_length_q", type=positive, default=max_seq_length_q,
+        help="tokens a question is cut to")  # fmt: skip
+    add("--max_seq_length_c", type=positive, default=384, help="tokens of question and context")
+    add("--doc_stride", type=positive, default=128, help="tokens between windows of a context")
+    add("--total_train_batch_size", type=positive, default=32, help="of one optimisation step")
+    add("--per_gpu_train_batch_size", type=positive, default=8, help="of one pass of a process")
+    add("--per_gpu_eval_batch_size", type=positive, default=16, help="of one pass of a process")
+
+
+def add_run_arguments(parser: ArgumentParser) -> None:
+    """The machine, the seed, and what a run keeps and tells."""
+    add = parser.add_argument
+    add("--seed", type=number(int, 0, 2**32 - 1), default=42, help="of everything random")
+    add("--no_cuda", action="store_true", help="run on the CPU though a GPU is there")
+    add(
+        "--precision", choices=PRECISIONS, default="auto", help="auto: bf16 where there is hardware"
+    )
+    add(
+        "--save_minutes", type=not_negative, default=10.0, help="between saved states; 0: each step"
+    )
+    add("--log_steps", type=positive, default=10, help="steps between records in metrics.jsonl")
+    add("--report_to", choices=("none", "tensorboard"), default="none", help="log there too")
+    add("--overwrite_output_dir", action="store_true", help="give up what output_dir holds")
+
+
+def check_arguments(args: argparse.Namespace, batch_sizes: tuple[str, ...]) -> None:
+    """What can be checked before any file is read.
+
+    Args:
+        batch_sizes: the flags of batches of one optimisation step.
+
+    Raises:
+        UserError: for the first thing found.
+    """
+    pick_precision(args.precision, args.no_cuda)
+    processes = process_count(args.no_cuda)
+    for name in batch_sizes:
+        names = (name, "per_gpu_train_batch_size")
+        check_batch_sizes(getattr(args, name), args.per_gpu_train_batch_size, processes, names)
+    room = args.max_seq_length_c - args.max_seq_length_q - 3
+    if room < 1:
+        raise UserError(
+            f"--max_seq_length_c={args.max_seq_length_c} is too short: a question of"
+            f" --max_seq_length_q={args.max_seq_length_q}, 3 special tokens and a context need at"
+            f" least {args.max_seq_length_q + 4}"
+        )
+    if room < args.doc_stride:
+        warn(
+            f"--doc_stride={args.doc_stride} is more than the {room} context tokens beside a long"
+            " question: such windows start closer, so that they leave no gap"
+        )
+    if args.report_to == "tensorboard" and not importlib.util.find_spec("tensorboard"):
+        raise UserError("--report_to=tensorboard: pip install tensorboard, or --report_to=none")
+    for flag in ("model_student", "model_teacher"):
+        if os.path.realpath(args.output_dir) == os.path.realpath(getattr(args, flag)):
+            raise UserError(f"--output_dir is the folder of --{flag}; choose another")
