@@ -83,6 +83,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--stages", default=",".join(STAGES), help="which of them, in this order")
     add("--num_train_epochs", type=over_0, default=16.0, help="of each of the last three stages")
     add("--max_steps_per_stage", type=positive, help="end each stage after so many steps")
+    add("--warm_up_steps", type=positive, help="of each stage; 1%% of its steps if left out")
     add("--learning_rate", type=rate, default=5e-4, help="of all stages but the final one")
     add("--learning_rate_for_tune", type=rate, default=10e-4, help="of the final one, falling to 0")
     add("--total_train_batch_size_for_tune", type=positive, default=64, help="of the final stage")
@@ -140,7 +141,7 @@ def plan_stages(args: argparse.Namespace, num_layers: int) -> list[Distillation]
         learning_rate=args.learning_rate,
         total_batch_size=args.total_train_batch_size,
         micro_batch_size=args.per_gpu_train_batch_size,
-        schedule=warm_up,
+        schedule=functools.partial(warm_up, steps=args.warm_up_steps),
         max_steps=args.max_steps_per_stage,
         goes_back=True,
     )
@@ -168,7 +169,7 @@ def plan_stages(args: argparse.Namespace, num_layers: int) -> list[Distillation]
             name="final",
             learning_rate=args.learning_rate_for_tune,
             total_batch_size=args.total_train_batch_size_for_tune,
-            schedule=warm_up_linear_decay,
+            schedule=functools.partial(warm_up_linear_decay, steps=args.warm_up_steps),
         )
         weights = tuple(weight / sum(growing) for weight in growing)
         plan.append(Distillation(final, weights, everything))

@@ -105,14 +105,14 @@ def linear_decay(step: int, total: int) -> float:
     return 1.0 - step / total
 
 
-def warm_up(step: int, total: int) -> float:
-    """Factor of the learning rate: rising over the first 1% of the steps, then 1."""
-    return min(1.0, (step + 1) / max(1.0, total / 100))
+def warm_up(step: int, total: int, steps: int | None = None) -> float:
+    """Factor of the learning rate: rising over `steps` steps, or the first 1% of all; then 1."""
+    return min(1.0, (step + 1) / (steps or max(1.0, total / 100)))
 
 
-def warm_up_linear_decay(step: int, total: int) -> float:
+def warm_up_linear_decay(step: int, total: int, steps: int | None = None) -> float:
     """Factor of the learning rate: a warm-up as above, and a fall to 0 all along."""
-    return warm_up(step, total) * linear_decay(step, total)
+    return warm_up(step, total, steps) * linear_decay(step, total)
 
 
 class Batches(Protocol):
@@ -178,12 +178,17 @@ class Divergence:
     factor: float = 1.0
 
     def found(self, loss: float) -> bool:
-        """Take note of a step's loss; True if it is not finite or the mean is far over `good`."""
+        """Take note of a step's loss; True if it is not finite, or if the mean is far over `good`.
+
+        The mean counts once it is over RECENT_STEPS steps: a few are a matter of luck.
+        """
+        if not math.isfinite(loss):
+            return True
         self.recent = [*self.recent, loss][-RECENT_STEPS:]
-        mean = sum(self.recent) / len(self.recent)
-        if self.good is None and math.isfinite(loss):
+        if self.good is None:
             self.good = loss
-        return self.good is None or not mean <= DIVERGED * self.good
+        mean = sum(self.recent) / len(self.recent)
+        return len(self.recent) == RECENT_STEPS and mean > DIVERGED * self.good
 
     def mark_good(self) -> None:
         """Take the present state as the one to compare with from now on."""
@@ -285,7 +290,8 @@ def train(
         finite = math.isfinite(sums["loss"]) and (scaled or math.isfinite(norm))
         if divergence.found(sums["loss"] if finite else math.nan) and stage.goes_back:
             position = run.position()
-            if position and position["stage"] == stage.name and divergence.factor > LOWEST_FACTOR:
+            there = position and position["stage"] == stage.name and divergence.good is not None
+            if there and divergence.factor > LOWEST_FACTOR:
                 warn(
                     f"{stage.name}: at step {step + 1} the loss is {sums['loss']:.4g}, after"
                     f" {divergence.good:.4g} at step {position['step']}; going back there, with"

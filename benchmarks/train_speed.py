@@ -49,9 +49,9 @@ sys.path.insert(0, ROOT)
 
 import qa_task  # noqa: E402
 from cli_utils import ArgumentParser, UserError, number, run_main, warn  # noqa: E402
+from fast_attention import fuse_attention  # noqa: E402
 from model_utils import (  # noqa: E402
     freeze,
-    fuse_attention,
     load_config,
     load_model,
     load_tokenizer,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import json
 import os
 import signal
@@ -16,12 +17,12 @@ from typing import Any
 import pytest
 import torch
 
-import train_qa
 from cli_utils import run_main
 
 
 def call(command: list[str]) -> int:
-    """Run `python train_qa.py ...` in this process, which saves the imports; its exit code."""
+    """Run `python <script>.py ...` in this process, which saves the imports; its exit code."""
+    script = importlib.import_module(Path(command[1]).stem)
     earlier = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     threads = torch.get_num_threads()
     with pytest.MonkeyPatch.context() as patch:
@@ -29,7 +30,7 @@ def call(command: list[str]) -> int:
         torch.set_num_threads(1)  # as many as `conftest.run` gives
         try:
             with pytest.raises(SystemExit) as stop:
-                run_main(train_qa.main)
+                run_main(script.main)
         finally:
             torch.set_num_threads(threads)
             for number, handler in earlier.items():

@@ -56,6 +56,34 @@ def tiny_bert(tmp_path_factory: pytest.TempPathFactory, sample: Path) -> Path:
     return folder
 
 
+def pack_command(model: Path, data: Path, output_dir: Path, *flags: str) -> list[str]:
+    """A short pack_and_distill.py run of the tiny BERT, in FP32; later flags override these."""
+    return [
+        sys.executable,
+        str(ROOT / "pack_and_distill.py"),
+        f"--model_student={model}",
+        f"--model_teacher={model}",
+        f"--output_dir={output_dir}",
+        f"--squad_train_data={data / 'train-v1.1.json'}",
+        f"--squad_dev_data={data / 'dev-v1.1.json'}",
+        "--pack_cfg=num_hidden_layers:2,ff_iter_num:2,num_attention_heads:2,hidden_size:16,"
+        "pack_emb:1,hidden_act:orig",
+        "--learning_rate=2e-3",
+        "--learning_rate_for_tune=3e-3",
+        "--num_train_epochs=1",
+        "--max_seq_length_q=24",
+        "--max_seq_length_c=160",
+        "--doc_stride=64",
+        "--per_gpu_train_batch_size=4",
+        "--total_train_batch_size=4",
+        "--total_train_batch_size_for_tune=8",
+        "--no_cuda",
+        "--precision=fp32",
+        "--log_steps=1",
+        *flags,
+    ]
+
+
 def train_qa_command(model: Path, data: Path, output_dir: Path, *flags: str) -> list[str]:
     """A short train_qa.py run on the CPU in FP32; later flags override these."""
     return [

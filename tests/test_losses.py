@@ -19,7 +19,8 @@ from transformers import BertForQuestionAnswering, BertTokenizerFast
 import qa_task
 import squad_utils
 import train_utils
-from model_utils import fuse_attention, hidden_state_loss
+from fast_attention import fuse_attention
+from model_utils import state_errors
 from qa_task import QaLoss, answer_loss, log_probabilities, soft_cross_entropy
 from squad_utils import Windows
 
@@ -126,12 +127,12 @@ TEACHER_STATES = [
 ]
 
 
-def test_hidden_state_loss_by_hand() -> None:
+def test_state_errors_by_hand() -> None:
     """Pair 0-0: ((1 + 4)/2 + (0 + 4)/2) / 2 = 9/4. Pair 1-2: (0 + (4 + 0)/2) / 2 = 1. Sum 13/4."""
     student, teacher = (
         [torch.tensor(s) for s in states] for states in (STUDENT_STATES, TEACHER_STATES)
     )
-    found = hidden_state_loss(student, teacher, torch.tensor(STATE_MASK))
+    found = state_errors(student, teacher, torch.tensor(STATE_MASK)).sum(dim=0)
     assert found.tolist() == pytest.approx([3.25])
 
 
@@ -152,10 +153,10 @@ def test_pairs_of_hidden_states(student: int, teacher: int, pairs: list[int]) ->
     taught = [torch.full((1, 2, 3), float(j)) for j in range(teacher)]
     right = [torch.full((1, 2, 3), float(pair)) for pair in pairs]
     assert len(right) == student
-    assert hidden_state_loss(right, taught, mask).tolist() == [0.0]
+    assert state_errors(right, taught, mask).sum(dim=0).tolist() == [0.0]
     for i in range(student):
         wrong = [state + 0.5 * (i == k) for k, state in enumerate(right)]
-        assert hidden_state_loss(wrong, taught, mask).tolist() == pytest.approx([0.25])
+        assert state_errors(wrong, taught, mask).sum(dim=0).tolist() == pytest.approx([0.25])
 
 
 def test_qa_loss_by_hand() -> None:

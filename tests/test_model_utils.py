@@ -15,10 +15,9 @@ from transformers import BertForQuestionAnswering, BertTokenizerFast
 import qa_task
 import squad_utils
 from cli_utils import UserError
+from fast_attention import FusedSelfAttention, fuse_attention
 from model_utils import (
-    FusedSelfAttention,
     freeze,
-    fuse_attention,
     load_config,
     load_tokenizer,
     save_vocabulary,

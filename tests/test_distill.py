@@ -1,0 +1,514 @@
+"""Tests of pack_and_distill.py: its stages, its folder, a run that is killed, wrong input."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from accelerate import Accelerator
+from calls import (
+    call,
+    error_line,
+    first_questions,
+    records,
+    started,
+    state_step,
+    states,
+    wait_for,
+)
+from conftest import ROOT, pack_command, run, train_qa_command
+from safetensors.torch import load_file
+from transformers import AutoModelForQuestionAnswering, BertForQuestionAnswering, BertModel
+
+import pack_and_distill
+import run_utils
+import train_utils
+from bert_pack import PackCfg, pack
+from fast_attention import fuse_attention
+
+PLAN = ["embeddings", "grow 1", "grow 2", "feed-forward", "heads", "final"]
+
+
+@pytest.fixture(scope="module")
+def few(sample: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with 30 questions to train on and 6 to evaluate on."""
+    folder = tmp_path_factory.mktemp("few")
+    first_questions(sample / "train-v1.1.json", folder / "train-v1.1.json", 30)
+    first_questions(sample / "dev-v1.1.json", folder / "dev-v1.1.json", 6)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def teacher(tiny_bert: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny BERT with weights large enough for its layers to do something."""
+    folder = tmp_path_factory.mktemp("teacher") / "bert"
+    shutil.copytree(tiny_bert, folder)
+    model = BertForQuestionAnswering.from_pretrained(folder)
+    torch.manual_seed(5)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    model.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def reference(teacher: Path, few: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The output folder of a run that nothing stops."""
+    folder = tmp_path_factory.mktemp("reference") / "out"
+    done = run(pack_command(teacher, few, folder))
+    assert done.returncode == 0, done.stderr
+    (folder.parent / "stdout").write_text(done.stdout)
+    return folder
+
+
+def trained(folder: Path, stage: str) -> list[dict[str, Any]]:
+    return [r for r in records(folder) if r["stage"] == stage and "evaluation" not in r]
+
+
+def metrics(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "metrics.json").read_text())
+
+
+# ------------------------------------------------------------------------------------------------
+# A whole run
+
+
+def test_stages_run_in_their_order_and_length(reference: Path) -> None:
+    seen = list(dict.fromkeys(r["stage"] for r in records(reference)))
+    assert seen == ["teacher", "packed", *PLAN, "merged"]
+    windows = metrics(reference)["counts"]["train_windows"]
+    an_epoch = math.ceil(windows / 4)
+    lengths = [len(trained(reference, stage)) for stage in PLAN]
+    quarter = math.ceil(an_epoch / 4)
+    assert lengths == [quarter] * 3 + [an_epoch] * 2 + [math.ceil(windows / 8)]
+    for stage in PLAN[:5]:
+        assert {r["learning_rate"] for r in trained(reference, stage)} == {2e-3}
+    rates = [r["learning_rate"] for r in trained(reference, "final")]
+    total = len(rates)
+    assert rates == pytest.approx([3e-3 * (1 - step / total) for step in range(total)])
+
+
+def test_losses_are_of_the_states_of_their_stage(reference: Path) -> None:
+    def named(stage: str) -> set[str]:
+        return {k for k in trained(reference, stage)[0] if k.startswith("state_")}
+
+    assert named("embeddings") == {"state_0"}
+    assert named("grow 1") == {"state_0", "state_1"}
+    for stage in PLAN[2:]:
+        assert named(stage) == {"state_0", "state_1", "state_2"}
+
+
+def test_distillation_learns(reference: Path) -> None:
+    first, last = trained(reference, "grow 2")[0], trained(reference, "heads")[-1]
+    assert last["loss"] < first["loss"]
+
+
+def test_folder(reference: Path, teacher: Path) -> None:
+    names = {path.name for path in reference.iterdir()}
+    assert names == {
+        "README.md",
+        "config.json",
+        "curves.png",
+        "metrics.json",
+        "metrics.jsonl",
+        "model.onnx",
+        "model.safetensors",
+        "predictions.json",
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "unmerged",
+        "vocab.txt",
+    }
+    merged = json.loads((reference / "config.json").read_text())
+    unmerged = json.loads((reference / "unmerged" / "config.json").read_text())
+    assert (merged["model_type"], merged["merged"]) == ("packed_bert", True)
+    assert (unmerged["model_type"], unmerged["merged"]) == ("packed_bert", False)
+    assert merged["num_attention_heads"] == unmerged["num_attention_heads"] == 2
+    # What no stage trains is the teacher's still.
+    weights, originals = (
+        load_file(folder / "model.safetensors") for folder in (reference / "unmerged", teacher)
+    )
+    same = [n for n in weights if n in originals and torch.equal(weights[n], originals[n])]
+    assert sorted(same) == [
+        "bert.embeddings.position_embeddings.weight",
+        "bert.embeddings.token_type_embeddings.weight",
+        "bert.embeddings.word_embeddings.weight",
+        "qa_outputs.bias",
+        "qa_outputs.weight",
+    ]
+
+
+def test_table_and_sizes(reference: Path) -> None:
+    figures = metrics(reference)
+    rows = {row["stage"]: row for row in figures["stages"]}
+    assert list(rows) == ["teacher", "packed", *PLAN, "unmerged", "merged"]
+    for name in ("teacher", "packed", "embeddings", "feed-forward", "heads", "final"):
+        assert {"f1", "exact_match"} <= rows[name].keys()
+    assert rows["merged"]["f1"] == rows["unmerged"]["f1"] == figures["f1"]
+    weights = load_file(reference / "model.safetensors")
+    assert figures["sizes"]["student"]["parameters"] == sum(w.numel() for w in weights.values())
+    size = (reference / "model.onnx").stat().st_size
+    assert figures["sizes"]["student"]["onnx_bytes"] == size
+    assert 0 < figures["sizes"]["student"]["gops"] < figures["sizes"]["teacher"]["gops"]
+    stdout = (reference.parent / "stdout").read_text()
+    assert "stage 2/6 grow 1 step" in stdout and "for all stages" in stdout
+    assert f"student: {figures['parameters'] / 1e6:.2f} M parameters" in stdout
+
+
+def test_scripts_load_the_folder(
+    reference: Path, teacher: Path, few: Path, tmp_path: Path, capfd: pytest.CaptureFixture
+) -> None:
+    article = tmp_path / "article.txt"
+    article.write_text("The harbour was built by Ada Brook in 1907. It is of stone.")
+    question = "--question=Who built the harbour?"
+    done = run([sys.executable, str(ROOT / "ask.py"), f"--model={reference}",
+                f"--context={article}", question, "--json"])  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["answers"]
+    # Fine-tuning alone takes what is deployed; a teacher's states need the maps.
+    for name, flags in {
+        "plain": (),
+        "taught": ("--supervision_weight=0.1", f"--model_teacher={teacher}"),
+    }.items():
+        out = tmp_path / name
+        command = train_qa_command(reference, few, out, "--num_train_epochs=0.2", *flags)
+        assert call(command) == 0, capfd.readouterr().err
+        model = AutoModelForQuestionAnswering.from_pretrained(out)
+        assert model.config.merged
+        assert (out / "unmerged").exists() == (name == "taught")
+
+
+def test_distillation_goes_on(
+    reference: Path, teacher: Path, few: Path, tmp_path: Path, capfd: pytest.CaptureFixture
+) -> None:
+    out = tmp_path / "out"
+    flags = (f"--model_student={reference}", "--stages=final", "--max_steps_per_stage=2")
+    assert call(pack_command(teacher, few, out, *flags)) == 0, capfd.readouterr().err
+    stdout = capfd.readouterr().out
+    assert "is packed: distillation goes on" in stdout
+    packed = next(r for r in records(out) if r["stage"] == "packed")
+    assert packed["f1"] == pytest.approx(metrics(reference)["f1"])
+    assert len(trained(out, "final")) == 2
+    assert trained(out, "final")[0]["loss"] < trained(reference, "final")[0]["loss"]
+    assert metrics(out)["sizes"]["student"]["parameters"] == metrics(reference)["parameters"]
+
+
+def test_heads_go_at_once_where_no_stage_is_for_it(
+    teacher: Path, few: Path, tmp_path: Path, capfd: pytest.CaptureFixture
+) -> None:
+    out = tmp_path / "out"
+    command = pack_command(teacher, few, out, "--stages=feed-forward", "--max_steps_per_stage=2")
+    assert call(command) == 0, capfd.readouterr().err
+    assert "measuring the importance of heads" in capfd.readouterr().out
+    assert json.loads((out / "config.json").read_text())["num_attention_heads"] == 2
+
+
+def test_random_start(
+    teacher: Path, few: Path, reference: Path, tmp_path: Path, capfd: pytest.CaptureFixture
+) -> None:
+    out = tmp_path / "out"
+    command = pack_command(teacher, few, out, "--start=random", "--max_steps_per_stage=1")
+    assert call(command) == 0, capfd.readouterr().err
+    for stage in ("embeddings", "grow 1", "grow 2"):
+        losses = [trained(folder, stage)[0]["loss"] for folder in (reference, out)]
+        assert losses[0] < 0.6 * losses[1], stage
+
+
+def test_pack_emb_0_and_other_shapes(
+    teacher: Path, few: Path, tmp_path: Path, capfd: pytest.CaptureFixture
+) -> None:
+    out = tmp_path / "out"
+    cfg = "--pack_cfg=num_hidden_layers:1,ff_iter_num:0,num_attention_heads:4,hidden_size:8,"
+    command = pack_command(
+        teacher, few, out, cfg + "pack_emb:0,hidden_act:relu", "--max_steps_per_stage=1"
+    )
+    assert call(command) == 0, capfd.readouterr().err
+    rows = {row["stage"]: row for row in metrics(out)["stages"]}
+    assert rows["merged"]["f1"] == rows["unmerged"]["f1"]
+
+
+# ------------------------------------------------------------------------------------------------
+# Parts
+
+
+def test_only_the_first_layers_run(teacher: Path) -> None:
+    model = fuse_attention(BertForQuestionAnswering.from_pretrained(teacher).eval())
+    student = pack(model, PackCfg(2, 2, 4, 16, 1), [])
+    called: list[str] = []
+    for name, module in [
+        *((f"teacher {i}", layer) for i, layer in enumerate(model.bert.encoder.layer)),
+        *((f"student {i}", layer) for i, layer in enumerate(student.bert.layers)),
+    ]:
+        module.register_forward_hook(lambda *_, name=name: called.append(name))
+    ids = torch.arange(5, 17)[None]
+    inputs = {
+        "input_ids": ids,
+        "attention_mask": torch.ones_like(ids),
+        "token_type_ids": torch.zeros_like(ids),
+        "position_ids": torch.arange(12)[None],
+    }
+
+    class Run:
+        accelerator = Accelerator(cpu=True)
+
+    expected = model.bert(**inputs, output_hidden_states=True).hidden_states
+    mine = student(**inputs, output_hidden_states=True).hidden_states
+    for k in range(3):
+        called.clear()
+        weights = (0.5,) * (k + 1)
+        losses = pack_and_distill.StateLoss(Run, model, 2, weights)(student, inputs)
+        assert sorted(called) == sorted(
+            f"{who} {i}" for who in ("student", "teacher") for i in range(k)
+        )
+        for i in range(k + 1):
+            error = (mine[i] - expected[i]).square().mean()
+            assert float(losses[f"state_{i}"]) == pytest.approx(0.5 * float(error), rel=1e-4)
+
+
+def test_final_stage_weights_states() -> None:
+    class Arguments:
+        stages = "final"
+        loss_weight_alpha, num_train_epochs, learning_rate = 1.5, 1, 1e-3
+        total_train_batch_size = per_gpu_train_batch_size = 4
+        learning_rate_for_tune, total_train_batch_size_for_tune = 1e-3, 8
+        max_steps_per_stage = warm_up_steps = None
+
+    (part,) = pack_and_distill.plan_stages(Arguments, 2)
+    assert part.weights == pytest.approx((1 / 4.75, 1.5 / 4.75, 2.25 / 4.75))
+
+
+def test_warm_up_is_the_first_hundredth() -> None:
+    factors = [train_utils.warm_up(step, 1000) for step in range(1000)]
+    assert factors[:10] == pytest.approx([0.1 * (i + 1) for i in range(10)])
+    assert set(factors[9:]) == {1.0}
+    assert train_utils.warm_up(0, 50) == 1.0
+    assert train_utils.warm_up_linear_decay(500, 1000) == 0.5
+    assert train_utils.warm_up(0, 1000, steps=4) == 0.25
+
+
+# ------------------------------------------------------------------------------------------------
+# Divergence
+
+
+class Line:
+    """Batches of one number each, for a model of one weight."""
+
+    def steps(self, epoch: int) -> list[Any]:
+        import numpy as np
+
+        return [np.array([i]) for i in range(60)]
+
+    def batch(self, epoch: int, chosen: Any) -> dict[str, torch.Tensor]:
+        return {"x": torch.ones(1, 1), "attention_mask": torch.ones(1, 1)}
+
+
+@pytest.mark.parametrize("kind", ["nan", "grows"])
+def test_diverging_run_goes_back(kind: str, tmp_path: Path, capfd: pytest.CaptureFixture) -> None:
+    model = torch.nn.Linear(1, 1)
+    seen: list[float] = []
+    bad = {"left": 30}
+
+    def loss(model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        value = (model(batch["x"])[:, 0] - 3.0).square() + 1.0
+        seen.append(model.weight.item())
+        if len(seen) > 25 and bad["left"]:
+            bad["left"] = 0 if kind == "nan" else bad["left"] - 1
+            return {"error": value * (math.nan if kind == "nan" else 4.0)}
+        return {"error": value}
+
+    accelerator = Accelerator(cpu=True)
+    handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    running = run_utils.Run(accelerator, str(tmp_path), {}, "new", 60.0, 1, "none")
+    try:
+        stage = train_utils.Stage("test", 1, 1e-2, 1, 1, train_utils.warm_up, goes_back=True)
+        train_utils.train(running, model, stage, Line(), loss)
+    finally:
+        for number, handler in zip((signal.SIGINT, signal.SIGTERM), handlers, strict=True):
+            signal.signal(number, handler)
+    warnings = [x for x in capfd.readouterr().err.splitlines() if x.startswith("warning: ")]
+    assert warnings and all("going back there" in line for line in warnings)
+    log = records(tmp_path)
+    assert [r["step"] for r in log] == list(range(1, 61))
+    assert log[-1]["learning_rate"] == 1e-2 * 0.5 ** len(warnings)
+    assert seen[25 : 25 + 40].count(seen[0]) >= 1  # from the very weights of the start
+
+
+def test_a_run_that_diverges_for_good_is_an_error(tmp_path: Path) -> None:
+    from cli_utils import UserError
+
+    def loss(model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        loss.calls += 1
+        value = model(batch["x"])[:, 0].square() + 1.0
+        return {"error": value if loss.calls < 5 else value * math.nan}
+
+    loss.calls = 0
+    handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    running = run_utils.Run(Accelerator(cpu=True), str(tmp_path), {}, "new", 60.0, 1, "none")
+    try:
+        stage = train_utils.Stage("test", 1, 1e-2, 1, 1, goes_back=True)
+        with pytest.raises(UserError, match="the loss is nan"):
+            train_utils.train(running, torch.nn.Linear(1, 1), stage, Line(), loss)
+    finally:
+        for number, handler in zip((signal.SIGINT, signal.SIGTERM), handlers, strict=True):
+            signal.signal(number, handler)
+
+
+# ------------------------------------------------------------------------------------------------
+# Killed, and several processes
+
+
+def story(folder: Path) -> list[tuple]:
+    keys = ("stage", "step", "loss", "state_0", "learning_rate", "evaluation", "f1")
+    return [tuple(record.get(key) for key in keys) for record in records(folder)]
+
+
+def newest_stage(out: Path) -> str:
+    found = states(out)
+    if not found:
+        return ""
+    try:
+        path = out / "checkpoints" / found[-1] / "position.json"
+        return json.loads(path.read_text())["stage"]
+    except (OSError, ValueError):
+        return ""
+
+
+def test_killed_in_every_stage(
+    teacher: Path, few: Path, reference: Path, tmp_path: Path, capfd: pytest.CaptureFixture
+) -> None:
+    out = tmp_path / "out"
+    command = pack_command(teacher, few, out, "--save_minutes=0")
+    for stage in ("embeddings", "grow 2", "feed-forward", "heads", "final"):
+        with started(command) as process:
+            wait_for(process, lambda stage=stage: newest_stage(out) == stage)
+            os.kill(process.pid, signal.SIGKILL)
+            assert process.wait(timeout=60) == -signal.SIGKILL
+        assert not (out / "metrics.json").exists()
+    done = run(command)
+    assert done.returncode == 0, done.stderr
+    assert "of final, saved in" in done.stdout
+    assert "packing: " not in done.stdout
+    assert story(out) == story(reference)
+    for name in ("model.safetensors", "unmerged/model.safetensors", "predictions.json"):
+        assert (out / name).read_bytes() == (reference / name).read_bytes(), name
+    assert not (out / "checkpoints").exists()
+
+
+def test_stopped_at_a_stage_border(
+    teacher: Path, few: Path, reference: Path, tmp_path: Path, capfd: pytest.CaptureFixture
+) -> None:
+    # The newest state is the last of the stage before the heads are removed.
+    out = tmp_path / "out"
+    command = pack_command(teacher, few, out, "--save_minutes=60")
+    with started(command) as process:
+        wait_for(process, lambda: newest_stage(out) == "heads")
+        os.kill(process.pid, signal.SIGKILL)
+        process.wait(timeout=60)
+    assert newest_stage(out) == "heads" and state_step(out) == 0
+    shutil.rmtree(out / "checkpoints" / states(out)[-1])
+    assert newest_stage(out) == "feed-forward"
+    assert call(command) == 0, capfd.readouterr().err
+    assert story(out) == story(reference)
+    name = "unmerged/model.safetensors"
+    assert (out / name).read_bytes() == (reference / name).read_bytes()
+
+
+def test_two_processes_are_as_one(teacher: Path, few: Path, tmp_path: Path) -> None:
+    flags = ("--per_gpu_train_batch_size=2", "--num_train_epochs=0.5", "--learning_rate=3e-4")
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    outs = [tmp_path / name for name in ("one", "two")]
+    for out, launched in zip(outs, ([], launch), strict=True):
+        command = pack_command(teacher, few, out, *flags)
+        done = run([command[0], *launched, *command[1:]])
+        assert done.returncode == 0, done.stderr
+    one, two = map(records, outs)
+    assert [(r["stage"], r["step"]) for r in one] == [(r["stage"], r["step"]) for r in two]
+    for mine, theirs in zip(one, two, strict=True):
+        for key in ("loss", "learning_rate", "f1"):
+            if key in mine:
+                assert mine[key] == pytest.approx(theirs[key], rel=2e-3), (key, mine["stage"])
+
+
+# ------------------------------------------------------------------------------------------------
+# Wrong input
+
+
+@pytest.fixture
+def wrong(
+    teacher: Path, few: Path, tmp_path: Path, capfd: pytest.CaptureFixture
+) -> Callable[..., str]:
+    """A function that runs the script with flags and returns its error line."""
+
+    def check(*flags: str) -> str:
+        out = tmp_path / "out"
+        capfd.readouterr()
+        assert call(pack_command(teacher, few, out, *flags)) == 2
+        assert states(out) == []
+        return error_line(capfd.readouterr().err)
+
+    return check
+
+
+@pytest.mark.parametrize(
+    ("flag", "said"),
+    [
+        ("--pack_cfg=hiden_size:8", "did you mean hidden_size?"),
+        ("--pack_cfg=num_hidden_layers:3,hidden_size:16,num_attention_heads:2", "over the 2"),
+        ("--stages=embedings", "the stages are embeddings,grow,feed-forward,heads,final"),
+        ("--stages=", "the stages are"),
+        ("--stages=final,final", "given twice"),
+        ("--loss_weight_alpha=0", "--loss_weight_alpha"),
+        ("--num_train_epochs=0", "--num_train_epochs"),
+        ("--max_steps_per_stage=0", "--max_steps_per_stage"),
+        ("--total_train_batch_size_for_tune=6", "--total_train_batch_size_for_tune=6"),
+        ("--start=nowhere", "--start"),
+    ],
+)
+def test_wrong_flag(wrong: Callable[..., str], flag: str, said: str) -> None:
+    assert said in wrong(flag)
+
+
+def test_model_of_no_task(wrong: Callable[..., str], teacher: Path, tmp_path: Path) -> None:
+    plain = tmp_path / "plain"
+    shutil.copytree(teacher, plain)
+    BertModel.from_pretrained(teacher).save_pretrained(plain)
+    for flag in ("--model_student", "--model_teacher"):
+        line = wrong(f"{flag}={plain}")
+        assert flag in line and "BertModel" in line and "train_qa.py" in line
+
+
+def test_another_vocabulary(wrong: Callable[..., str], teacher: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    shutil.copytree(teacher, other)
+    text = (other / "tokenizer.json").read_text()
+    (other / "tokenizer.json").write_text(text.replace('"!"', '"@!@"'))
+    assert "another vocabulary" in wrong(f"--model_teacher={other}")
+
+
+def test_packed_otherwise(wrong: Callable[..., str], reference: Path) -> None:
+    line = wrong(
+        f"--model_student={reference}",
+        "--pack_cfg=num_hidden_layers:2,ff_iter_num:4,num_attention_heads:2,hidden_size:16",
+    )
+    assert "was packed with ff_iter_num:2, not ff_iter_num:4" in line
+
+
+def test_packed_teacher(wrong: Callable[..., str], reference: Path) -> None:
+    assert "is packed; give the model" in wrong(f"--model_teacher={reference}")
+
+
+def test_merged_alone(wrong: Callable[..., str], reference: Path, tmp_path: Path) -> None:
+    merged = tmp_path / "merged"
+    shutil.copytree(reference, merged)
+    shutil.rmtree(merged / "unmerged")
+    assert "merged" in wrong(f"--model_student={merged}")
