@@ -38,7 +38,9 @@ def attend(qkv: Tensor, heads: int, mask: Tensor | None, dropout: float = 0.0) -
                 lowest = torch.finfo(scores.dtype).min
                 mask = (~mask[:, :, :1]).to(scores.dtype) * lowest
             scores = scores + mask.to(scores.dtype)
-        weights = F.dropout(torch.softmax(scores, dim=-1, dtype=scores.dtype), dropout)
+        weights = torch.softmax(scores, dim=-1, dtype=scores.dtype)
+        if dropout:  # an exported graph must not have one, not even of probability 0
+            weights = F.dropout(weights, dropout)
         context = torch.matmul(weights, value)
     else:
         if mask is not None and mask.dtype != torch.bool:
