@@ -370,7 +370,10 @@ RIDGE = 1e-4  # of least squares, times the mean variance of what is mapped
 
 
 def pack(
-    teacher: PreTrainedModel, cfg: PackCfg, batches: Sequence[dict[str, Tensor]]
+    teacher: PreTrainedModel,
+    cfg: PackCfg,
+    batches: Sequence[dict[str, Tensor]],
+    tell: Callable[[int, int], None] | None = None,
 ) -> PreTrainedModel:
     """A student of `teacher`, with all of the teacher's heads, in eval mode.
 
@@ -390,6 +393,7 @@ def pack(
         teacher: a fine-tuned BERT in FP32.
         batches: the sample, inputs [B, L] on the teacher's device. Without any, maps and packed
             weights stay random (normal, 0.02); tables and head are the teacher's all the same.
+        tell: called with a layer's number and how many there are, before it is packed.
     """
     student = PACKED_CLASSES[type(teacher)](packed_config(teacher.config, cfg))
     student = student.to(teacher.device).eval()
@@ -411,6 +415,8 @@ def pack(
     state = _pack_embeddings(packed, bert.embeddings, sample, target, directions, generator)
     depth, n = teacher.config.num_hidden_layers, cfg.num_hidden_layers
     for i in range(n):
+        if tell:
+            tell(i + 1, n)
         skipped, original = depth * i // n, depth * (i + 1) // n - 1
         with torch.no_grad():
             for layer in bert.encoder.layer[skipped:original]:

@@ -13,6 +13,7 @@ import functools
 import os
 import signal
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -318,10 +319,12 @@ def evaluated(run: Run, stage: str) -> dict[str, Any] | None:
     return found
 
 
-def log_evaluation(run: Run, stage: str, figures: dict[str, float]) -> None:
-    """Log and say the figures of what does not train."""
-    run.log({"stage": stage, "step": 0, "epoch": 0.0, "evaluation": True, **figures})
-    run.say(f"{stage}: {summary(figures)}")
+def evaluate_once(run: Run, stage: str, evaluate: Callable[[], dict[str, float]]) -> None:
+    """Log and say the figures of what does not train, unless an earlier part of the run has."""
+    if evaluated(run, stage) is None:
+        figures = evaluate()
+        run.log({"stage": stage, "step": 0, "epoch": 0.0, "evaluation": True, **figures})
+        run.say(f"{stage}: {summary(figures)}")
 
 
 def pack_student(args: argparse.Namespace, task: QaTask, run: Run, anew: bool) -> PreTrainedModel:
@@ -339,7 +342,13 @@ def pack_student(args: argparse.Namespace, task: QaTask, run: Run, anew: bool) -
     if anew and args.start == "teacher":
         run.say(f"packing: fitting weights to the teacher's states on {SAMPLE_WINDOWS} windows")
         sample = [to_device(batch, device) for batch in task.sample(SAMPLE_WINDOWS)]
-    return bert_pack.pack(model.to(device), bert_pack.parse_pack_cfg(args.pack_cfg), sample)
+
+    def tell(layer: int, count: int) -> None:
+        run.stop_if_asked()
+        run.say(f"packing layer {layer} of {count}")
+
+    cfg = bert_pack.parse_pack_cfg(args.pack_cfg)
+    return bert_pack.pack(model.to(device), cfg, sample, tell)
 
 
 def measure_importance(
@@ -411,11 +420,24 @@ def stage_table(run: Run, plan: list[Distillation], unmerged: dict[str, float]) 
         row = {"stage": name, **(evaluated(run, name) or {})}
         log = [r for r in report_utils.read_log(run.output_dir) if r["stage"] == name]
         row["seconds"] = max((r.get("seconds", 0.0) for r in log), default=0.0)
+        row["steps"] = max((r["step"] for r in log), default=0)
         row["loss"] = next((r["loss"] for r in reversed(log) if "loss" in r), None)
         rows.append(row)
     rows.append({"stage": "unmerged", **unmerged})
     rows.append({"stage": "merged", **(evaluated(run, "merged") or {})})
     return rows
+
+
+def grow_seconds(rows: list[dict[str, Any]]) -> dict[str, float]:
+    """What the grow stages took, and would have at the pace of the last, which runs all layers."""
+    grown = [row for row in rows if row["stage"].startswith("grow ") and row["seconds"]]
+    if not grown:
+        return {}
+    pace = grown[-1]["seconds"] / grown[-1]["steps"]
+    return {
+        "grow_seconds": sum(row["seconds"] for row in grown),
+        "grow_seconds_of_all_layers": pace * sum(row["steps"] for row in grown),
+    }
 
 
 def show_table(rows: list[dict[str, Any]]) -> None:
@@ -425,7 +447,7 @@ def show_table(rows: list[dict[str, Any]]) -> None:
         cells = [f"{row['stage']:14}"]
         for key in ("f1", "exact_match"):
             cells.append(f"{row[key]:8.2f}" if key in row else " " * 8)
-        loss, steps = row.get("loss"), row.get("step", 0)
+        loss, steps = row.get("loss"), row.get("steps", 0)
         cells.append(f"{loss:10.4f}" if loss is not None else " " * 10)
         if steps:
             cells.append(f"{steps:8}{row['seconds'] / steps:10.3f}")
@@ -466,12 +488,11 @@ def main() -> None:
     )
     run.say(f"{task.describe()}; {run.machine()}")
     evaluation = task.make_evaluation(run)
-    if evaluated(run, "teacher") is None:
-        log_evaluation(run, "teacher", evaluation(teacher))
+    evaluate_once(run, "teacher", lambda: evaluation(teacher))
     anew = run.position() is None
     student = pack_student(args, task, run, anew)
     if anew:
-        log_evaluation(run, "packed", evaluation(student))
+        evaluate_once(run, "packed", lambda: evaluation(student))
     plan = plan_stages(args, cfg.num_hidden_layers)
     plan = number_stages(plan, len(task.train_windows))
     student = distill(run, task, student, teacher, plan, cfg.num_attention_heads).eval()
@@ -480,7 +501,7 @@ def main() -> None:
     unmerged = evaluation(student, precise=True)
     merged = bert_pack.merge(student)
     figures = evaluation(merged.to(accelerator.device), precise=True)
-    log_evaluation(run, "merged", figures)
+    evaluate_once(run, "merged", lambda: figures)
     if run.main:
         with run.writing_results():
             save_model(student, tokenizer, args.output_dir)
@@ -498,6 +519,7 @@ def main() -> None:
                 "parameters": sizes["student"]["parameters"],
                 "sizes": sizes,
                 "stages": table,
+                **grow_seconds(table),
                 "onnx_max_difference": difference,
             }
             report_utils.draw_curves(args.output_dir, task.score_names)
@@ -505,6 +527,11 @@ def main() -> None:
             report_utils.write_qa_card(args.output_dir, metrics, "pack_and_distill.py", made)
             run.finish(metrics)
             show_table(table)
+            if "grow_seconds" in metrics:
+                run.say(
+                    f"the grow stages took {metrics['grow_seconds']:,.0f} s; with all layers"
+                    f" running they would have taken {metrics['grow_seconds_of_all_layers']:,.0f} s"
+                )
     accelerator.end_training()
     run.say(f"{args.output_dir}: {summary(figures)}; model.onnx checked")
 

@@ -39,6 +39,9 @@ def describe_run(run: Run, arguments: dict[str, Any], started: float) -> dict[st
 def draw_curves(output_dir: str, score_names: dict[str, str]) -> None:
     """Draw loss, learning rate and scores of metrics.jsonl over the steps into curves.png.
 
+    The steps of several stages follow one another. A "teacher" among them, which has scores alone,
+    is a horizontal line.
+
     Args:
         score_names: what to call the figures of evaluations, e.g. {"f1": "F1"}.
     """
@@ -47,7 +50,7 @@ def draw_curves(output_dir: str, score_names: dict[str, str]) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    records = read_log(output_dir)
+    records, borders = _one_after_another(read_log(output_dir))
     training = [record for record in records if "evaluation" not in record]
     evaluations = [record for record in records if "evaluation" in record]
     figure, (top, bottom) = plt.subplots(2, 1, figsize=(8, 7), sharex=True, layout="constrained")
@@ -63,9 +66,21 @@ def draw_curves(output_dir: str, score_names: dict[str, str]) -> None:
     rate.plot(steps, [record["learning_rate"] for record in training], color="grey", linestyle=":")
     rate.set(ylabel="learning rate (dotted)", ylim=(0, None))
     top.legend(loc="upper right")
+    for border, stage in borders if len(borders) > 1 else []:
+        for axes in (top, bottom):
+            axes.axvline(border, color="grey", linewidth=0.5)
+        top.annotate(f" {stage}", (border, 0), rotation=90, fontsize=7, va="bottom")
     for key, label in score_names.items():
-        points = [(record["step"], record[key]) for record in evaluations if key in record]
-        bottom.plot(*zip(*points, strict=True), marker="o", label=label)
+        points = [
+            (record["step"], record[key])
+            for record in evaluations
+            if key in record and record["stage"] != "teacher"
+        ]
+        (line,) = bottom.plot(*zip(*points, strict=True), marker="o", label=label)
+        for record in evaluations:
+            if record["stage"] == "teacher":
+                color = line.get_color()
+                bottom.axhline(record[key], color=color, linestyle="--", label=f"teacher's {label}")
         for step, value in points:
             bottom.annotate(
                 f"{value:.1f}", (step, value), textcoords="offset points", xytext=(0, 6)
@@ -76,6 +91,22 @@ def draw_curves(output_dir: str, score_names: dict[str, str]) -> None:
     bottom.legend(loc="lower right")
     figure.savefig(os.path.join(output_dir, "curves.png"), dpi=110)
     plt.close(figure)
+
+
+def _one_after_another(
+    records: list[dict[str, Any]],
+) -> tuple[list[dict[str, Any]], list[tuple[int, str]]]:
+    """Records with steps counted over all stages, and where each stage that trains begins."""
+    offset, last, stage, counted = 0, 0, "", []
+    borders: list[tuple[int, str]] = []
+    for record in records:
+        if record["stage"] != stage:
+            offset, stage = last, record["stage"]
+            if "loss" in record:
+                borders.append((offset, stage))
+        last = max(last, offset + record["step"])
+        counted.append({**record, "step": offset + record["step"]})
+    return counted, borders
 
 
 LOSSES = ("answer", "distillation", "hidden_states")

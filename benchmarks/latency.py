@@ -1,0 +1,170 @@
+"""Latency of exported models in OpenVINO and ONNX Runtime, 1 x 384, alternating in one run.
+
+    python benchmarks/latency.py --model teacher=DIR --model student=DIR --bert_large
+
+Each round times every model in every runtime and precision; the table shows the median over the
+rounds, and how many times the first model takes (in OpenVINO at f32). --bert_large adds BERT-large
+and what the default --pack_cfg of pack_and_distill.py makes of it, with random weights: latency
+does not depend on their values.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+
+import numpy as np
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+sys.path.insert(0, ROOT)
+
+from cli_utils import ArgumentParser, UserError, number, run_main  # noqa: E402
+
+LENGTH = 384
+# Name of a column -> runtime and OpenVINO's INFERENCE_PRECISION_HINT (None: the default).
+COLUMNS = {
+    "OpenVINO f32": ("openvino", "f32"),
+    "OpenVINO default": ("openvino", None),
+    "ONNX Runtime": ("onnxruntime", None),
+}
+
+
+def inputs() -> dict[str, np.ndarray]:
+    """Random tokens, none of them padding."""
+    rng = np.random.default_rng(0)
+    row = np.ones((1, LENGTH), np.int64)
+    return {
+        "input_ids": rng.integers(1000, 20000, (1, LENGTH)),
+        "attention_mask": row,
+        "token_type_ids": (np.arange(LENGTH)[None] > 20) * row,
+        "position_ids": np.arange(LENGTH)[None] * row,
+    }
+
+
+def compiled(path: str, runtime: str, precision: str | None) -> Callable[[], object]:
+    """A function that runs the model once."""
+    feed = inputs()
+    if runtime == "openvino":
+        import openvino
+
+        config = {"PERFORMANCE_HINT": "LATENCY"}
+        if precision:
+            config["INFERENCE_PRECISION_HINT"] = precision
+        request = openvino.Core().compile_model(path, "CPU", config).create_infer_request()
+        return lambda: request.infer(feed)
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    return lambda: session.run(None, feed)
+
+
+def export_random(folder: str) -> dict[str, str]:
+    """BERT-large and its packed form with random weights, exported; paths by name."""
+    import torch
+    from transformers import BertConfig, BertForQuestionAnswering
+
+    import onnx_utils
+    from bert_pack import PackCfg, PackedBertForQuestionAnswering, packed_config
+
+    large = BertConfig(
+        vocab_size=30522,
+        hidden_size=1024,
+        num_hidden_layers=24,
+        num_attention_heads=16,
+        intermediate_size=4096,
+    )
+    small = packed_config(large, PackCfg())
+    small.merged, small.num_attention_heads = True, PackCfg().num_attention_heads
+    paths = {}
+    for name, model_class, config in (
+        ("BERT-large", BertForQuestionAnswering, large),
+        ("BERT-large packed", PackedBertForQuestionAnswering, small),
+    ):
+        print(f"exporting {name} ...", flush=True)
+        torch.manual_seed(0)
+        model = model_class(config).eval()
+        if model_class is BertForQuestionAnswering:
+            model.set_attn_implementation("eager")
+        paths[name] = os.path.join(folder, f"{name}.onnx")
+        batch = {key: value.astype(np.int64) for key, value in inputs().items()}
+        onnx_utils.export_onnx(
+            onnx_utils.QaGraph(model), paths[name], [batch], onnx_utils.QA_OUTPUTS, LENGTH
+        )
+        print(f"  {os.path.getsize(paths[name]) / 1e6:.1f} MB", flush=True)
+    return paths
+
+
+def measure(paths: dict[str, str], rounds: int, seconds: float) -> dict[str, dict[str, float]]:
+    """Median milliseconds of each model in each column."""
+    runs = {
+        (name, column): compiled(path, *COLUMNS[column])
+        for name, path in paths.items()
+        for column in COLUMNS
+    }
+    times: dict[tuple[str, str], list[float]] = {key: [] for key in runs}
+    for round_number in range(rounds + 1):
+        for key, run in runs.items():
+            run()
+            began, count = time.perf_counter(), 0
+            while time.perf_counter() - began < seconds:
+                run()
+                count += 1
+            if round_number:  # the first is a warm-up
+                times[key].append((time.perf_counter() - began) / count * 1000)
+    return {
+        name: {column: statistics.median(times[name, column]) for column in COLUMNS}
+        for name in paths
+    }
+
+
+def show(results: dict[str, dict[str, float]]) -> None:
+    """Print the table; the factor is over the first model of a pair at f32 in OpenVINO."""
+    print(f"\n{'ms, 1 x 384':22}" + "".join(f"{column:>26}" for column in COLUMNS))
+    for name, row in results.items():
+        first = results[next(iter(results)) if "BERT-large" not in name else "BERT-large"]
+        cells = []
+        for column in COLUMNS:
+            same, f32 = first[column] / row[column], first["OpenVINO f32"] / row[column]
+            cells.append(f"{row[column]:10.2f} {same:6.2f}x {f32:6.2f}x")
+        print(f"{name:22}" + "".join(f"{cell:>26}" for cell in cells))
+    print("first factor: over the first model in the same column; second: over its OpenVINO f32")
+
+
+def main() -> None:
+    parser = ArgumentParser(description=__doc__.splitlines()[0])
+    add = parser.add_argument
+    add("--model", action="append", default=[], help="name=folder with model.onnx; several times")
+    add("--bert_large", action="store_true", help="BERT-large and its packed form, random weights")
+    add("--rounds", type=number(int, 1, 1000), default=5, help="of all models")
+    add("--seconds", type=number(float, 0, 60, True), default=2.0, help="for each in a round")
+    add("--json", help="write the figures there")
+    args = parser.parse_args()
+    pairs: dict[str, str] = {}
+    for text in args.model:
+        name, equals, folder = text.partition("=")
+        path = os.path.join(folder, "model.onnx")
+        if not equals or not os.path.isfile(path):
+            raise UserError(f"--model: {text} is not name=folder of a folder with model.onnx")
+        pairs[name] = path
+    if not pairs and not args.bert_large:
+        raise UserError("--model name=folder or --bert_large is needed")
+    results: dict[str, dict[str, float]] = {}
+    if pairs:
+        results.update(measure(pairs, args.rounds, args.seconds))
+    if args.bert_large:
+        with tempfile.TemporaryDirectory() as folder:
+            large = export_random(folder)
+            results.update(measure(large, args.rounds, args.seconds))
+    show(results)
+    if args.json:
+        with open(args.json, "w", encoding="utf-8") as file:
+            json.dump(results, file, indent=1)
+
+
+if __name__ == "__main__":
+    run_main(main)

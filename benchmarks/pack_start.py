@@ -1,0 +1,142 @@
+"""What the start of packing is worth, before any training: several starts side by side.
+
+For each start: the mean squared error of every hidden state and F1, on the dev file. The starts
+leave out one after the other what `bert_pack.pack` does.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+sys.path.insert(0, ROOT)
+
+import bert_pack  # noqa: E402
+from cli_utils import ArgumentParser, run_main  # noqa: E402
+from fast_attention import fuse_attention  # noqa: E402
+from model_utils import check_model, load_model, load_tokenizer, state_errors  # noqa: E402
+from onnx_utils import INPUTS  # noqa: E402
+from pack_and_distill import SAMPLE_WINDOWS, teacher_states  # noqa: E402
+from qa_task import QaTask  # noqa: E402
+from run_arguments import add_data_arguments, add_run_arguments  # noqa: E402
+from run_utils import Run  # noqa: E402
+from train_utils import make_accelerator  # noqa: E402
+
+principal_directions = bert_pack.principal_directions
+
+
+def random_directions(bert: object, sample: object, width: int) -> Tensor:
+    generator = torch.Generator().manual_seed(0)
+    full = bert.config.hidden_size
+    return torch.linalg.qr(torch.randn(full, width, generator=generator, dtype=torch.float64))[0]
+
+
+def rotated_directions(bert: object, sample: object, width: int) -> Tensor:
+    """The principal directions' own space, in random axes."""
+    generator = torch.Generator().manual_seed(0)
+    axes = torch.linalg.qr(torch.randn(width, width, generator=generator, dtype=torch.float64))[0]
+    return principal_directions(bert, sample, width) @ axes
+
+
+@contextmanager
+def changed(**values: object) -> Iterator[None]:
+    """Other constants and functions in bert_pack meanwhile."""
+    kept = {name: getattr(bert_pack, name) for name in values}
+    for name, value in values.items():
+        setattr(bert_pack, name, value)
+    try:
+        yield
+    finally:
+        for name, value in kept.items():
+            setattr(bert_pack, name, value)
+
+
+NO_LEAST_SQUARES = {"RIDGE": 1e12}
+STARTS: dict[str, dict[str, object] | None] = {
+    "random maps and weights": None,
+    "projections onto random directions": {
+        **NO_LEAST_SQUARES,
+        "FIT_STEPS": 0,
+        "principal_directions": random_directions,
+    },
+    "projections onto principal directions": {**NO_LEAST_SQUARES, "FIT_STEPS": 0},
+    "the same and least squares": {"FIT_STEPS": 0},
+    "the same and 100 steps of regression": {"FIT_STEPS": 100},
+    "the same and 500 steps (default)": {},
+    "default in random axes of the principal space": {"principal_directions": rotated_directions},
+}
+
+
+def main() -> None:
+    parser = ArgumentParser(description=__doc__.splitlines()[0])
+    add = parser.add_argument
+    add("--model", required=True, help="fine-tuned QA model to pack")
+    add("--pack_cfg", required=True)
+    add("--only", help="part of a start's name")
+    add_data_arguments(parser, max_seq_length_q=64)
+    add_run_arguments(parser)
+    with tempfile.TemporaryDirectory() as folder:
+        args = parser.parse_args([*sys.argv[1:], f"--output_dir={folder}"])
+        config = check_model(args.model, "--model", args.max_seq_length_c)
+        cfg = bert_pack.parse_pack_cfg(args.pack_cfg)
+        bert_pack.check_pack_cfg(cfg, config)
+        task = QaTask(args)
+        accelerator = make_accelerator(args.precision, args.no_cuda, args.seed)
+        teacher = load_model(args.model, "--model", task.auto_class)
+        teacher = fuse_attention(teacher).eval().requires_grad_(False).to(accelerator.device)
+        task.tokenize(load_tokenizer(args.model, "--model", config))
+        run = Run(accelerator, folder, {}, "new", args.save_minutes, args.log_steps, "none")
+        evaluation = task.make_evaluation(run)
+        sample = list(task.sample(SAMPLE_WINDOWS))
+        sample = [{k: v.to(accelerator.device) for k, v in batch.items()} for batch in sample]
+        print(f"teacher: F1 {evaluation(teacher)['f1']:.2f}")
+        for name, changes in STARTS.items():
+            if args.only and args.only not in name:
+                continue
+            began = time.perf_counter()
+            with changed(**(changes or {})):
+                student = bert_pack.pack(teacher, cfg, sample if changes is not None else [])
+            seconds = time.perf_counter() - began
+            errors = mean_errors(task, student, teacher, cfg.num_hidden_layers)
+            row = {
+                "start": name,
+                "seconds": round(seconds, 1),
+                "f1": round(evaluation(student)["f1"], 2),
+                "mean": round(sum(errors) / len(errors), 4),
+                "states": [round(error, 4) for error in errors],
+            }
+            print(json.dumps(row), flush=True)
+
+
+@torch.no_grad()
+def mean_errors(task: QaTask, student: object, teacher: object, n: int) -> list[float]:
+    """Mean squared error of each state over the windows of the dev file."""
+    import numpy as np
+
+    import squad_utils
+
+    windows, depth = task.dev_windows, teacher.config.num_hidden_layers
+    order = np.argsort(windows.total_lengths, kind="stable")
+    sums, count = torch.zeros(n + 1, dtype=torch.float64), 0
+    for chosen in np.split(order, range(32, len(order), 32)):
+        arrays = squad_utils.make_batch(windows, chosen)
+        batch = {k: torch.from_numpy(arrays[k]).to(teacher.device) for k in INPUTS}
+        taught = teacher_states(teacher.base_model, batch, depth)
+        states = student(**batch, output_hidden_states=True).hidden_states
+        targets = [taught[i * depth // n] for i in range(n + 1)]
+        sums += state_errors(states, targets, batch["attention_mask"]).double().sum(dim=1).cpu()
+        count += len(chosen)
+    return (sums / count).tolist()
+
+
+if __name__ == "__main__":
+    run_main(main)
