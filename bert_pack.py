@@ -363,7 +363,7 @@ AutoModelForQuestionAnswering.register(PackedBertConfig, PackedBertForQuestionAn
 # ------------------------------------------------------------------------------------------------
 # Packing
 
-FIT_STEPS = 500  # of a short regression, ...
+FIT_STEPS = 200  # of a short regression, ...
 FIT_TOKENS = 2048  # ... each of so many tokens of the sample
 FIT_RATE = 2e-3
 RIDGE = 1e-4  # of least squares, times the mean variance of what is mapped

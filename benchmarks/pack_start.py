@@ -71,7 +71,8 @@ STARTS: dict[str, dict[str, object] | None] = {
     "projections onto principal directions": {**NO_LEAST_SQUARES, "FIT_STEPS": 0},
     "the same and least squares": {"FIT_STEPS": 0},
     "the same and 100 steps of regression": {"FIT_STEPS": 100},
-    "the same and 500 steps (default)": {},
+    "the same and 200 steps (default)": {},
+    "the same and 1000 steps": {"FIT_STEPS": 1000},
     "default in random axes of the principal space": {"principal_directions": rotated_directions},
 }
 

@@ -68,8 +68,8 @@ def pack_command(model: Path, data: Path, output_dir: Path, *flags: str) -> list
         f"--squad_dev_data={data / 'dev-v1.1.json'}",
         "--pack_cfg=num_hidden_layers:2,ff_iter_num:2,num_attention_heads:2,hidden_size:16,"
         "pack_emb:1,hidden_act:orig",
-        "--learning_rate=2e-3",
-        "--learning_rate_for_tune=3e-3",
+        "--learning_rate=1e-3",
+        "--learning_rate_for_tune=2e-3",
         "--num_train_epochs=1",
         "--max_seq_length_q=24",
         "--max_seq_length_c=160",

@@ -92,10 +92,10 @@ def test_stages_run_in_their_order_and_length(reference: Path) -> None:
     quarter = math.ceil(an_epoch / 4)
     assert lengths == [quarter] * 3 + [an_epoch] * 2 + [math.ceil(windows / 8)]
     for stage in PLAN[:5]:
-        assert {r["learning_rate"] for r in trained(reference, stage)} == {2e-3}
+        assert {r["learning_rate"] for r in trained(reference, stage)} == {1e-3}
     rates = [r["learning_rate"] for r in trained(reference, "final")]
     total = len(rates)
-    assert rates == pytest.approx([3e-3 * (1 - step / total) for step in range(total)])
+    assert rates == pytest.approx([2e-3 * (1 - step / total) for step in range(total)])
 
 
 def test_losses_are_of_the_states_of_their_stage(reference: Path) -> None:
@@ -106,11 +106,6 @@ def test_losses_are_of_the_states_of_their_stage(reference: Path) -> None:
     assert named("grow 1") == {"state_0", "state_1"}
     for stage in PLAN[2:]:
         assert named(stage) == {"state_0", "state_1", "state_2"}
-
-
-def test_distillation_learns(reference: Path) -> None:
-    first, last = trained(reference, "grow 2")[0], trained(reference, "heads")[-1]
-    assert last["loss"] < first["loss"]
 
 
 def test_folder(reference: Path, teacher: Path) -> None:
@@ -199,7 +194,6 @@ def test_distillation_goes_on(
     packed = next(r for r in records(out) if r["stage"] == "packed")
     assert packed["f1"] == pytest.approx(metrics(reference)["f1"])
     assert len(trained(out, "final")) == 2
-    assert trained(out, "final")[0]["loss"] < trained(reference, "final")[0]["loss"]
     assert metrics(out)["sizes"]["student"]["parameters"] == metrics(reference)["parameters"]
 
 
@@ -213,15 +207,17 @@ def test_heads_go_at_once_where_no_stage_is_for_it(
     assert json.loads((out / "config.json").read_text())["num_attention_heads"] == 2
 
 
-def test_random_start(
+def test_random_start_is_behind_and_learns(
     teacher: Path, few: Path, reference: Path, tmp_path: Path, capfd: pytest.CaptureFixture
 ) -> None:
     out = tmp_path / "out"
-    command = pack_command(teacher, few, out, "--start=random", "--max_steps_per_stage=1")
+    command = pack_command(teacher, few, out, "--start=random", "--stages=grow,feed-forward")
     assert call(command) == 0, capfd.readouterr().err
-    for stage in ("embeddings", "grow 1", "grow 2"):
+    for stage in ("grow 1", "grow 2"):
         losses = [trained(folder, stage)[0]["loss"] for folder in (reference, out)]
         assert losses[0] < 0.6 * losses[1], stage
+    learned = [record["loss"] for record in trained(out, "feed-forward")]
+    assert learned[-1] < 0.85 * trained(out, "grow 2")[0]["loss"]
 
 
 def test_pack_emb_0_and_other_shapes(
