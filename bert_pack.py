@@ -412,7 +412,7 @@ def pack(
     with torch.no_grad():
         directions = principal_directions(bert, sample, cfg.hidden_size)
         target = sample.embed(bert.embeddings)
-    state = _pack_embeddings(packed, bert.embeddings, sample, target, directions, generator)
+    state = _pack_embeddings(packed, sample, target, directions, generator)
     depth, n = teacher.config.num_hidden_layers, cfg.num_hidden_layers
     for i in range(n):
         if tell:
@@ -541,7 +541,6 @@ def _regress(
 
 def _pack_embeddings(
     packed: PackedBertModel,
-    original: nn.Module,
     sample: _Sample,
     target: Tensor,
     directions: Tensor,
@@ -682,8 +681,8 @@ class HeadImportance:
     """Running mean of |d loss / d gate|, of a gate of 1 on each head's output.
 
     Michel et al., 2019, "Are Sixteen Heads Really Better than One?", eq. 2, with the gradient of
-    an optimisation step's mean loss. Being made, it puts the gates into the model; `remove` takes
-    them out. Saved and restored with a run's state.
+    an optimisation step's mean loss. `insert` puts the gates into the model, `remove` takes them
+    out. Saved and restored with a run's state.
 
     Attributes:
         mean: float64 [layers, heads].

@@ -43,11 +43,13 @@ from run_arguments import (
     add_data_arguments,
     add_run_arguments,
     check_arguments,
+    claim_output_dir,
+    open_run,
     over_0,
     positive,
     rate,
 )
-from run_utils import Run, check_output_dir, summary
+from run_utils import Run, summary
 from train_utils import (
     Stage,
     make_accelerator,
@@ -464,10 +466,8 @@ def main() -> None:
     config, teacher_config, tokenizer, task_class = check_models(args)
     task = task_class(args)
     arguments = {**vars(args), **task.hashes()}
-    found = check_output_dir(args.output_dir, arguments, args.overwrite_output_dir)
+    found = claim_output_dir(args, arguments)
     if found == "finished":
-        if is_main_process():
-            print(f"{args.output_dir} is finished; --overwrite_output_dir runs this command again")
         return
     use_all_gpus(args.no_cuda)
 
@@ -477,15 +477,7 @@ def main() -> None:
     teacher = load_model(args.model_teacher, "--model_teacher", task.auto_class)
     teacher = fuse_attention(teacher).eval().requires_grad_(False).to(accelerator.device)
     task.tokenize(tokenizer)
-    run = Run(
-        accelerator,
-        args.output_dir,
-        arguments,
-        found,
-        save_minutes=args.save_minutes,
-        log_steps=args.log_steps,
-        report_to=args.report_to,
-    )
+    run = open_run(accelerator, args, arguments, found)
     run.say(f"{task.describe()}; {run.machine()}")
     evaluation = task.make_evaluation(run)
     evaluate_once(run, "teacher", lambda: evaluation(teacher))

@@ -5,8 +5,12 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import os
+from typing import Any
 
-from cli_utils import ArgumentParser, UserError, number, warn
+from accelerate import Accelerator
+
+from cli_utils import ArgumentParser, UserError, is_main_process, number, warn
+from run_utils import Run, check_output_dir
 from train_utils import PRECISIONS, check_batch_sizes, pick_precision, process_count
 
 positive, not_negative = number(int, 1, 1_000_000), number(float, 0)
@@ -76,3 +80,26 @@ def check_arguments(args: argparse.Namespace, batch_sizes: tuple[str, ...]) -> N
     for flag in ("model_student", "model_teacher"):
         if os.path.realpath(args.output_dir) == os.path.realpath(getattr(args, flag)):
             raise UserError(f"--output_dir is the folder of --{flag}; choose another")
+
+
+def claim_output_dir(args: argparse.Namespace, arguments: dict[str, Any]) -> str:
+    """What `run_utils.check_output_dir` finds; says so where this command has finished."""
+    found = check_output_dir(args.output_dir, arguments, args.overwrite_output_dir)
+    if found == "finished" and is_main_process():
+        print(f"{args.output_dir} is finished; --overwrite_output_dir runs this command again")
+    return found
+
+
+def open_run(
+    accelerator: Accelerator, args: argparse.Namespace, arguments: dict[str, Any], found: str
+) -> Run:
+    """The run that the flags describe, in the folder as `claim_output_dir` found it."""
+    return Run(
+        accelerator,
+        args.output_dir,
+        arguments,
+        found,
+        save_minutes=args.save_minutes,
+        log_steps=args.log_steps,
+        report_to=args.report_to,
+    )

@@ -13,7 +13,7 @@ import time
 signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends the seconds of imports without a word
 
 import report_utils
-from cli_utils import ArgumentParser, UserError, is_main_process, number, run_main
+from cli_utils import ArgumentParser, UserError, number, run_main
 from fast_attention import fuse_attention
 from model_utils import (
     check_model,
@@ -30,11 +30,13 @@ from run_arguments import (
     add_data_arguments,
     add_run_arguments,
     check_arguments,
+    claim_output_dir,
     not_negative,
+    open_run,
     over_0,
     rate,
 )
-from run_utils import Run, check_output_dir, summary
+from run_utils import summary
 from train_utils import Stage, make_accelerator, train, use_all_gpus
 
 
@@ -79,10 +81,8 @@ def main() -> None:
         check_teacher(args.model_teacher, teacher_config, config, tokenizer)
     task = QaTask(args)
     arguments = {**vars(args), **task.hashes()}
-    found = check_output_dir(args.output_dir, arguments, args.overwrite_output_dir)
+    found = claim_output_dir(args, arguments)
     if found == "finished":
-        if is_main_process():
-            print(f"{args.output_dir} is finished; --overwrite_output_dir runs this command again")
         return
     use_all_gpus(args.no_cuda)
 
@@ -95,15 +95,7 @@ def main() -> None:
         teacher = fuse_attention(teacher).eval().requires_grad_(False).to(accelerator.device)
     set_dropout(fuse_attention(student), args.dropout)
     task.tokenize(tokenizer)
-    run = Run(
-        accelerator,
-        args.output_dir,
-        arguments,
-        found,
-        save_minutes=args.save_minutes,
-        log_steps=args.log_steps,
-        report_to=args.report_to,
-    )
+    run = open_run(accelerator, args, arguments, found)
     run.say(f"{task.describe()}; {run.machine()}; {frozen / 1e6:.1f} M parameters frozen")
     figures = train(
         run,
