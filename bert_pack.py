@@ -363,8 +363,8 @@ AutoModelForQuestionAnswering.register(PackedBertConfig, PackedBertForQuestionAn
 # ------------------------------------------------------------------------------------------------
 # Packing
 
-FIT_STEPS = 200  # of a short regression, ...
-FIT_TOKENS = 2048  # ... each of so many tokens of the sample
+FIT_STEPS = 500  # of a short regression, ...
+FIT_TOKENS = 1024  # ... each of so many tokens of the sample
 FIT_RATE = 2e-3
 RIDGE = 1e-4  # of least squares, times the mean variance of what is mapped
 
@@ -374,6 +374,8 @@ def pack(
     cfg: PackCfg,
     batches: Sequence[dict[str, Tensor]],
     tell: Callable[[int, int], None] | None = None,
+    *,
+    bf16: bool = False,
 ) -> PreTrainedModel:
     """A student of `teacher`, with all of the teacher's heads, in eval mode.
 
@@ -394,6 +396,7 @@ def pack(
         batches: the sample, inputs [B, L] on the teacher's device. Without any, maps and packed
             weights stay random (normal, 0.02); tables and head are the teacher's all the same.
         tell: called with a layer's number and how many there are, before it is packed.
+        bf16: let models compute in bfloat16; sums over the sample stay in FP32.
     """
     student = PACKED_CLASSES[type(teacher)](packed_config(teacher.config, cfg))
     student = student.to(teacher.device).eval()
@@ -407,12 +410,14 @@ def pack(
     if not batches:
         return student
 
-    sample = _Sample(batches)
-    generator = torch.Generator().manual_seed(0)
+    autocast = functools.partial(
+        torch.autocast, teacher.device.type, dtype=torch.bfloat16, enabled=bf16
+    )
+    sample, regress = _Sample(batches, autocast), _Regression(autocast)
     with torch.no_grad():
         directions = principal_directions(bert, sample, cfg.hidden_size)
         target = sample.embed(bert.embeddings)
-    state = _pack_embeddings(packed, sample, target, directions, generator)
+    state = _pack_embeddings(packed, sample, target, directions, regress)
     depth, n = teacher.config.num_hidden_layers, cfg.num_hidden_layers
     for i in range(n):
         if tell:
@@ -423,14 +428,15 @@ def pack(
                 target = sample.attend(layer, target)
         maps = (packed.layers[i], packed.state_maps[i + 1])
         layer = bert.encoder.layer[original]
-        state, target = _pack_layer(*maps, layer, sample, state, target, directions, generator)
+        state, target = _pack_layer(*maps, layer, sample, state, target, directions, regress)
     return student
 
 
 class _Sample:
     """The tokens of some batches side by side, [T, ...], padding left out."""
 
-    def __init__(self, batches: Sequence[dict[str, Tensor]]) -> None:
+    def __init__(self, batches: Sequence[dict[str, Tensor]], autocast: Callable[[], Any]) -> None:
+        self.autocast = autocast
         self.masks = [batch["attention_mask"].bool() for batch in batches]
         self.inputs = {
             name: torch.cat([b[name][mask] for b, mask in zip(batches, self.masks, strict=True)])
@@ -449,8 +455,10 @@ class _Sample:
             count = int(mask.sum())
             states[mask] = tokens[begin : begin + count]
             begin += count
-            result = layer(states, mask[:, None, None, :])
-            results.append((result[0] if isinstance(result, tuple) else result)[mask])
+            with self.autocast():
+                result = layer(states, mask[:, None, None, :])
+            result = result[0] if isinstance(result, tuple) else result
+            results.append(result[mask].to(tokens.dtype))
         return torch.cat(results)
 
 
@@ -470,7 +478,7 @@ def principal_directions(bert: PreTrainedModel, sample: _Sample, width: int) -> 
     state = sample.embed(bert.embeddings)
     for layer in (None, *bert.encoder.layer):
         state = sample.attend(layer, state) if layer else state
-        squares = state.double().T @ state.double()
+        squares = (state.T @ state).double()
         moments += squares / squares.trace()
     principal = torch.linalg.eigh(moments).eigenvectors[:, -width:].flip(1)
     reflected = torch.full((width,), width**-0.5, dtype=torch.float64, device=device)
@@ -491,14 +499,15 @@ def least_squares(
             error.
         origin: [O], the prior's bias.
     """
-    x, prior = inputs.double(), prior.double()
-    left = outputs.double() - x @ prior.T - origin
-    mean = x.mean(dim=0)
-    centred = x - mean
-    moments = centred.T @ centred / len(x)
+    prior = prior.double()
+    left = outputs - inputs @ prior.T.to(inputs.dtype) - origin
+    mean = inputs.mean(dim=0)
+    centred = inputs - mean
+    moments = (centred.T @ centred).double() / len(inputs)
     moments.diagonal().add_(RIDGE * moments.diagonal().mean())
-    change = torch.linalg.solve(moments, centred.T @ left / len(x)).T
-    return prior + change, origin + left.mean(dim=0) - change @ mean
+    products = (centred.T @ left.to(inputs.dtype)).double() / len(inputs)
+    change = torch.linalg.solve(moments, products).T
+    return prior + change, origin + left.double().mean(dim=0) - change @ mean.double()
 
 
 @torch.no_grad()
@@ -510,33 +519,39 @@ def _set(linear: nn.Linear, weight: Tensor, bias: Tensor | float) -> None:
 @torch.no_grad()
 def _fit_norm(norm: nn.LayerNorm, inputs: Tensor, outputs: Tensor) -> None:
     """Gain and bias of a LayerNorm, [T, h] to [T, h], by least squares a coordinate."""
-    x = F.layer_norm(inputs.double(), norm.normalized_shape, eps=norm.eps)
-    y = outputs.double()
-    centred = x - x.mean(dim=0)
-    gain = (centred * y).mean(dim=0) / centred.square().mean(dim=0).clamp_min(1e-12)
+    x = F.layer_norm(inputs, norm.normalized_shape, eps=norm.eps)
+    mean, wanted = x.mean(dim=0), outputs.mean(dim=0)
+    centred = x - mean
+    gain = (centred * outputs).mean(dim=0) / centred.square().mean(dim=0).clamp_min(1e-12)
     norm.weight.copy_(gain)
-    norm.bias.copy_(y.mean(dim=0) - gain * x.mean(dim=0))
+    norm.bias.copy_(wanted - gain * mean)
 
 
-def _regress(
-    function: Callable[[Tensor], Tensor],
-    modules: Sequence[nn.Module],
-    targets: Tensor,
-    generator: torch.Generator,
-) -> None:
-    """Train `modules` so that function(indices of tokens) is near their targets [T, H]."""
-    trained = [p for module in modules for p in module.parameters()]
-    optimizer = torch.optim.AdamW(trained, weight_decay=0.0, fused=True)
-    for step in range(FIT_STEPS):
-        optimizer.param_groups[0]["lr"] = FIT_RATE * (1 - step / FIT_STEPS)
-        chosen = torch.randint(len(targets), (FIT_TOKENS,), generator=generator).to(targets.device)
-        loss = F.mse_loss(function(chosen), targets[chosen])
-        gradients = torch.autograd.grad(loss, trained)
-        for parameter, gradient in zip(trained, gradients, strict=True):
-            parameter.grad = gradient
-        optimizer.step()
-    for parameter in trained:
-        parameter.grad = None
+class _Regression:
+    """A short training of some modules on tokens of the sample, the same for each call."""
+
+    def __init__(self, autocast: Callable[[], Any]) -> None:
+        self.generator, self.autocast = torch.Generator().manual_seed(0), autocast
+
+    def __call__(
+        self, function: Callable[[Tensor], Tensor], modules: Sequence[nn.Module], targets: Tensor
+    ) -> None:
+        """Train `modules` so that function(indices of tokens) is near their targets [T, H]."""
+        trained = [p for module in modules for p in module.parameters()]
+        optimizer = torch.optim.AdamW(trained, weight_decay=0.0, fused=True)
+        for step in range(FIT_STEPS):
+            optimizer.param_groups[0]["lr"] = FIT_RATE * (1 - step / FIT_STEPS)
+            chosen = torch.randint(len(targets), (FIT_TOKENS,), generator=self.generator)
+            chosen = chosen.to(targets.device)
+            with self.autocast():
+                predicted = function(chosen)
+            loss = (predicted - targets[chosen]).square().mean()
+            gradients = torch.autograd.grad(loss, trained)
+            for parameter, gradient in zip(trained, gradients, strict=True):
+                parameter.grad = gradient
+            optimizer.step()
+        for parameter in trained:
+            parameter.grad = None
 
 
 def _pack_embeddings(
@@ -544,7 +559,7 @@ def _pack_embeddings(
     sample: _Sample,
     target: Tensor,
     directions: Tensor,
-    generator: torch.Generator,
+    regress: _Regression,
 ) -> Tensor:
     """Fit the embeddings and the map of state 0 to the teacher's, `target` [T, H].
 
@@ -560,7 +575,9 @@ def _pack_embeddings(
             _set(each, directions.T, 0.0)
         with torch.no_grad():
             _fit_norm(
-                embeddings.LayerNorm, embeddings.sum(**sample.inputs), target.double() @ directions
+                embeddings.LayerNorm,
+                embeddings.sum(**sample.inputs),
+                target @ directions.to(target.dtype),
             )
     with torch.no_grad():
         state = sample.embed(embeddings)
@@ -571,7 +588,7 @@ def _pack_embeddings(
             ids = {name: ids[chosen] for name, ids in sample.inputs.items()}
             return state_map(embeddings(**ids))
 
-        _regress(states, (*maps, embeddings.LayerNorm, state_map), target, generator)
+        regress(states, (*maps, embeddings.LayerNorm, state_map), target)
     with torch.no_grad():
         return sample.embed(embeddings)
 
@@ -584,7 +601,7 @@ def _pack_layer(
     state: Tensor,
     target: Tensor,
     directions: Tensor,
-    generator: torch.Generator,
+    regress: _Regression,
 ) -> tuple[Tensor, Tensor]:
     """Fit a layer and the map behind it to the teacher's layer `original`.
 
@@ -596,6 +613,7 @@ def _pack_layer(
         both after it.
     """
     up, down = directions, directions.T  # h to H and H to h
+    narrow = directions.to(state.dtype)
     attention = original.attention
     with torch.no_grad():
         # Query, key and value of the teacher's state as it can be told from the packed one.
@@ -609,32 +627,31 @@ def _pack_layer(
         target = attention.output.LayerNorm(target_sum)
         context = sample.attend(lambda s, mask: attend(layer.qkv(s), layer.heads, mask), state)
         output = attention.output.dense
-        added = target_sum.double() @ up - state
+        added = target_sum @ narrow - state
         prior = (down @ output.weight.double(), down @ output.bias.double())
         _set(layer.attention_output, *least_squares(context, added, *prior))
         state = state + layer.attention_output(context)
-        _fit_norm(layer.attention_norm, state, target.double() @ up)
+        _fit_norm(layer.attention_norm, state, target @ narrow)
         state = layer.attention_norm(state)
 
         # The feed-forward, from the state after attention to the one after the layer.
         target_before = target
         target = original.output(original.intermediate(target), target)
         if layer.stacked:
-            _start_stacked(layer, state, target.double() @ up - state, generator)
+            _start_stacked(layer, state, target @ narrow - state, regress.generator)
         else:
             weight, bias = least_squares(state, target_before, up)
-            wide, narrow = original.intermediate.dense, original.output.dense
-            inner = wide.weight.double()
-            _set(layer.feed_forward[0], inner @ weight, inner @ bias + wide.bias)
-            _set(layer.feed_forward[1], down @ narrow.weight.double(), down @ narrow.bias.double())
-        _fit_norm(layer.output_norm, state + layer.feed(state), target.double() @ up)
+            first, second = original.intermediate.dense, original.output.dense
+            inner = first.weight.double()
+            _set(layer.feed_forward[0], inner @ weight, inner @ bias + first.bias)
+            _set(layer.feed_forward[1], down @ second.weight.double(), down @ second.bias.double())
+        _fit_norm(layer.output_norm, state + layer.feed(state), target @ narrow)
         _set(state_map, *least_squares(layer.after_attention(state), target, up))
     if layer.stacked:
-        _regress(
+        regress(
             lambda chosen: state_map(layer.after_attention(state[chosen])),
             (layer.feed_forward, layer.output_norm, state_map),
             target,
-            generator,
         )
     with torch.no_grad():
         return layer.after_attention(state), target

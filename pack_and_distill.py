@@ -350,7 +350,7 @@ def pack_student(args: argparse.Namespace, task: QaTask, run: Run, anew: bool) -
         run.say(f"packing layer {layer} of {count}")
 
     cfg = bert_pack.parse_pack_cfg(args.pack_cfg)
-    return bert_pack.pack(model.to(device), cfg, sample, tell)
+    return bert_pack.pack(model.to(device), cfg, sample, tell, bf16=run.precision == "bf16")
 
 
 def measure_importance(

@@ -71,7 +71,7 @@ STARTS: dict[str, dict[str, object] | None] = {
     "projections onto principal directions": {**NO_LEAST_SQUARES, "FIT_STEPS": 0},
     "the same and least squares": {"FIT_STEPS": 0},
     "the same and 100 steps of regression": {"FIT_STEPS": 100},
-    "the same and 200 steps (default)": {},
+    "the same and 500 steps (default)": {},
     "the same and 1000 steps": {"FIT_STEPS": 1000},
     "default in random axes of the principal space": {"principal_directions": rotated_directions},
 }
@@ -105,7 +105,8 @@ def main() -> None:
                 continue
             began = time.perf_counter()
             with changed(**(changes or {})):
-                student = bert_pack.pack(teacher, cfg, sample if changes is not None else [])
+                given = sample if changes is not None else []
+                student = bert_pack.pack(teacher, cfg, given, bf16=run.precision == "bf16")
             seconds = time.perf_counter() - began
             errors = mean_errors(task, student, teacher, cfg.num_hidden_layers)
             row = {

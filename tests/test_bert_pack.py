@@ -51,7 +51,7 @@ def batch(lengths: list[int], seed: int = 0) -> dict[str, Tensor]:
 
 
 def sample() -> list[dict[str, Tensor]]:
-    return [batch([9, 12, 20, 24], seed) for seed in range(6)]
+    return [batch([9, 12, 20, 24], seed) for seed in range(24)]
 
 
 @pytest.fixture(scope="module")
@@ -126,6 +126,17 @@ def test_packed_states_are_nearer_than_random_ones(teacher: PreTrainedModel, cfg
     assert (errors < 0.5 * (random - targets[chosen]).square().mean(dim=(1, 2))).all()
 
 
+def test_packing_in_bf16_comes_to_the_same(teacher: PreTrainedModel) -> None:
+    held_out = batch([7, 30, 16], seed=99)
+    targets = states(teacher, held_out)[::2]
+    errors = [
+        (states(pack(teacher, SMALL, sample(), bf16=bf16), held_out) - targets).square().mean()
+        for bf16 in (False, True)
+    ]
+    assert errors[0] != errors[1]
+    assert abs(errors[0] - errors[1]) < 0.1 * errors[0]
+
+
 def test_packing_is_deterministic(teacher: PreTrainedModel) -> None:
     weights = []
     for seed in (1, 2):
@@ -138,14 +149,14 @@ def test_layers_come_from_the_last_of_the_teachers_they_stand_for(teacher: PreTr
     # At full width a student of 2 of the 4 layers has Q, K, V, O near those of layers 1 and 3.
     student = pack(teacher, PackCfg(2, 0, 4, 32, 1), sample())
     for i, original in ((0, 1), (1, 3)):
-        wide = teacher.bert.encoder.layer[original].intermediate.dense.weight
         found = student.bert.layers[i].feed_forward[0].weight
         gaps = [
             (found - teacher.bert.encoder.layer[j].intermediate.dense.weight).norm()
             for j in range(4)
         ]
         assert gaps.index(min(gaps)) == original
-        assert min(gaps) < 0.8 * wide.norm()
+        nearest, second, *_ = sorted(gaps)
+        assert nearest < 0.6 * second
 
 
 # ------------------------------------------------------------------------------------------------
