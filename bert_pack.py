@@ -227,6 +227,7 @@ class PackedLayer(nn.Module):
         super().__init__()
         h, attention_size = config.hidden_size, config.num_attention_heads * config.head_size
         self.heads, self.stacked = config.num_attention_heads, config.ff_iter_num > 0
+        self.plain_attention = False  # see fast_attention.fuse_attention
         self.qkv = nn.Linear(h, 3 * attention_size)
         self.attention_output = nn.Linear(attention_size, h)
         self.attention_norm = nn.LayerNorm(h, config.layer_norm_eps)
@@ -242,8 +243,12 @@ class PackedLayer(nn.Module):
         return self.after_attention(self.attention(states, mask))
 
     def attention(self, states: Tensor, mask: Tensor | None) -> Tensor:
-        context = attend(self.qkv(states), self.heads, mask)
-        return self.attention_norm(states + self.attention_output(context))
+        return self.attention_norm(states + self.attention_output(self.context(states, mask)))
+
+    def context(self, states: Tensor, mask: Tensor | None) -> Tensor:
+        """The heads' outputs side by side, [B, L, heads x head size]."""
+        parts = self.qkv(states).chunk(3, dim=-1)
+        return attend(parts, self.heads, mask, plain=self.plain_attention)
 
     def after_attention(self, states: Tensor) -> Tensor:
         return self.output_norm(states + self.feed(states))
@@ -625,7 +630,7 @@ def _pack_layer(
         context = sample.attend(attention.self, target)
         target_sum = target + attention.output.dense(context)
         target = attention.output.LayerNorm(target_sum)
-        context = sample.attend(lambda s, mask: attend(layer.qkv(s), layer.heads, mask), state)
+        context = sample.attend(layer.context, state)
         output = attention.output.dense
         added = target_sum @ narrow - state
         prior = (down @ output.weight.double(), down @ output.bias.double())

@@ -10,12 +10,14 @@ from typing import Any
 
 import huggingface_hub
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 import bert_pack  # registers packed models with the Auto classes
 from cli_utils import UserError, is_main_process
+from fast_attention import fuse_attention
 from squad_utils import SpecialIds
 
 MODEL_TYPES = (
@@ -28,6 +30,8 @@ WEIGHT_FILES = (
     "pytorch_model.bin",
     "pytorch_model.bin.index.json",
 )
+QUANTIZERS = "quantizers.json"  # in the folder of a quantized model: where its quantizers are
+STATE_MAPS = "state_maps.safetensors"  # in the folder of a merged one: maps that losses need
 UNMERGED = "unmerged"  # the folder, in that of a packed model, of the model before merging
 HUB_TIMEOUT = 5.0  # seconds that the hub has to answer; its own client retries for half a minute
 
@@ -114,18 +118,19 @@ def check_model(name: str, flag: str, max_seq_length_c: int) -> PretrainedConfig
 
 
 def check_teacher(name: str, teacher: PretrainedConfig, student: PretrainedConfig,
-                  tokenizer: Any) -> None:  # fmt: skip
+                  tokenizer: Any, has_state_maps: bool = False) -> None:  # fmt: skip
     """Check that --model_teacher, of name `name`, can teach --model_student.
 
     Args:
         student, tokenizer: of --model_student.
+        has_state_maps: whether the student, if merged, still has the maps to its teacher's states.
 
     Raises:
         UserError: their hidden states differ in size, or their vocabularies differ.
     """
     sizes = []
     for flag, config in (("--model_teacher", teacher), ("--model_student", student)):
-        if getattr(config, "merged", False):
+        if getattr(config, "merged", False) and not (config is student and has_state_maps):
             raise UserError(
                 f"{flag} is packed and merged: its hidden states cannot be compared with another"
                 " model's; the folder before merging can"
@@ -142,7 +147,8 @@ def check_teacher(name: str, teacher: PretrainedConfig, student: PretrainedConfi
 
 
 def load_model(name: str, flag: str, auto_class: Any, quiet: bool = False) -> PreTrainedModel:
-    """The model in FP32 on the CPU; says which of its weights start anew, unless quiet.
+    """The model in FP32 on the CPU, with its quantizers if it has any; says which of its weights
+    start anew, unless quiet.
 
     Args:
         auto_class: e.g. transformers.AutoModelForQuestionAnswering.
@@ -158,6 +164,10 @@ def load_model(name: str, flag: str, auto_class: Any, quiet: bool = False) -> Pr
     except Exception as error:
         reason = (str(error).strip() or repr(error)).splitlines()[0]
         raise UserError(f"{flag}: the weights of {name} do not load: {reason}") from None
+    if is_quantized(name):
+        import nncf_utils  # which imports this module
+
+        model = nncf_utils.load_quantizers(fuse_attention(model, plain=True), name, flag)
     if is_main_process() and not quiet:
         count = sum(p.numel() for p in model.parameters())
         anew = sorted(info["missing_keys"])
@@ -200,6 +210,42 @@ def special_ids(tokenizer: Any) -> SpecialIds:
     return SpecialIds(tokenizer.cls_token_id, tokenizer.sep_token_id, tokenizer.pad_token_id)
 
 
+def is_quantized(name: str) -> bool:
+    """Whether a folder holds a model with quantizers."""
+    return os.path.isfile(os.path.join(name, QUANTIZERS))
+
+
+def load_state_maps(name: str, config: PretrainedConfig) -> nn.ModuleList | None:
+    """The maps from the states of a merged model to its teacher's hidden size, which only losses
+    need; None where the folder does not have them."""
+    maps = nn.ModuleList(
+        nn.Linear(config.hidden_size, config.state_size)
+        for _ in range(config.num_hidden_layers + 1)
+    )
+    path = os.path.join(name, STATE_MAPS)
+    if os.path.isfile(path):
+        maps.load_state_dict(load_file(path))
+        return maps.requires_grad_(False)
+    if unmerged_folder(name) == name:
+        return None
+    prefix = "bert.state_maps."
+    weights = load_file(os.path.join(unmerged_folder(name), "model.safetensors"))
+    maps.load_state_dict(
+        {key.removeprefix(prefix): value for key, value in weights.items() if prefix in key}
+    )
+    return maps.requires_grad_(False)
+
+
+def save_state_maps(maps: nn.ModuleList, folder: str) -> None:
+    """Keep the maps beside a merged model, for `load_state_maps`."""
+    save_file(maps.cpu().state_dict(), os.path.join(folder, STATE_MAPS))
+
+
+def count_parameters(model: nn.Module) -> int:
+    """Weights of a model, without the quantizers'."""
+    return sum(p.numel() for name, p in model.named_parameters() if "__nncf_hooks" not in name)
+
+
 def unmerged_folder(name: str) -> str:
     """Where a packed model still has the maps that its hidden states need: `name`/unmerged if
     there is such a folder, else `name` itself."""
@@ -208,12 +254,19 @@ def unmerged_folder(name: str) -> str:
 
 
 def save_model(model: PreTrainedModel, tokenizer: Any, output_dir: str) -> PreTrainedModel:
-    """Save a checkpoint with its tokenizer; of a packed model, merged, beside it as it was.
+    """Save a checkpoint with its tokenizer; of a packed model, merged, beside it as it was; of a
+    quantized one, the quantizers in files of their own.
 
     Returns:
         what is in output_dir itself, on the CPU.
     """
     model = model.to("cpu")
+    if hasattr(model, "__nncf_hooks"):
+        import nncf_utils
+
+        nncf_utils.save_quantized(model, output_dir)
+        save_vocabulary(tokenizer, output_dir)
+        return model
     if isinstance(model.config, bert_pack.PackedBertConfig) and not model.config.merged:
         model.save_pretrained(os.path.join(output_dir, UNMERGED))
         save_vocabulary(tokenizer, os.path.join(output_dir, UNMERGED))
@@ -258,7 +311,8 @@ def freeze(model: nn.Module, freeze_list: str, flag: str = "--freeze_list") -> i
             close = by_case or difflib.get_close_matches(part, words, cutoff=0.4) or words
             raise UserError(f"{flag}: no parameter's name has {part!r}; try {', '.join(close[:3])}")
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_(not any(part in name for part in parts))
+        trains = parameter.is_floating_point() and not any(part in name for part in parts)
+        parameter.requires_grad_(trains)
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise UserError(f"{flag}: {freeze_list} leaves nothing to train")
     return sum(p.numel() for p in model.parameters() if not p.requires_grad)

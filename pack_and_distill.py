@@ -13,7 +13,6 @@ import functools
 import os
 import signal
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -312,23 +311,6 @@ def show_sizes(teacher: Any, student: Any, cfg: PackCfg, length: int) -> dict[st
     return sizes
 
 
-def evaluated(run: Run, stage: str) -> dict[str, Any] | None:
-    """The record of a stage's last evaluation, if the log has one."""
-    found = None
-    for record in report_utils.read_log(run.output_dir):
-        if record["stage"] == stage and "evaluation" in record:
-            found = record
-    return found
-
-
-def evaluate_once(run: Run, stage: str, evaluate: Callable[[], dict[str, float]]) -> None:
-    """Log and say the figures of what does not train, unless an earlier part of the run has."""
-    if evaluated(run, stage) is None:
-        figures = evaluate()
-        run.log({"stage": stage, "step": 0, "epoch": 0.0, "evaluation": True, **figures})
-        run.say(f"{stage}: {summary(figures)}")
-
-
 def pack_student(args: argparse.Namespace, task: QaTask, run: Run, anew: bool) -> PreTrainedModel:
     """The student as distillation begins: packed, or loaded if it is so already.
 
@@ -375,11 +357,12 @@ def distill(
     teacher: PreTrainedModel,
     plan: list[Distillation],
     heads: int,
+    keep: str,
 ) -> PreTrainedModel:
     """Train the student through the stages of the plan, from where the newest state is.
 
     Returns:
-        the student with `heads` heads a layer.
+        the student with `heads` heads a layer, the last or (keep "best") the best on dev.
     """
     accelerator, num_layers = run.accelerator, student.config.num_hidden_layers
     names = [part.stage.name for part in plan]
@@ -409,25 +392,16 @@ def distill(
             loss,
             task.evaluation if part.num_layers in (0, num_layers) else None,
             functools.partial(importance.update, accelerator) if measures else None,
+            # Only what has its final shape can be kept.
+            task.best_by
+            if keep == "best" and student.config.num_attention_heads == heads
+            else None,
         )
         if measures:
             importance.remove()
+    if keep == "best":
+        run.load_best(student)
     return student
-
-
-def stage_table(run: Run, plan: list[Distillation], unmerged: dict[str, float]) -> list[Any]:
-    """What each stage came to: its figures, its steps, its seconds."""
-    rows = []
-    for name in ("teacher", "packed", *(part.stage.name for part in plan)):
-        row = {"stage": name, **(evaluated(run, name) or {})}
-        log = [r for r in report_utils.read_log(run.output_dir) if r["stage"] == name]
-        row["seconds"] = max((r.get("seconds", 0.0) for r in log), default=0.0)
-        row["steps"] = max((r["step"] for r in log), default=0)
-        row["loss"] = next((r["loss"] for r in reversed(log) if "loss" in r), None)
-        rows.append(row)
-    rows.append({"stage": "unmerged", **unmerged})
-    rows.append({"stage": "merged", **(evaluated(run, "merged") or {})})
-    return rows
 
 
 def grow_seconds(rows: list[dict[str, Any]]) -> dict[str, float]:
@@ -440,20 +414,6 @@ def grow_seconds(rows: list[dict[str, Any]]) -> dict[str, float]:
         "grow_seconds": sum(row["seconds"] for row in grown),
         "grow_seconds_of_all_layers": pace * sum(row["steps"] for row in grown),
     }
-
-
-def show_table(rows: list[dict[str, Any]]) -> None:
-    """Print `stage_table`."""
-    print(f"{'':14}{'F1':>8}{'EM':>8}{'loss':>10}{'steps':>8}{'s a step':>10}")
-    for row in rows:
-        cells = [f"{row['stage']:14}"]
-        for key in ("f1", "exact_match"):
-            cells.append(f"{row[key]:8.2f}" if key in row else " " * 8)
-        loss, steps = row.get("loss"), row.get("steps", 0)
-        cells.append(f"{loss:10.4f}" if loss is not None else " " * 10)
-        if steps:
-            cells.append(f"{steps:8}{row['seconds'] / steps:10.3f}")
-        print("".join(cells))
 
 
 def main() -> None:
@@ -480,27 +440,28 @@ def main() -> None:
     run = open_run(accelerator, args, arguments, found)
     run.say(f"{task.describe()}; {run.machine()}")
     evaluation = task.make_evaluation(run)
-    evaluate_once(run, "teacher", lambda: evaluation(teacher))
+    run.evaluate_once("teacher", lambda: evaluation(teacher))
     anew = run.position() is None
     student = pack_student(args, task, run, anew)
     if anew:
-        evaluate_once(run, "packed", lambda: evaluation(student))
+        run.evaluate_once("packed", lambda: evaluation(student))
     plan = plan_stages(args, cfg.num_hidden_layers)
     plan = number_stages(plan, len(task.train_windows))
-    student = distill(run, task, student, teacher, plan, cfg.num_attention_heads).eval()
+    student = distill(run, task, student, teacher, plan, cfg.num_attention_heads, args.keep).eval()
 
     # In FP32, since folding maps away rounds otherwise.
     unmerged = evaluation(student, precise=True)
     merged = bert_pack.merge(student)
     figures = evaluation(merged.to(accelerator.device), precise=True)
-    evaluate_once(run, "merged", lambda: figures)
+    run.evaluate_once("merged", lambda: figures)
     if run.main:
         with run.writing_results():
             save_model(student, tokenizer, args.output_dir)
             task.write_answers()
             difference = task.export()
             run.stop_if_asked()
-            table = stage_table(run, plan, unmerged)
+            names = ("teacher", "packed", *(part.stage.name for part in plan), "merged")
+            table = report_utils.stage_table(run, names, {"unmerged": unmerged})
             sizes["student"]["onnx_bytes"] = os.path.getsize(
                 os.path.join(args.output_dir, "model.onnx")
             )
@@ -518,7 +479,7 @@ def main() -> None:
             made = f"packed (`{args.pack_cfg}`) and distilled on"
             report_utils.write_qa_card(args.output_dir, metrics, "pack_and_distill.py", made)
             run.finish(metrics)
-            show_table(table)
+            report_utils.show_table(table)
             if "grow_seconds" in metrics:
                 run.say(
                     f"the grow stages took {metrics['grow_seconds']:,.0f} s; with all layers"

@@ -19,7 +19,7 @@ from transformers import AutoModelForQuestionAnswering
 import onnx_utils
 import squad_utils
 from cli_utils import UserError
-from model_utils import load_model, special_ids, state_errors
+from model_utils import is_quantized, load_model, special_ids, state_errors
 from run_utils import Run, write_json
 from squad_scores import Scorer, load_scorer
 from squad_utils import SquadData, Windows, load_squad
@@ -41,6 +41,7 @@ class QaTask:
     """
 
     auto_class = AutoModelForQuestionAnswering
+    best_by = "f1"  # of two evaluations, the one with more of it is better
     score_names: ClassVar[dict[str, str]] = {"f1": "F1", "exact_match": "exact match"}
     train_windows: Windows
     dev_windows: Windows
@@ -99,6 +100,16 @@ class QaTask:
         for some in np.split(chosen, range(size, len(chosen), size)):
             arrays = squad_utils.make_batch(windows, some)
             yield {name: torch.from_numpy(array) for name, array in arrays.items()}
+
+    def calibration(self, count: int) -> Iterator[dict[str, Tensor]]:
+        """`count` training windows, or all where there are fewer, as they are at run time: inputs
+        [1, max_seq_length_c] each, padded."""
+        chosen = np.random.default_rng([self.args.seed, 3]).permutation(len(self.train_windows))
+        for window in chosen[:count]:
+            arrays = squad_utils.make_batch(
+                self.train_windows, window[None], pad_to=self.args.max_seq_length_c
+            )
+            yield {name: torch.from_numpy(arrays[name]) for name in onnx_utils.INPUTS}
 
     def describe(self) -> str:
         """One line on the data."""
@@ -205,9 +216,15 @@ class QaLoss:
     """
 
     def __init__(
-        self, run: Run, teacher: nn.Module | None, kd_weight: float, supervision_weight: float
+        self,
+        run: Run,
+        teacher: nn.Module | None,
+        kd_weight: float,
+        supervision_weight: float,
+        state_maps: nn.ModuleList | None = None,
     ) -> None:
-        self.run, self.teacher = run, teacher
+        """`state_maps` take the states of a merged student to the size of the teacher's."""
+        self.run, self.teacher, self.state_maps = run, teacher, state_maps
         self.kd_weight, self.supervision_weight = kd_weight, supervision_weight
 
     def __call__(self, model: nn.Module, batch: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -222,8 +239,12 @@ class QaLoss:
             losses["distillation"] = self.kd_weight * soft_cross_entropy(
                 log_probs, teacher_log_probs
             )
+            states = outputs.hidden_states
+            if self.state_maps is not None:
+                with self.run.accelerator.autocast():
+                    states = [m(s) for m, s in zip(self.state_maps, states, strict=True)]
             losses["hidden_states"] = self.supervision_weight * state_errors(
-                outputs.hidden_states, taught.hidden_states, mask
+                states, taught.hidden_states, mask
             ).sum(dim=0)
         return losses
 
@@ -303,7 +324,12 @@ def export(output_dir: str, windows: Windows, max_seq_length_c: int) -> float:
     It is the saved checkpoint that is exported, so the check covers saving and loading too.
     """
     model = load_model(output_dir, "--output_dir", AutoModelForQuestionAnswering, quiet=True)
-    if model.config.model_type == "bert":
+    quantized = is_quantized(output_dir)
+    if quantized:
+        import nncf_utils
+
+        nncf_utils.make_exportable(model)
+    elif model.config.model_type == "bert":
         model.set_attn_implementation("eager")  # whose pattern OpenVINO fuses
     # Spread over the lengths: the longest window and the shortest are both among them.
     by_length = np.argsort(windows.total_lengths, kind="stable")
@@ -314,4 +340,5 @@ def export(output_dir: str, windows: Windows, max_seq_length_c: int) -> float:
         [squad_utils.make_batch(windows, w[None], pad_to=max_seq_length_c) for w in chosen],
         onnx_utils.QA_OUTPUTS,
         max_seq_length_c,
+        onnx_utils.MAX_DIFFERENCE_INT8 if quantized else onnx_utils.MAX_DIFFERENCE,
     )

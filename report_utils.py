@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import time
+from collections.abc import Sequence
 from importlib import metadata
 from typing import Any
 
@@ -36,15 +37,53 @@ def describe_run(run: Run, arguments: dict[str, Any], started: float) -> dict[st
     }
 
 
+def stage_table(
+    run: Run, names: Sequence[str], others: dict[str, dict[str, float]]
+) -> list[dict[str, Any]]:
+    """What each stage came to: its figures, its steps, its seconds; and figures of `others`."""
+    rows, log = [], read_log(run.output_dir)
+    for name in names:
+        records = [record for record in log if record["stage"] == name]
+        if records:
+            rows.append(
+                {
+                    "stage": name,
+                    **(run.evaluated(name) or {}),
+                    "seconds": max(r.get("seconds", 0.0) for r in records),
+                    "steps": max(r["step"] for r in records),
+                    "loss": next((r["loss"] for r in reversed(records) if "loss" in r), None),
+                }
+            )
+    return rows + [{"stage": name, **figures} for name, figures in others.items()]
+
+
+def show_table(rows: list[dict[str, Any]]) -> None:
+    """Print `stage_table`."""
+    print(f"{'':14}{'F1':>8}{'EM':>8}{'loss':>10}{'steps':>8}{'s a step':>10}")
+    for row in rows:
+        cells = [f"{row['stage']:14}"]
+        for key in ("f1", "exact_match"):
+            cells.append(f"{row[key]:8.2f}" if key in row else " " * 8)
+        loss, steps = row.get("loss"), row.get("steps", 0)
+        cells.append(f"{loss:10.4f}" if loss is not None else " " * 10)
+        if steps:
+            cells.append(f"{steps:8}{row['seconds'] / steps:10.3f}")
+        print("".join(cells))
+
+
 def draw_curves(output_dir: str, score_names: dict[str, str]) -> None:
     """Draw loss, learning rate and scores of metrics.jsonl over the steps into curves.png.
 
     The steps of several stages follow one another. A "teacher" among them, which has scores alone,
     is a horizontal line.
 
+    A run that trains nothing has none.
+
     Args:
         score_names: what to call the figures of evaluations, e.g. {"f1": "F1"}.
     """
+    if not any("loss" in record for record in read_log(output_dir)):
+        return
     import matplotlib
 
     matplotlib.use("Agg")

@@ -44,6 +44,7 @@ def add_run_arguments(parser: ArgumentParser) -> None:
     add(
         "--save_minutes", type=not_negative, default=10.0, help="between saved states; 0: each step"
     )
+    add("--keep", choices=("last", "best"), default="best", help="by the score on dev")
     add("--log_steps", type=positive, default=10, help="steps between records in metrics.jsonl")
     add("--report_to", choices=("none", "tensorboard"), default="none", help="log there too")
     add("--overwrite_output_dir", action="store_true", help="give up what output_dir holds")

@@ -14,18 +14,21 @@ import shutil
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NoReturn
 
 import torch
 from accelerate import Accelerator
 from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import nn
 from tqdm import tqdm
 
 from cli_utils import Interrupted, UserError, warn
 
 CHECKPOINTS = "checkpoints"
 KEPT_STATES = 2
+BEST = "best"  # in CHECKPOINTS: the weights that scored best so far
 PLAIN_LINE_SECONDS = 30.0  # between progress lines where there is no terminal
 # Arguments that may change between the start of a run and its continuation.
 FREE_ARGUMENTS = (
@@ -48,6 +51,9 @@ RUN_FILES = (
     "config.json",
     "model.safetensors",
     "model.onnx",
+    "quantizers.json",
+    "quantizers.safetensors",
+    "state_maps.safetensors",
     "tokenizer.json",
     "tokenizer_config.json",
     "special_tokens_map.json",
@@ -246,6 +252,66 @@ class Run:
                 if isinstance(value, float) and key != "epoch":
                     self._board.add_scalar(f"{record['stage']}/{key}", value, record["step"])
             self._board.flush()
+
+    def evaluated(self, stage: str) -> dict[str, Any] | None:
+        """The record of a stage's last evaluation, if the log has one."""
+        found = None
+        for record in read_log(self.output_dir):
+            if record["stage"] == stage and "evaluation" in record:
+                found = record
+        return found
+
+    def evaluate_once(self, stage: str, evaluate: Callable[[], dict[str, float]]) -> None:
+        """Log and say the figures of what does not train, unless an earlier part of the run has."""
+        if self.evaluated(stage) is None:
+            figures = evaluate()
+            self.accelerator.wait_for_everyone()  # until all have seen that there is no record
+            self.log({"stage": stage, "step": 0, "epoch": 0.0, "evaluation": True, **figures})
+            self.say(f"{stage}: {summary(figures)}")
+
+    # -- the best checkpoint
+
+    def note(self, model: nn.Module, stage: str, step: int, score: float) -> None:
+        """Keep the model's weights if its score is the best so far."""
+        if not self.main:
+            return
+        best = self.best()
+        if best is None or score > best["score"]:
+            folder = os.path.join(self._checkpoints, BEST)
+            shutil.rmtree(f"{folder}.tmp", ignore_errors=True)
+            os.makedirs(f"{folder}.tmp")
+            state = {name: value.clone().contiguous() for name, value in model.state_dict().items()}
+            try:
+                save_file(state, os.path.join(f"{folder}.tmp", "weights.safetensors"))
+                record = {"stage": stage, "step": step, "score": score}
+                write_json(os.path.join(f"{folder}.tmp", "position.json"), record)
+            except (OSError, SafetensorError) as error:
+                raise UserError(
+                    f"--output_dir: the best checkpoint cannot be kept in {folder} ({error}); the"
+                    " same command again goes on from the saved state, and --keep=last needs no"
+                    " room for it"
+                ) from None
+            shutil.rmtree(folder, ignore_errors=True)
+            os.rename(f"{folder}.tmp", folder)
+
+    def best(self) -> dict[str, Any] | None:
+        """`stage`, `step` and `score` of the best weights kept so far, or None."""
+        return _read_json(os.path.join(self._checkpoints, BEST, "position.json")) or None
+
+    def is_last(self, best: dict[str, Any]) -> bool:
+        """Whether the best weights are those at the end of training."""
+        position = self.position()
+        return bool(position) and all(best[key] == position[key] for key in ("stage", "step"))
+
+    def load_best(self, model: nn.Module) -> dict[str, Any] | None:
+        """Give a model the weights of the best checkpoint, and say which that is."""
+        self.accelerator.wait_for_everyone()
+        best = self.best()
+        if best:
+            path = os.path.join(self._checkpoints, BEST, "weights.safetensors")
+            model.load_state_dict(load_file(path))
+            self.say(f"kept: {best['stage']}, step {best['step']}, the best on dev")
+        return best
 
     # -- states
 

@@ -119,6 +119,11 @@ def linear_decay(step: int, total: int) -> float:
     return 1.0 - step / total
 
 
+def constant_rate(step: int, total: int) -> float:
+    """Factor of the learning rate: always 1."""
+    return 1.0
+
+
 def warm_up(step: int, total: int, steps: int | None = None) -> float:
     """Factor of the learning rate: rising over `steps` steps, or the first 1% of all; then 1."""
     return min(1.0, (step + 1) / (steps or max(1.0, total / 100)))
@@ -218,6 +223,7 @@ def train(
     loss_function: LossFunction,
     evaluate: Callable[[nn.Module], dict[str, Any]] | None = None,
     after_backward: Callable[[], None] | None = None,
+    keep: str | None = None,
 ) -> dict[str, Any]:
     """Train `model` in place for a stage, from the newest state of that stage if there is one.
 
@@ -227,6 +233,7 @@ def train(
 
     Args:
         evaluate: called after each epoch and at the end; its figures are logged.
+        keep: the figure by which the best weights are kept, or None; see Run.note.
         after_backward: called when a step's gradients are there, before they are used.
 
     Returns:
@@ -242,6 +249,7 @@ def train(
     optimizer = torch.optim.AdamW(
         trained, lr=stage.learning_rate, eps=1e-8, weight_decay=0.0, fused=True
     )
+    own_forward = vars(model).get("forward")  # of a model with quantizers
     wrapped, optimizer = accelerator.prepare(model, optimizer)
     wrapped.train()
 
@@ -281,6 +289,8 @@ def train(
             figures = evaluate(model)
             record = {"stage": stage.name, "step": step, "epoch": step / steps_per_epoch}
             run.log({**record, "evaluation": True, **figures})
+            if keep:
+                run.note(model, stage.name, step, figures[keep])
             run.say(f"after epoch {step / steps_per_epoch:.4g}: {summary(figures)}")
             progress.resume()
             wrapped.train()
@@ -347,6 +357,8 @@ def train(
             )
     progress.close()
     accelerator.unwrap_model(wrapped, keep_fp32_wrapper=False)
+    if own_forward is not None:
+        model.forward = own_forward
     accelerator.free_memory()
     return figures
 

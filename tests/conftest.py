@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections import Counter
@@ -53,6 +54,31 @@ def tiny_bert(tmp_path_factory: pytest.TempPathFactory, sample: Path) -> Path:
         max_position_embeddings=512,
     )
     BertForQuestionAnswering(config).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def few(sample: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with 30 questions to train on and 6 to evaluate on."""
+    from calls import first_questions  # which needs the path set above
+
+    folder = tmp_path_factory.mktemp("few")
+    first_questions(sample / "train-v1.1.json", folder / "train-v1.1.json", 30)
+    first_questions(sample / "dev-v1.1.json", folder / "dev-v1.1.json", 6)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def teacher(tiny_bert: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny BERT with weights large enough for its layers to do something."""
+    folder = tmp_path_factory.mktemp("teacher") / "bert"
+    shutil.copytree(tiny_bert, folder)
+    model = BertForQuestionAnswering.from_pretrained(folder)
+    torch.manual_seed(5)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    model.save_pretrained(folder)
     return folder
 
 

@@ -18,7 +18,6 @@ from accelerate import Accelerator
 from calls import (
     call,
     error_line,
-    first_questions,
     records,
     started,
     state_step,
@@ -36,29 +35,6 @@ from bert_pack import PackCfg, pack
 from fast_attention import fuse_attention
 
 PLAN = ["embeddings", "grow 1", "grow 2", "feed-forward", "heads", "final"]
-
-
-@pytest.fixture(scope="module")
-def few(sample: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with 30 questions to train on and 6 to evaluate on."""
-    folder = tmp_path_factory.mktemp("few")
-    first_questions(sample / "train-v1.1.json", folder / "train-v1.1.json", 30)
-    first_questions(sample / "dev-v1.1.json", folder / "dev-v1.1.json", 6)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def teacher(tiny_bert: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The tiny BERT with weights large enough for its layers to do something."""
-    folder = tmp_path_factory.mktemp("teacher") / "bert"
-    shutil.copytree(tiny_bert, folder)
-    model = BertForQuestionAnswering.from_pretrained(folder)
-    torch.manual_seed(5)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.1 * torch.randn_like(parameter))
-    model.save_pretrained(folder)
-    return folder
 
 
 @pytest.fixture(scope="module")

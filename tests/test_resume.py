@@ -20,7 +20,6 @@ from accelerate.utils import set_seed
 from calls import (
     call,
     error_line,
-    first_questions,
     last_step,
     records,
     started,
@@ -44,15 +43,6 @@ FLAGS = (
     "--per_gpu_train_batch_size=2",
     "--save_minutes=0",
 )
-
-
-@pytest.fixture(scope="module")
-def few(sample: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with 30 questions to train on and 6 to evaluate on."""
-    folder = tmp_path_factory.mktemp("few")
-    first_questions(sample / "train-v1.1.json", folder / "train-v1.1.json", 30)
-    first_questions(sample / "dev-v1.1.json", folder / "dev-v1.1.json", 6)
-    return folder
 
 
 @pytest.fixture(scope="module")
