@@ -473,7 +473,7 @@ def main() -> None:
                 "sizes": sizes,
                 "stages": table,
                 **grow_seconds(table),
-                "onnx_max_difference": difference,
+                "onnx_difference": difference,
             }
             report_utils.draw_curves(args.output_dir, task.score_names)
             made = f"packed (`{args.pack_cfg}`) and distilled on"

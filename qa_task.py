@@ -340,5 +340,5 @@ def export(output_dir: str, windows: Windows, max_seq_length_c: int) -> float:
         [squad_utils.make_batch(windows, w[None], pad_to=max_seq_length_c) for w in chosen],
         onnx_utils.QA_OUTPUTS,
         max_seq_length_c,
-        onnx_utils.MAX_DIFFERENCE_INT8 if quantized else onnx_utils.MAX_DIFFERENCE,
+        quantized,
     )

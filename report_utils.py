@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import platform
 import time
@@ -161,7 +162,9 @@ def write_qa_card(output_dir: str, metrics: dict[str, Any], script: str, made: s
     arguments, counts = metrics["arguments"], metrics["counts"]
     name = os.path.basename(os.path.abspath(output_dir))
     command = " \\\n".join(
-        f"  --{key}={value}" for key, value in arguments.items() if not key.startswith("sha256")
+        f"  --{key}" if value is True else f"  --{key}={value}"
+        for key, value in arguments.items()
+        if value not in (None, False) and key != "nncf" and not key.startswith("sha256")
     )
     length = arguments["max_seq_length_c"]
     text = f"""---
@@ -185,17 +188,12 @@ Extractive question answering: `{arguments["model_student"]}` {made}
 | precision of training | {metrics["precision"]} |
 
 ## Use
-```python
-from transformers import AutoModelForQuestionAnswering, AutoTokenizer
-
-model = AutoModelForQuestionAnswering.from_pretrained("{output_dir}")
-tokenizer = AutoTokenizer.from_pretrained("{output_dir}")
-```
+{_use(output_dir, metrics)}
 `model.onnx` is the same model for ONNX Runtime and OpenVINO (`ovc model.onnx`). Inputs
 `input_ids`, `attention_mask`, `token_type_ids`, `position_ids`, int64 [1, {length}]; outputs
 `output_s` and `output_e`, the logits of the answer's first and last token, float32 [1, {length}].
-It differs from the PyTorch model by at most {metrics["onnx_max_difference"]:.1e} on the windows it
-was checked on. In OpenVINO it can be reshaped to other batch sizes and lengths.
+On the windows it was checked on it differs from the PyTorch model by {_difference(metrics)}. In
+OpenVINO it can be reshaped to other batch sizes and lengths.
 
 The input is `[CLS] question [SEP] context [SEP]`, token types 0 and 1; questions are cut to
 {arguments["max_seq_length_q"]} tokens, and contexts that do not fit are covered by windows
@@ -209,3 +207,28 @@ python3 {script} \\
 """
     with open(os.path.join(output_dir, "README.md"), "w", encoding="utf-8") as file:
         file.write(text)
+
+
+def _use(output_dir: str, metrics: dict[str, Any]) -> str:
+    """How to load the checkpoint."""
+    if "int8" in metrics:
+        return (
+            "`model.safetensors` holds the weights in FP32, `quantizers.json` and"
+            " `quantizers.safetensors`\nwhat rounds them and the activations to INT8 in training:"
+            " `train_qa.py --model_student=<this folder>`\nloads all of it."
+        )
+    with open(os.path.join(output_dir, "config.json"), encoding="utf-8") as file:
+        packed = json.load(file)["model_type"] == "packed_bert"
+    registration = "import bert_pack  # which makes packed models known\n" if packed else ""
+    return f"""```python
+{registration}from transformers import AutoModelForQuestionAnswering, AutoTokenizer
+
+model = AutoModelForQuestionAnswering.from_pretrained("{output_dir}")
+tokenizer = AutoTokenizer.from_pretrained("{output_dir}")
+```"""
+
+
+def _difference(metrics: dict[str, Any]) -> str:
+    if "int8" in metrics:
+        return f"{metrics['onnx_difference']:.3f} standard deviations of its logits on average"
+    return f"at most {metrics['onnx_difference']:.1e}"

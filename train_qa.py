@@ -199,7 +199,7 @@ def main() -> None:
                 "counts": task.counts(),
                 "parameters": count_parameters(student),
                 "onnx_bytes": os.path.getsize(os.path.join(args.output_dir, "model.onnx")),
-                "onnx_max_difference": difference,
+                "onnx_difference": difference,
             }
             if quantized:
                 stages = ("fp32", "calibrated", "ranges", "weights")

@@ -4,8 +4,8 @@
 
 Each round times every model in every runtime and precision; the table shows the median over the
 rounds, and how many times the first model takes (in OpenVINO at f32). --bert_large adds BERT-large
-and what the default --pack_cfg of pack_and_distill.py makes of it, with random weights: latency
-does not depend on their values.
+and what the default --pack_cfg of pack_and_distill.py and nncf_config.json make of it, with random
+weights, calibrated on random tokens: latency does not depend on their values.
 """
 
 from __future__ import annotations
@@ -64,12 +64,14 @@ def compiled(path: str, runtime: str, precision: str | None) -> Callable[[], obj
 
 
 def export_random(folder: str) -> dict[str, str]:
-    """BERT-large and its packed form with random weights, exported; paths by name."""
+    """BERT-large, its packed form and that in INT8, of random weights, exported; paths by name."""
     import torch
     from transformers import BertConfig, BertForQuestionAnswering
 
+    import nncf_utils
     import onnx_utils
     from bert_pack import PackCfg, PackedBertForQuestionAnswering, packed_config
+    from fast_attention import fuse_attention
 
     large = BertConfig(
         vocab_size=30522,
@@ -81,20 +83,26 @@ def export_random(folder: str) -> dict[str, str]:
     small = packed_config(large, PackCfg())
     small.merged, small.num_attention_heads = True, PackCfg().num_attention_heads
     paths = {}
+    batch = inputs()
+    sample = {key: torch.from_numpy(value) for key, value in batch.items()}
+    settings = nncf_utils.read_nncf_config(os.path.join(ROOT, "nncf_config.json"))
     for name, model_class, config in (
         ("BERT-large", BertForQuestionAnswering, large),
         ("BERT-large packed", PackedBertForQuestionAnswering, small),
+        ("BERT-large INT8", PackedBertForQuestionAnswering, small),
     ):
         print(f"exporting {name} ...", flush=True)
         torch.manual_seed(0)
         model = model_class(config).eval()
         if model_class is BertForQuestionAnswering:
             model.set_attn_implementation("eager")
+        int8 = name.endswith("INT8")
+        if int8:
+            model = nncf_utils.calibrate(fuse_attention(model, plain=True), settings, [sample] * 2)
+            nncf_utils.make_exportable(model)
         paths[name] = os.path.join(folder, f"{name}.onnx")
-        batch = {key: value.astype(np.int64) for key, value in inputs().items()}
-        onnx_utils.export_onnx(
-            onnx_utils.QaGraph(model), paths[name], [batch], onnx_utils.QA_OUTPUTS, LENGTH
-        )
+        graph = onnx_utils.QaGraph(model)
+        onnx_utils.export_onnx(graph, paths[name], [batch], onnx_utils.QA_OUTPUTS, LENGTH, int8)
         print(f"  {os.path.getsize(paths[name]) / 1e6:.1f} MB", flush=True)
     return paths
 
@@ -139,7 +147,7 @@ def main() -> None:
     parser = ArgumentParser(description=__doc__.splitlines()[0])
     add = parser.add_argument
     add("--model", action="append", default=[], help="name=folder with model.onnx; several times")
-    add("--bert_large", action="store_true", help="BERT-large and its packed form, random weights")
+    add("--bert_large", action="store_true", help="BERT-large, packed, INT8; random weights")
     add("--rounds", type=number(int, 1, 1000), default=5, help="of all models")
     add("--seconds", type=number(float, 0, 60, True), default=2.0, help="for each in a round")
     add("--json", help="write the figures there")
