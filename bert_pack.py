@@ -680,7 +680,9 @@ def _start_stacked(
 # Size
 
 
-def size_of(model_class: type[PreTrainedModel], config: PreTrainedConfig, length: int) -> Any:
+def size_of(
+    make: Callable[[PreTrainedConfig], PreTrainedModel], config: PreTrainedConfig, length: int
+) -> tuple[int, float]:
     """Parameters, and 1e9 operations (2 x multiply-adds) at 1 x `length` tokens.
 
     Counted on the meta device: no weights are made and nothing is computed.
@@ -688,7 +690,7 @@ def size_of(model_class: type[PreTrainedModel], config: PreTrainedConfig, length
     config = copy.deepcopy(config)
     config._attn_implementation = "eager"
     with torch.device("meta"):
-        model = model_class(config).eval()
+        model = make(config).eval()
         ids = torch.zeros(1, length, dtype=torch.long)
         with FlopCounterMode(display=False) as counter, torch.no_grad():
             model(input_ids=ids, token_type_ids=ids, position_ids=ids)

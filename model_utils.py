@@ -178,6 +178,16 @@ def load_model(name: str, flag: str, auto_class: Any, quiet: bool = False) -> Pr
     return model
 
 
+def load_teacher(name: str, auto_class: Any, device: torch.device) -> PreTrainedModel:
+    """--model_teacher as it is needed: with fast attention, in eval mode, not training.
+
+    Raises:
+        UserError: as `load_model`.
+    """
+    teacher = fuse_attention(load_model(name, "--model_teacher", auto_class))
+    return teacher.eval().requires_grad_(False).to(device)
+
+
 def load_tokenizer(name: str, flag: str, config: PretrainedConfig) -> Any:
     """The model's fast tokenizer.
 

@@ -20,17 +20,18 @@ signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends the seconds of impor
 
 import torch
 from torch import Tensor, nn
-from transformers import BertForQuestionAnswering, PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 import bert_pack
 import report_utils
-from bert_pack import HeadImportance, PackCfg, PackedBertConfig, PackedBertForQuestionAnswering
+from bert_pack import HeadImportance, PackCfg, PackedBertConfig
 from cli_utils import ArgumentParser, UserError, is_main_process, run_main
-from fast_attention import fuse_attention
 from model_utils import (
     check_model,
     check_teacher,
+    is_quantized,
     load_model,
+    load_teacher,
     load_tokenizer,
     save_model,
     state_errors,
@@ -60,7 +61,6 @@ from train_utils import (
 )
 
 STAGES = ("embeddings", "grow", "feed-forward", "heads", "final")
-SIZED = {"bert": BertForQuestionAnswering, "packed_bert": PackedBertForQuestionAnswering}
 TASKS = {
     "BertForQuestionAnswering": QaTask,
     "PackedBertForQuestionAnswering": QaTask,
@@ -250,13 +250,20 @@ def teacher_states(bert: PreTrainedModel, inputs: dict[str, Tensor], count: int)
 # The run
 
 
-def check_models(args: argparse.Namespace) -> tuple[Any, Any, Any, type[QaTask]]:
+def check_models(
+    args: argparse.Namespace, cfg: PackCfg
+) -> tuple[PreTrainedConfig, PreTrainedConfig, Any, type[QaTask]]:
     """Student's and teacher's configurations, the student's tokenizer, and the task of both.
 
     Raises:
-        UserError: they do not fit --pack_cfg, --max_seq_length_c, a task, or each other.
+        UserError: they do not fit --pack_cfg, --max_seq_length_c, a task, or each other; one of
+            them is quantized.
     """
-    cfg = bert_pack.parse_pack_cfg(args.pack_cfg)
+    for flag in ("model_student", "model_teacher"):
+        if is_quantized(getattr(args, flag)):
+            raise UserError(
+                f"--{flag}: {getattr(args, flag)} is quantized; give the model that it was made of"
+            )
     student_name = unmerged_folder(args.model_student)
     student = check_model(student_name, "--model_student", args.max_seq_length_c)
     teacher = check_model(args.model_teacher, "--model_teacher", args.max_seq_length_c)
@@ -291,7 +298,9 @@ def check_models(args: argparse.Namespace) -> tuple[Any, Any, Any, type[QaTask]]
     return student, teacher, tokenizer, tasks[0]
 
 
-def show_sizes(teacher: Any, student: Any, cfg: PackCfg, length: int) -> dict[str, Any]:
+def show_sizes(
+    task: QaTask, teacher: PreTrainedConfig, student: PreTrainedConfig, cfg: PackCfg, length: int
+) -> dict[str, Any]:
     """Print and return parameters, operations and FP32 size of teacher and merged student."""
     if not isinstance(student, PackedBertConfig):
         student = bert_pack.packed_config(student, cfg)
@@ -299,8 +308,7 @@ def show_sizes(teacher: Any, student: Any, cfg: PackCfg, length: int) -> dict[st
     student.merged, student.num_attention_heads = True, cfg.num_attention_heads
     sizes = {}
     for name, config in (("teacher", teacher), ("student", student)):
-        model_class = SIZED[config.model_type]
-        parameters, gops = bert_pack.size_of(model_class, config, length)
+        parameters, gops = bert_pack.size_of(task.auto_class.from_config, config, length)
         sizes[name] = {"parameters": parameters, "gops": gops, "fp32_bytes": 4 * parameters}
     if is_main_process():
         for name, size in sizes.items():
@@ -311,7 +319,9 @@ def show_sizes(teacher: Any, student: Any, cfg: PackCfg, length: int) -> dict[st
     return sizes
 
 
-def pack_student(args: argparse.Namespace, task: QaTask, run: Run, anew: bool) -> PreTrainedModel:
+def pack_student(
+    args: argparse.Namespace, cfg: PackCfg, task: QaTask, run: Run, anew: bool
+) -> PreTrainedModel:
     """The student as distillation begins: packed, or loaded if it is so already.
 
     Args:
@@ -331,7 +341,6 @@ def pack_student(args: argparse.Namespace, task: QaTask, run: Run, anew: bool) -
         run.stop_if_asked()
         run.say(f"packing layer {layer} of {count}")
 
-    cfg = bert_pack.parse_pack_cfg(args.pack_cfg)
     return bert_pack.pack(model.to(device), cfg, sample, tell, bf16=run.precision == "bf16")
 
 
@@ -423,7 +432,8 @@ def main() -> None:
     started = time.time()
 
     # All that a user may have got wrong comes before anything that takes long.
-    config, teacher_config, tokenizer, task_class = check_models(args)
+    cfg = bert_pack.parse_pack_cfg(args.pack_cfg)
+    config, teacher_config, tokenizer, task_class = check_models(args, cfg)
     task = task_class(args)
     arguments = {**vars(args), **task.hashes()}
     found = claim_output_dir(args, arguments)
@@ -431,18 +441,16 @@ def main() -> None:
         return
     use_all_gpus(args.no_cuda)
 
-    cfg = bert_pack.parse_pack_cfg(args.pack_cfg)
-    sizes = show_sizes(teacher_config, config, cfg, args.max_seq_length_c)
+    sizes = show_sizes(task, teacher_config, config, cfg, args.max_seq_length_c)
     accelerator = make_accelerator(args.precision, args.no_cuda, args.seed)
-    teacher = load_model(args.model_teacher, "--model_teacher", task.auto_class)
-    teacher = fuse_attention(teacher).eval().requires_grad_(False).to(accelerator.device)
+    teacher = load_teacher(args.model_teacher, task.auto_class, accelerator.device)
     task.tokenize(tokenizer)
     run = open_run(accelerator, args, arguments, found)
     run.say(f"{task.describe()}; {run.machine()}")
     evaluation = task.make_evaluation(run)
     run.evaluate_once("teacher", lambda: evaluation(teacher))
     anew = run.position() is None
-    student = pack_student(args, task, run, anew)
+    student = pack_student(args, cfg, task, run, anew)
     if anew:
         run.evaluate_once("packed", lambda: evaluation(student))
     plan = plan_stages(args, cfg.num_hidden_layers)
@@ -460,8 +468,9 @@ def main() -> None:
             task.write_answers()
             difference = task.export()
             run.stop_if_asked()
-            names = ("teacher", "packed", *(part.stage.name for part in plan), "merged")
-            table = report_utils.stage_table(run, names, {"unmerged": unmerged})
+            names = ("teacher", "packed", *(part.stage.name for part in plan))
+            kept = {"unmerged": unmerged, "merged": figures}
+            table = report_utils.stage_table(run, names, kept)
             sizes["student"]["onnx_bytes"] = os.path.getsize(
                 os.path.join(args.output_dir, "model.onnx")
             )

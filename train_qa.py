@@ -26,6 +26,7 @@ from model_utils import (
     is_quantized,
     load_model,
     load_state_maps,
+    load_teacher,
     load_tokenizer,
     save_model,
     save_state_maps,
@@ -155,8 +156,7 @@ def main() -> None:
     frozen = freeze(student, args.freeze_list)
     teacher = None
     if supervised:
-        teacher = load_model(args.model_teacher, "--model_teacher", task.auto_class)
-        teacher = fuse_attention(teacher).eval().requires_grad_(False).to(accelerator.device)
+        teacher = load_teacher(args.model_teacher, task.auto_class, accelerator.device)
         if state_maps is not None:
             state_maps.to(accelerator.device)
     run.say(f"{task.describe()}; {run.machine()}; {frozen / 1e6:.1f} M parameters frozen")

@@ -22,8 +22,7 @@ sys.path.insert(0, ROOT)
 
 import bert_pack  # noqa: E402
 from cli_utils import ArgumentParser, run_main  # noqa: E402
-from fast_attention import fuse_attention  # noqa: E402
-from model_utils import check_model, load_model, load_tokenizer, state_errors  # noqa: E402
+from model_utils import check_model, load_teacher, load_tokenizer, state_errors  # noqa: E402
 from onnx_utils import INPUTS  # noqa: E402
 from pack_and_distill import SAMPLE_WINDOWS, teacher_states  # noqa: E402
 from qa_task import QaTask  # noqa: E402
@@ -92,8 +91,7 @@ def main() -> None:
         bert_pack.check_pack_cfg(cfg, config)
         task = QaTask(args)
         accelerator = make_accelerator(args.precision, args.no_cuda, args.seed)
-        teacher = load_model(args.model, "--model", task.auto_class)
-        teacher = fuse_attention(teacher).eval().requires_grad_(False).to(accelerator.device)
+        teacher = load_teacher(args.model, task.auto_class, accelerator.device)
         task.tokenize(load_tokenizer(args.model, "--model", config))
         run = Run(accelerator, folder, {}, "new", args.save_minutes, args.log_steps, "none")
         evaluation = task.make_evaluation(run)
