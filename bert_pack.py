@@ -156,6 +156,7 @@ class PackedBertConfig(PreTrainedConfig):
     layer_norm_eps: float = 1e-12
     initializer_range: float = 0.02
     pad_token_id: int | None = 0
+    pooling: str = "cls"  # of an embedding model
     merged: bool = False
     pack_cfg: dict | None = None
 
@@ -177,6 +178,7 @@ def packed_config(teacher: PreTrainedConfig, cfg: PackCfg) -> PackedBertConfig:
         hidden_act=teacher.hidden_act if cfg.hidden_act == "orig" else cfg.hidden_act,
         layer_norm_eps=teacher.layer_norm_eps,
         pad_token_id=teacher.pad_token_id,
+        pooling=getattr(teacher, "pooling", "cls"),
         pack_cfg=vars(cfg).copy(),
     )
 
@@ -337,7 +339,7 @@ class PackedBertModel(PackedBertPreTrainedModel):
 class PackedBertForQuestionAnswering(PackedBertPreTrainedModel):
     """The packed encoder with the teacher's QA head."""
 
-    head = "qa_outputs"  # the linear layer that reads the last state, by its name in the teacher
+    head = "qa_outputs"  # the linear layer that reads the last state
 
     def __init__(self, config: PackedBertConfig) -> None:
         super().__init__(config)
@@ -346,6 +348,10 @@ class PackedBertForQuestionAnswering(PackedBertPreTrainedModel):
             config.hidden_size if config.merged else config.state_size, config.num_labels
         )
         self.post_init()
+
+    def copy_head(self, teacher: BertForQuestionAnswering) -> None:
+        """Take over what reads the last state."""
+        self.qa_outputs.load_state_dict(teacher.qa_outputs.state_dict())
 
     def forward(self, input_ids: Tensor, **inputs: Any) -> QuestionAnsweringModelOutput:
         """Arguments of `PackedBertModel.forward`; start and end logits, [B, L] each."""
@@ -406,7 +412,7 @@ def pack(
     student = PACKED_CLASSES[type(teacher)](packed_config(teacher.config, cfg))
     student = student.to(teacher.device).eval()
     bert, packed = teacher.base_model, student.base_model
-    getattr(student, student.head).load_state_dict(getattr(teacher, student.head).state_dict())
+    student.copy_head(teacher)
     for name in ("word_embeddings", "position_embeddings", "token_type_embeddings"):
         table = getattr(packed.embeddings, name)
         table.load_state_dict(getattr(bert.embeddings, name).state_dict())

@@ -1,0 +1,144 @@
+"""The embedding model: one vector for a question or a context, by a BERT or a packed one."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, BertModel, BertPreTrainedModel, PretrainedConfig
+from transformers.modeling_outputs import ModelOutput
+
+from bert_pack import (
+    PACKED_CLASSES,
+    PackedBertConfig,
+    PackedBertModel,
+    PackedBertPreTrainedModel,
+)
+
+POOLINGS = ("cls", "mean")
+
+
+@dataclass
+class EmbeddingOutput(ModelOutput):
+    """`embedding` [B, H], and hidden_states if asked for."""
+
+    embedding: Tensor | None = None
+    hidden_states: tuple[Tensor, ...] | None = None
+
+
+def pool(states: Tensor, attention_mask: Tensor | None, pooling: str) -> Tensor:
+    """The state that stands for a text, [B, width]: that of [CLS], or the mean over its tokens.
+
+    Args:
+        states: [B, L, width].
+        attention_mask: [B, L], 1 for tokens and 0 for padding; or [B, 1, 1, L], 0 for tokens and
+            far below for padding, as it is added to scores; or None, where all are tokens.
+    """
+    if pooling == "cls":
+        return states[:, 0]
+    if attention_mask is None:
+        return states.mean(dim=1)
+    real = attention_mask[:, 0, 0] > -1.0 if attention_mask.dim() == 4 else attention_mask > 0
+    weights = real.to(states.dtype)[:, :, None]
+    return (states * weights).sum(dim=1) / weights.sum(dim=1)
+
+
+class LinearPooler(nn.Module):
+    """BERT's pooler without its tanh, which `BertForEmbedding` applies itself.
+
+    It has the library's parameter names, so that a pretrained pooler is kept, and passes on the
+    states where the library's model calls it.
+    """
+
+    def __init__(self, config: PretrainedConfig) -> None:
+        super().__init__()
+        self.dense = nn.Linear(config.hidden_size, config.hidden_size)
+
+    def forward(self, states: Tensor) -> Tensor:
+        return states
+
+
+class BertForEmbedding(BertPreTrainedModel):
+    """BERT, its pooler's linear layer, and one learned scale exp(s) in place of tanh.
+
+    `config.pooling` is "cls" or "mean". The output is H wide.
+    """
+
+    def __init__(self, config: PretrainedConfig) -> None:
+        super().__init__(config)
+        config.pooling = getattr(config, "pooling", "cls")
+        self.bert = BertModel(config, add_pooling_layer=False)
+        self.bert.pooler = LinearPooler(config)
+        self.log_scale = nn.Parameter(torch.zeros(()))
+        self.post_init()
+
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if module is self:
+            nn.init.zeros_(self.log_scale)
+
+    def forward(
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, **inputs: Any
+    ) -> EmbeddingOutput:
+        """Arguments of the library's BERT; returns an EmbeddingOutput."""
+        outputs = self.bert(input_ids, attention_mask=attention_mask, **inputs)
+        pooled = pool(outputs.last_hidden_state, attention_mask, self.config.pooling)
+        embedding = self.bert.pooler.dense(pooled) * self.log_scale.exp()
+        return EmbeddingOutput(embedding=embedding, hidden_states=outputs.hidden_states)
+
+
+class PackedBertForEmbedding(PackedBertPreTrainedModel):
+    """The packed encoder with its teacher's pooler and scale; the output is H wide as well."""
+
+    head = "pooler"
+
+    def __init__(self, config: PackedBertConfig) -> None:
+        super().__init__(config)
+        self.bert = PackedBertModel(config)
+        width = config.hidden_size if config.merged else config.state_size
+        self.pooler = nn.Linear(width, config.state_size)
+        self.log_scale = nn.Parameter(torch.zeros(()))
+        self.post_init()
+
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if module is self:
+            nn.init.zeros_(self.log_scale)
+
+    @torch.no_grad()
+    def copy_head(self, teacher: BertForEmbedding) -> None:
+        """Take over what reads the last state."""
+        self.pooler.load_state_dict(teacher.bert.pooler.dense.state_dict())
+        self.log_scale.copy_(teacher.log_scale)
+
+    def forward(
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, **inputs: Any
+    ) -> EmbeddingOutput:
+        """Arguments of `PackedBertModel.forward`; returns an EmbeddingOutput."""
+        outputs = self.bert(input_ids, attention_mask=attention_mask, **inputs)
+        pooled = pool(outputs.last_hidden_state, attention_mask, self.config.pooling)
+        embedding = self.pooler(pooled) * self.log_scale.exp()
+        return EmbeddingOutput(embedding=embedding, hidden_states=outputs.hidden_states)
+
+
+class AutoModelForEmbedding:
+    """The embedding model of a configuration, as the library's Auto classes are used."""
+
+    @staticmethod
+    def _class_of(config: PretrainedConfig) -> type[BertForEmbedding | PackedBertForEmbedding]:
+        return PackedBertForEmbedding if isinstance(config, PackedBertConfig) else BertForEmbedding
+
+    @classmethod
+    def from_config(cls, config: PretrainedConfig) -> BertForEmbedding | PackedBertForEmbedding:
+        return cls._class_of(config)(config)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str, **kwargs: Any) -> Any:
+        where = {k: v for k, v in kwargs.items() if k == "local_files_only"}
+        config = AutoConfig.from_pretrained(pretrained_model_name_or_path, **where)
+        return cls._class_of(config).from_pretrained(pretrained_model_name_or_path, **kwargs)
+
+
+PACKED_CLASSES[BertForEmbedding] = PackedBertForEmbedding
