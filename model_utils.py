@@ -32,6 +32,12 @@ WEIGHT_FILES = (
 )
 QUANTIZERS = "quantizers.json"  # in the folder of a quantized model: where its quantizers are
 STATE_MAPS = "state_maps.safetensors"  # in the folder of a merged one: maps that losses need
+TASK_ARCHITECTURES = (  # of fine-tuned models
+    "BertForQuestionAnswering",
+    "PackedBertForQuestionAnswering",
+    "BertForEmbedding",
+    "PackedBertForEmbedding",
+)
 UNMERGED = "unmerged"  # the folder, in that of a packed model, of the model before merging
 HUB_TIMEOUT = 5.0  # seconds that the hub has to answer; its own client retries for half a minute
 
@@ -115,6 +121,25 @@ def check_model(name: str, flag: str, max_seq_length_c: int) -> PretrainedConfig
             f" {config.max_position_embeddings} positions of {name}"
         )
     return config
+
+
+def check_task(
+    config: PretrainedConfig, name: str, flag: str, architectures: Sequence[str]
+) -> None:
+    """Check that a model is of a task, or of none yet.
+
+    Args:
+        architectures: those of the task, as a configuration names them.
+
+    Raises:
+        UserError: it is of another task.
+    """
+    architecture = (config.architectures or [""])[0]
+    if architecture in TASK_ARCHITECTURES and architecture not in architectures:
+        raise UserError(
+            f"{flag}: {name} is a model of another task ({architecture});"
+            f" {' or '.join(architectures)} is needed, or a BERT that is not fine-tuned"
+        )
 
 
 def check_teacher(name: str, teacher: PretrainedConfig, student: PretrainedConfig,

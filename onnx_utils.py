@@ -22,6 +22,7 @@ from cli_utils import UserError
 
 INPUTS = ("input_ids", "attention_mask", "token_type_ids", "position_ids")
 QA_OUTPUTS = ("output_s", "output_e")
+EMBEDDING_OUTPUTS = ("embedding",)
 OPSET = 17  # the first with LayerNormalization, and one that openvino-dev 2024.6 still reads
 MAX_NOISE = 0.1  # of an INT8 file, in standard deviations; see `compare`
 MAX_DIFFERENCE = 1e-3  # of the outputs, between the file and PyTorch in FP32
@@ -42,16 +43,45 @@ class QaGraph(nn.Module):
         token_type_ids: Tensor,
         position_ids: Tensor,
     ) -> tuple[Tensor, Tensor]:
-        # As one [B, 1, 1, L] term that is added to the scores, the mask is part of an attention
-        # pattern that OpenVINO fuses into one kernel, whatever the library makes of a 2-D mask.
-        mask = (1.0 - attention_mask[:, None, None, :].to(torch.float32)) * MASKED
         outputs = self.model(
             input_ids=input_ids,
-            attention_mask=mask,
+            attention_mask=added_mask(attention_mask),
             token_type_ids=token_type_ids,
             position_ids=position_ids,
         )
         return outputs.start_logits, outputs.end_logits
+
+
+class EmbeddingGraph(nn.Module):
+    """What the embedding file computes: four int64 [B, L] inputs to embeddings [B, H]."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        token_type_ids: Tensor,
+        position_ids: Tensor,
+    ) -> tuple[Tensor]:
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=added_mask(attention_mask),
+            token_type_ids=token_type_ids,
+            position_ids=position_ids,
+        )
+        return (outputs.embedding,)
+
+
+def added_mask(attention_mask: Tensor) -> Tensor:
+    """The mask as one [B, 1, 1, L] term that is added to scores.
+
+    So it is part of an attention pattern that OpenVINO fuses into one kernel, whatever the library
+    makes of a 2-D mask.
+    """
+    return (1.0 - attention_mask[:, None, None, :].to(torch.float32)) * MASKED
 
 
 def export_onnx(
@@ -59,15 +89,13 @@ def export_onnx(
     path: str,
     batches: Sequence[dict[str, np.ndarray]],
     output_names: Sequence[str],
-    max_seq_length: int,
     int8: bool = False,
 ) -> float:
     """Write `graph` to `path`, declared [1, max_seq_length], and compare it with PyTorch.
 
     Args:
-        graph: a module in FP32 on the CPU from the four INPUTS to the outputs; outputs of shape
-            [B, L] are declared [1, max_seq_length] too.
-        batches: real inputs [1, max_seq_length] to compare on.
+        graph: a module in FP32 on the CPU from the four INPUTS to the outputs, [B, L] or [B, H].
+        batches: real inputs [1, max_seq_length] to compare on; they give the declared shapes.
         int8: whether the graph has quantizers.
 
     Returns:
@@ -80,7 +108,7 @@ def export_onnx(
     graph.eval()
     temporary = f"{path}.tmp"
     try:
-        _trace(graph, temporary, batches[0], output_names, max_seq_length)
+        _trace(graph, temporary, batches[0], output_names)
         onnx.checker.check_model(temporary)
         difference = compare(graph, temporary, batches, int8)
         limit = MAX_NOISE if int8 else MAX_DIFFERENCE
@@ -103,25 +131,30 @@ def _trace(
     path: str,
     example: dict[str, np.ndarray],
     output_names: Sequence[str],
-    max_seq_length: int,
 ) -> None:
     """Write the graph, traced with dynamic axes, with static shapes declared."""
+    inputs = tuple(torch.from_numpy(example[name]) for name in INPUTS)
+    shapes = {name: inputs[0].shape for name in INPUTS}
+    with torch.no_grad():
+        shapes |= {n: o.shape for n, o in zip(output_names, graph(*inputs), strict=True)}
+    lengthy = [name for name, shape in shapes.items() if shape == inputs[0].shape]
+    axes = {name: {0: "batch", **({1: "length"} if name in lengthy else {})} for name in shapes}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of tracing: `compare` runs it on other inputs
         torch.onnx.export(
             graph,
-            tuple(torch.from_numpy(example[name]) for name in INPUTS),
+            inputs,
             path,
             dynamo=False,  # its graphs keep OpenVINO's attention pattern
             opset_version=OPSET,
             input_names=list(INPUTS),
             output_names=list(output_names),
-            dynamic_axes={name: {0: "batch", 1: "length"} for name in (*INPUTS, *output_names)},
+            dynamic_axes=axes,
         )
     model = onnx.load(path)
     _store_int8(model.graph)
     for value in [*model.graph.input, *model.graph.output]:
-        for dim, size in zip(value.type.tensor_type.shape.dim, (1, max_seq_length), strict=True):
+        for dim, size in zip(value.type.tensor_type.shape.dim, shapes[value.name], strict=True):
             dim.Clear()
             dim.dim_value = size
     onnx.save(model, path)

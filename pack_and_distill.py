@@ -26,6 +26,7 @@ import bert_pack
 import report_utils
 from bert_pack import HeadImportance, PackCfg, PackedBertConfig
 from cli_utils import ArgumentParser, UserError, is_main_process, run_main
+from emb_task import EmbTask
 from model_utils import (
     check_model,
     check_teacher,
@@ -64,6 +65,8 @@ STAGES = ("embeddings", "grow", "feed-forward", "heads", "final")
 TASKS = {
     "BertForQuestionAnswering": QaTask,
     "PackedBertForQuestionAnswering": QaTask,
+    "BertForEmbedding": EmbTask,
+    "PackedBertForEmbedding": EmbTask,
 }
 QUARTER = 0.25  # epochs of the first stages, which have little to learn each
 SAMPLE_WINDOWS = 256  # on which a packed model's weights are fitted to the teacher's
@@ -393,6 +396,8 @@ def distill(
         measures = part.stage.name == "feed-forward" and pruned_at > i
         if measures:
             importance.insert(student)
+        # Only what has its final shape can be kept.
+        final = student.config.num_attention_heads == heads
         train(
             run,
             student,
@@ -400,11 +405,8 @@ def distill(
             task.batches(part.stage.total_batch_size),
             loss,
             task.evaluation if part.num_layers in (0, num_layers) else None,
-            functools.partial(importance.update, accelerator) if measures else None,
-            # Only what has its final shape can be kept.
-            task.best_by
-            if keep == "best" and student.config.num_attention_heads == heads
-            else None,
+            after_backward=functools.partial(importance.update, accelerator) if measures else None,
+            keep=task.best_by if keep == "best" and final else None,
         )
         if measures:
             importance.remove()
@@ -454,7 +456,7 @@ def main() -> None:
     if anew:
         run.evaluate_once("packed", lambda: evaluation(student))
     plan = plan_stages(args, cfg.num_hidden_layers)
-    plan = number_stages(plan, len(task.train_windows))
+    plan = number_stages(plan, task.num_examples)
     student = distill(run, task, student, teacher, plan, cfg.num_attention_heads, args.keep).eval()
 
     # In FP32, since folding maps away rounds otherwise.
@@ -486,9 +488,9 @@ def main() -> None:
             }
             report_utils.draw_curves(args.output_dir, task.score_names)
             made = f"packed (`{args.pack_cfg}`) and distilled on"
-            report_utils.write_qa_card(args.output_dir, metrics, "pack_and_distill.py", made)
+            task.write_card(metrics, "pack_and_distill.py", made)
             run.finish(metrics)
-            report_utils.show_table(table)
+            report_utils.show_table(table, task.score_names)
             if "grow_seconds" in metrics:
                 run.say(
                     f"the grow stages took {metrics['grow_seconds']:,.0f} s; with all layers"

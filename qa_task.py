@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForQuestionAnswering
 
 import onnx_utils
+import report_utils
 import squad_utils
 from cli_utils import UserError
 from model_utils import is_quantized, load_model, special_ids, state_errors
@@ -41,6 +42,7 @@ class QaTask:
     """
 
     auto_class = AutoModelForQuestionAnswering
+    architectures = ("BertForQuestionAnswering", "PackedBertForQuestionAnswering")
     best_by = "f1"  # of two evaluations, the one with more of it is better
     score_names: ClassVar[dict[str, str]] = {"f1": "F1", "exact_match": "exact match"}
     train_windows: Windows
@@ -111,6 +113,11 @@ class QaTask:
             )
             yield {name: torch.from_numpy(arrays[name]) for name in onnx_utils.INPUTS}
 
+    @property
+    def num_examples(self) -> int:
+        """Examples of an epoch of `batches`."""
+        return len(self.train_windows)
+
     def describe(self) -> str:
         """One line on the data."""
         return (
@@ -134,6 +141,10 @@ class QaTask:
         if self.dev_data.version_2:
             path = os.path.join(folder, "no_answer_scores.json")
             write_json(path, self.evaluation.no_answer_scores)
+
+    def write_card(self, metrics: dict[str, Any], script: str, made: str) -> None:
+        """Write the model card."""
+        report_utils.write_qa_card(self.args.output_dir, metrics, script, made)
 
     def export(self) -> float:
         """Export the checkpoint in the output folder to model.onnx; see `export`."""
@@ -339,6 +350,5 @@ def export(output_dir: str, windows: Windows, max_seq_length_c: int) -> float:
         os.path.join(output_dir, "model.onnx"),
         [squad_utils.make_batch(windows, w[None], pad_to=max_seq_length_c) for w in chosen],
         onnx_utils.QA_OUTPUTS,
-        max_seq_length_c,
         quantized,
     )

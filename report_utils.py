@@ -58,13 +58,14 @@ def stage_table(
     return rows + [{"stage": name, **figures} for name, figures in others.items()]
 
 
-def show_table(rows: list[dict[str, Any]]) -> None:
-    """Print `stage_table`."""
-    print(f"{'':14}{'F1':>8}{'EM':>8}{'loss':>10}{'steps':>8}{'s a step':>10}")
+def show_table(rows: list[dict[str, Any]], score_names: dict[str, str]) -> None:
+    """Print `stage_table`; score_names as in `draw_curves`."""
+    scores = "".join(f"{name:>14}" for name in score_names.values())
+    print(f"{'':14}{scores}{'loss':>10}{'steps':>8}{'s a step':>10}")
     for row in rows:
         cells = [f"{row['stage']:14}"]
-        for key in ("f1", "exact_match"):
-            cells.append(f"{row[key]:8.2f}" if key in row else " " * 8)
+        for key in score_names:
+            cells.append(f"{row[key]:14.2f}" if key in row else " " * 14)
         loss, steps = row.get("loss"), row.get("steps", 0)
         cells.append(f"{loss:10.4f}" if loss is not None else " " * 10)
         if steps:
@@ -160,29 +161,87 @@ def write_qa_card(output_dir: str, metrics: dict[str, Any], script: str, made: s
         made: what became of the model there, e.g. "fine-tuned on".
     """
     arguments, counts = metrics["arguments"], metrics["counts"]
+    length = arguments["max_seq_length_c"]
+    dev = os.path.basename(arguments["squad_dev_data"])
+    _write_card(
+        output_dir,
+        metrics,
+        script,
+        f"Extractive question answering: `{arguments['model_student']}` {made}",
+        "question-answering",
+        {
+            f"F1 on `{dev}`": f"{metrics['f1']:.2f}",
+            "exact match": f"{metrics['exact_match']:.2f}",
+            "dev questions": counts["dev_questions"],
+            "training questions": counts["train_questions"],
+        },
+        "outputs\n`output_s` and `output_e`, the logits of the answer's first and last token,"
+        f" float32 [1, {length}].",
+        "The input is `[CLS] question [SEP] context [SEP]`, token types 0 and 1; questions are cut"
+        f"\nto {arguments['max_seq_length_q']} tokens, and contexts that do not fit are covered by"
+        f" windows {arguments['doc_stride']} tokens apart.",
+    )
+
+
+def write_emb_card(output_dir: str, metrics: dict[str, Any], script: str, made: str) -> None:
+    """Write README.md, the model card of an embedding model; arguments as of `write_qa_card`."""
+    arguments, counts = metrics["arguments"], metrics["counts"]
+    contexts = counts["dev_contexts"] + counts["extra_contexts"]
+    dev = os.path.basename(arguments["squad_dev_data"])
+    _write_card(
+        output_dir,
+        metrics,
+        script,
+        f"Embeddings of questions and contexts: `{arguments['model_student']}` {made}",
+        "sentence-similarity",
+        {
+            f"own context nearest, `{dev}`": f"{metrics['top_1']:.2f}%",
+            "among the 5 nearest": f"{metrics['top_5']:.2f}%",
+            "mean reciprocal rank": f"{metrics['mrr']:.2f}%",
+            "dev questions": counts["dev_questions"],
+            "contexts searched": contexts,
+            "training pairs": counts["train_pairs"],
+        },
+        "output\n`embedding`, float32 [1, H].",
+        "The input is `[CLS] text [SEP]`, token types 0; questions are cut to"
+        f" {arguments['max_seq_length_q']} tokens in all,\ncontexts to"
+        f" {arguments['max_seq_length_c']}. The right context is the one whose embedding is nearest"
+        " (L2) to the question's.",
+    )
+
+
+def _write_card(
+    output_dir: str,
+    metrics: dict[str, Any],
+    script: str,
+    what: str,
+    tag: str,
+    figures: dict[str, Any],
+    outputs: str,
+    inputs: str,
+) -> None:
+    """Write README.md: what every model card tells, and what a task adds to it."""
+    arguments = metrics["arguments"]
     name = os.path.basename(os.path.abspath(output_dir))
     command = " \\\n".join(
         f"  --{key}" if value is True else f"  --{key}={value}"
         for key, value in arguments.items()
         if value not in (None, False) and key != "nncf" and not key.startswith("sha256")
     )
-    length = arguments["max_seq_length_c"]
+    rows = "\n".join(f"| {key} | {value} |" for key, value in figures.items())
     text = f"""---
-pipeline_tag: question-answering
+pipeline_tag: {tag}
 library_name: transformers
-tags: [bert, question-answering, squad, onnx, openvino]
+tags: [bert, {tag}, squad, onnx, openvino]
 ---
 # {name}
 
-Extractive question answering: `{arguments["model_student"]}` {made}
+{what}
 `{os.path.basename(arguments["squad_train_data"])}`.
 
 | | |
 |---|---|
-| F1 on `{os.path.basename(arguments["squad_dev_data"])}` | {metrics["f1"]:.2f} |
-| exact match | {metrics["exact_match"]:.2f} |
-| dev questions | {counts["dev_questions"]} |
-| training questions | {counts["train_questions"]} |
+{rows}
 | parameters | {metrics["parameters"] / 1e6:.2f} M |
 | training time | {metrics["train_seconds"] / 60:.1f} min |
 | precision of training | {metrics["precision"]} |
@@ -190,14 +249,12 @@ Extractive question answering: `{arguments["model_student"]}` {made}
 ## Use
 {_use(output_dir, metrics)}
 `model.onnx` is the same model for ONNX Runtime and OpenVINO (`ovc model.onnx`). Inputs
-`input_ids`, `attention_mask`, `token_type_ids`, `position_ids`, int64 [1, {length}]; outputs
-`output_s` and `output_e`, the logits of the answer's first and last token, float32 [1, {length}].
+`input_ids`, `attention_mask`, `token_type_ids`, `position_ids`, int64
+[1, {arguments["max_seq_length_c"]}]; {outputs}
 On the windows it was checked on it differs from the PyTorch model by {_difference(metrics)}. In
 OpenVINO it can be reshaped to other batch sizes and lengths.
 
-The input is `[CLS] question [SEP] context [SEP]`, token types 0 and 1; questions are cut to
-{arguments["max_seq_length_q"]} tokens, and contexts that do not fit are covered by windows
-{arguments["doc_stride"]} tokens apart.
+{inputs}
 
 ## Training
 ```
@@ -218,12 +275,20 @@ def _use(output_dir: str, metrics: dict[str, Any]) -> str:
             " `train_qa.py --model_student=<this folder>`\nloads all of it."
         )
     with open(os.path.join(output_dir, "config.json"), encoding="utf-8") as file:
-        packed = json.load(file)["model_type"] == "packed_bert"
+        config = json.load(file)
+    packed = config["model_type"] == "packed_bert"
     registration = "import bert_pack  # which makes packed models known\n" if packed else ""
+    name = "AutoModelForQuestionAnswering"
+    if "Embedding" in config["architectures"][0]:
+        name, registration = (
+            "AutoModelForEmbedding",
+            "from embedding_model import AutoModelForEmbedding\n",
+        )
+    imported = f"{name}, " if name == "AutoModelForQuestionAnswering" else ""
     return f"""```python
-{registration}from transformers import AutoModelForQuestionAnswering, AutoTokenizer
+{registration}from transformers import {imported}AutoTokenizer
 
-model = AutoModelForQuestionAnswering.from_pretrained("{output_dir}")
+model = {name}.from_pretrained("{output_dir}")
 tokenizer = AutoTokenizer.from_pretrained("{output_dir}")
 ```"""
 

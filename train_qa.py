@@ -1,4 +1,4 @@
-"""Fine-tune a BERT for extractive QA on SQuAD and export it to ONNX.
+"""Fine-tune a BERT for extractive QA on SQuAD and export it to ONNX; or quantize it to INT8.
 
 The output folder gets the PyTorch checkpoint, model.onnx beside it, and what happened: metrics,
 predictions, curves. The same command again goes on where it was stopped.
@@ -7,212 +7,41 @@ predictions, curves. The same command again goes on where it was stopped.
 from __future__ import annotations
 
 import argparse
-import os
 import signal
-import time
-from dataclasses import replace
 
 signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends the seconds of imports without a word
 
-import nncf_utils
-import report_utils
-from cli_utils import ArgumentParser, UserError, number, run_main
-from fast_attention import fuse_attention
-from model_utils import (
-    check_model,
-    check_teacher,
-    count_parameters,
-    freeze,
-    is_quantized,
-    load_model,
-    load_state_maps,
-    load_teacher,
-    load_tokenizer,
-    save_model,
-    save_state_maps,
-    set_dropout,
-    unmerged_folder,
-)
-from qa_task import QaLoss, QaTask
-from run_arguments import (
-    add_data_arguments,
-    add_run_arguments,
-    check_arguments,
-    claim_output_dir,
-    not_negative,
-    open_run,
-    rate,
-)
-from run_utils import summary
-from train_utils import Stage, constant_rate, make_accelerator, train, use_all_gpus
+from torch import nn
+from transformers import PreTrainedModel
 
-QUANTIZER_RATE = 0.01  # learning rate of the quantizers' ranges while nothing else trains
+from cli_utils import ArgumentParser, run_main
+from fine_tuning import Learning, add_fine_tuning_arguments, fine_tune
+from qa_task import QaLoss, QaTask
+from run_arguments import add_data_arguments, add_run_arguments, not_negative
+from run_utils import Run
 
 
 def parse_arguments() -> argparse.Namespace:
     parser = ArgumentParser(description=__doc__.splitlines()[0])
-    add = parser.add_argument
-    add("--model_student", required=True, help="BERT to train: a folder or a hub name")
+    add_fine_tuning_arguments(parser, teacher="QA model")
+    parser.add_argument(
+        "--kd_weight", type=not_negative, default=1.0, help="of the teacher's distributions"
+    )
     add_data_arguments(parser, max_seq_length_q=64)
-    add(
-        "--model_teacher",
-        default="bert-large-uncased-whole-word-masking",
-        help="QA model to learn from; loaded only where supervision_weight > 0",
-    )
-    add("--supervision_weight", type=not_negative, default=0.0, help="of hidden states' error")
-    add("--kd_weight", type=not_negative, default=1.0, help="of the teacher's distributions")
-    add(
-        "--freeze_list",
-        default="none",
-        help="comma-separated substrings of names of parameters that are not trained, or none",
-    )
-    add("--learning_rate", type=rate, default=3e-5, help="falls linearly to 0")
-    add(
-        "--num_train_epochs",
-        type=not_negative,
-        default=2.0,
-        help="may be a fraction; 0: only evaluate and export",
-    )
-    add("--nncf_config", help="quantize to INT8 with the settings of this file")
-    add(
-        "--quantizer_epochs",
-        type=not_negative,
-        default=1.0,
-        help="after calibration, on the quantizers' ranges alone",
-    )
-    add("--dropout", type=number(float, 0, 0.9), default=0.0, help="probability while training")
     add_run_arguments(parser)
     return parser.parse_args()
 
 
-def plan_stages(args: argparse.Namespace) -> list[Stage]:
-    """The stages: where a model is being quantized, first the quantizers' ranges alone."""
-    weights = Stage(
-        name="weights" if args.nncf_config else "qa",
-        num_epochs=args.num_train_epochs,
-        learning_rate=args.learning_rate,
-        total_batch_size=args.total_train_batch_size,
-        micro_batch_size=args.per_gpu_train_batch_size,
-    )
-    ranges = replace(
-        weights,
-        name="ranges",
-        num_epochs=args.quantizer_epochs if args.nncf_config else 0.0,
-        learning_rate=QUANTIZER_RATE,
-        schedule=constant_rate,
-    )
-    plan = [stage for stage in (ranges, weights) if stage.num_epochs]
-    return [replace(stage, number=i + 1, count=len(plan)) for i, stage in enumerate(plan)]
-
-
 def main() -> None:
     args = parse_arguments()
-    check_arguments(args, batch_sizes=("total_train_batch_size",))
-    started = time.time()
 
-    # All that a user may have got wrong comes before anything that takes long.
-    quantized = is_quantized(args.model_student)
-    supervised = args.supervision_weight > 0
-    if supervised and not quantized and not args.nncf_config:
-        args.model_student = unmerged_folder(args.model_student)  # whose states have maps
-    config = check_model(args.model_student, "--model_student", args.max_seq_length_c)
-    if args.nncf_config and getattr(config, "merged", True) is False:
-        raise UserError(
-            f"--model_student: {args.model_student} is packed but not merged; quantize the folder"
-            " that it lies in"
-        )
-    tokenizer = load_tokenizer(args.model_student, "--model_student", config)
-    if args.dropout and config.model_type != "bert":
-        raise UserError(f"--dropout: {args.model_student} is packed and has none; leave it out")
-    merged = getattr(config, "merged", False)
-    state_maps = load_state_maps(args.model_student, config) if merged else None
-    if supervised:
-        teacher_config = check_model(args.model_teacher, "--model_teacher", args.max_seq_length_c)
-        has_maps = state_maps is not None
-        check_teacher(args.model_teacher, teacher_config, config, tokenizer, has_maps)
-    task = QaTask(args)
-    arguments = {**vars(args), **task.hashes()}
-    if args.nncf_config:
-        nncf_config = nncf_utils.check_nncf_config(
-            args.nncf_config, args.model_student, task.auto_class
-        )
-        arguments["nncf"] = nncf_config.raw
-    found = claim_output_dir(args, arguments)
-    if found == "finished":
-        return
-    use_all_gpus(args.no_cuda)
+    def learn(
+        run: Run, task: QaTask, teacher: PreTrainedModel | None, state_maps: nn.ModuleList | None
+    ) -> Learning:
+        loss = QaLoss(run, teacher, args.kd_weight, args.supervision_weight, state_maps)
+        return Learning(loss, task.batches(args.total_train_batch_size))
 
-    accelerator = make_accelerator(args.precision, args.no_cuda, args.seed)
-    student = load_model(args.model_student, "--model_student", task.auto_class)
-    task.tokenize(tokenizer)
-    run = open_run(accelerator, args, arguments, found)
-    evaluation = task.make_evaluation(run)
-    if args.nncf_config and not quantized:
-        student = nncf_utils.quantize(run, student, nncf_config, task)
-        quantized = True
-    elif args.nncf_config:
-        run.say(f"--model_student {args.model_student} is quantized already: training goes on")
-    set_dropout(fuse_attention(student), args.dropout)
-    frozen = freeze(student, args.freeze_list)
-    teacher = None
-    if supervised:
-        teacher = load_teacher(args.model_teacher, task.auto_class, accelerator.device)
-        if state_maps is not None:
-            state_maps.to(accelerator.device)
-    run.say(f"{task.describe()}; {run.machine()}; {frozen / 1e6:.1f} M parameters frozen")
-    loss = QaLoss(run, teacher, args.kd_weight, args.supervision_weight, state_maps)
-    plan, position = plan_stages(args), run.position()
-    if position:
-        names = [stage.name for stage in plan]
-        plan = plan[names.index(position["stage"]) :]
-    for stage in plan:
-        if stage.name == "ranges":
-            nncf_utils.select_ranges(student)
-        else:
-            freeze(student, args.freeze_list)
-        figures = train(
-            run,
-            student,
-            stage,
-            task.batches(stage.total_batch_size),
-            loss,
-            evaluation,
-            keep=task.best_by if args.keep == "best" else None,
-        )
-    best = run.load_best(student) if args.keep == "best" else None
-    is_last = bool(plan) and (best is None or run.is_last(best))
-    if quantized or not is_last:
-        # What INT8 arithmetic gives is that of FP32 with rounding, not that of bf16.
-        figures = evaluation(student.to(accelerator.device), precise=True)
-
-    if run.main:
-        with run.writing_results():
-            student = save_model(student, tokenizer, args.output_dir)
-            if quantized and state_maps is not None:
-                save_state_maps(state_maps, args.output_dir)
-            task.write_answers()
-            difference = task.export()
-            run.stop_if_asked()
-            metrics = {
-                **figures,
-                **report_utils.describe_run(run, arguments, started),
-                "counts": task.counts(),
-                "parameters": count_parameters(student),
-                "onnx_bytes": os.path.getsize(os.path.join(args.output_dir, "model.onnx")),
-                "onnx_difference": difference,
-            }
-            if quantized:
-                stages = ("fp32", "calibrated", "ranges", "weights")
-                metrics["stages"] = report_utils.stage_table(run, stages, {"kept": figures})
-                metrics["int8"] = nncf_utils.what_is_int8(student)
-            report_utils.draw_curves(args.output_dir, task.score_names)
-            made = "quantized to INT8 on" if quantized else "fine-tuned on"
-            report_utils.write_qa_card(args.output_dir, metrics, "train_qa.py", made)
-            run.finish(metrics)
-            if quantized:
-                report_utils.show_table(metrics["stages"])
-    accelerator.end_training()
-    run.say(f"{args.output_dir}: {summary(figures)}; model.onnx checked")
+    fine_tune(args, QaTask, "train_qa.py", learn)
 
 
 if __name__ == "__main__":

@@ -223,6 +223,7 @@ def train(
     loss_function: LossFunction,
     evaluate: Callable[[nn.Module], dict[str, Any]] | None = None,
     after_backward: Callable[[], None] | None = None,
+    before_step: Callable[[nn.Module, int, np.ndarray], None] | None = None,
     keep: str | None = None,
 ) -> dict[str, Any]:
     """Train `model` in place for a stage, from the newest state of that stage if there is one.
@@ -233,6 +234,8 @@ def train(
 
     Args:
         evaluate: called after each epoch and at the end; its figures are logged.
+        before_step: called with the model, the step and the step's examples before its batches
+            are made.
         keep: the figure by which the best weights are kept, or None; see Run.note.
         after_backward: called when a step's gradients are there, before they are used.
 
@@ -303,6 +306,8 @@ def train(
         learning_rate = stage.learning_rate * stage.schedule(step, total_steps) * divergence.factor
         for group in optimizer.param_groups:
             group["lr"] = learning_rate
+        if before_step:
+            before_step(model, step, epoch_steps[1][place])
         sums = _gradient_of_step(
             accelerator, wrapped, stage, batches.batch, loss_function, epoch, epoch_steps[1][place]
         )

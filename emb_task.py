@@ -1,0 +1,640 @@
+"""Embeddings as a task for the training loop: texts, hard negatives, losses, metrics, export."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import difflib
+import os
+from collections import deque
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from accelerate.utils import gather_object
+from torch import Tensor, nn
+
+import onnx_utils
+import report_utils
+import squad_utils
+from cli_utils import UserError
+from embedding_model import AutoModelForEmbedding
+from model_utils import is_quantized, load_model, special_ids, state_errors
+from onnx_utils import INPUTS
+from run_utils import Run
+from squad_utils import SpecialIds, SquadData, Tokens, load_squad
+from train_utils import to_device
+
+CHECKED_TEXTS = 8  # on which the exported file is compared with PyTorch
+TOP = (1, 5, 10, 100, 200)  # of the nearest contexts
+QUESTION_BLOCK, CONTEXT_BLOCK = 1024, 65536  # of the distances computed at once: 256 MB
+NEAR_ZERO = 1e-12  # squared distances below it have no direction
+
+
+# ------------------------------------------------------------------------------------------------
+# Texts
+
+
+@dataclass(frozen=True)
+class Texts:
+    """Texts as the model reads them: [CLS] text [SEP], token types 0, cut to a length.
+
+    Attributes:
+        strings: each once.
+        tokens: of each, cut.
+    """
+
+    strings: list[str]
+    tokens: Tokens
+    special: SpecialIds
+
+    def __len__(self) -> int:
+        return len(self.strings)
+
+    @cached_property
+    def total_lengths(self) -> np.ndarray:
+        """int64 [texts], with [CLS] and [SEP]."""
+        return self.tokens.lengths + 2
+
+    def batch(self, chosen: np.ndarray, pad_to: int | None = None) -> dict[str, np.ndarray]:
+        """input_ids, attention_mask, token_type_ids, position_ids of a few texts, int64 [B, L];
+        padded to the longest, rounded up to a multiple of 8, or to `pad_to`."""
+        total = self.total_lengths[chosen]
+        length = pad_to or -(-int(total.max()) // 8) * 8
+        input_ids = np.full((len(chosen), length), self.special.pad, np.int64)
+        for row, text in enumerate(chosen):
+            ids = self.tokens.ids[self.tokens.of(text)]
+            input_ids[row, : len(ids) + 2] = [self.special.cls, *ids, self.special.sep]
+        position_ids = np.broadcast_to(np.arange(length), input_ids.shape).copy()
+        return {
+            "input_ids": input_ids,
+            "attention_mask": (position_ids < total[:, None]).astype(np.int64),
+            "token_type_ids": np.zeros_like(input_ids),
+            "position_ids": position_ids,
+        }
+
+
+def make_texts(strings: Sequence[str], tokenizer: Any, max_length: int, what: str) -> Texts:
+    """Texts of at most max_length tokens, of which 2 are [CLS] and [SEP]."""
+    tokens = squad_utils.tokenize(
+        tokenizer.backend_tokenizer, list(strings), False, f"tokenising {what}"
+    )
+    return Texts(
+        list(strings), squad_utils.truncate(tokens, max_length - 2), special_ids(tokenizer)
+    )
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """Questions and the contexts that answer them, each text once.
+
+    Pair i is questions[question[i]] and contexts[context[i]].
+
+    Attributes:
+        question, context: int64 [pairs].
+        article: int64 [contexts], the article of a context.
+        answers: of each pair, in lower case.
+    """
+
+    questions: Texts
+    contexts: Texts
+    question: np.ndarray
+    context: np.ndarray
+    article: np.ndarray
+    answers: list[tuple[str, ...]]
+
+    def __len__(self) -> int:
+        return len(self.question)
+
+    def answered_by(self, pair: int, context: int) -> bool:
+        """Whether a context is the pair's own or, of the same article, has one of its answers."""
+        own = self.context[pair]
+        if context == own:
+            return True
+        if self.article[context] != self.article[own]:
+            return False
+        text = self.contexts.strings[context].lower()
+        return any(answer in text for answer in self.answers[pair])
+
+
+def make_pairs(
+    data: SquadData, tokenizer: Any, max_seq_length_q: int, max_seq_length_c: int
+) -> Pairs:
+    """The pairs of a SQuAD file; questions that no context answers (SQuAD 2.0) are left out."""
+    asked = np.flatnonzero(data.answerable)
+    questions = list(dict.fromkeys(data.questions[i] for i in asked))
+    contexts = list(dict.fromkeys(data.contexts))
+    question_at = {text: i for i, text in enumerate(questions)}
+    context_at = {text: i for i, text in enumerate(contexts)}
+    article, paragraph = np.zeros(len(contexts), np.int64), 0
+    for a, each in enumerate(data.articles):
+        for _ in each["paragraphs"]:
+            article[context_at[data.contexts[paragraph]]] = a
+            paragraph += 1
+    return Pairs(
+        questions=make_texts(questions, tokenizer, max_seq_length_q, "questions"),
+        contexts=make_texts(contexts, tokenizer, max_seq_length_c, "contexts"),
+        question=np.array([question_at[data.questions[i]] for i in asked], np.int64),
+        context=np.array([context_at[data.contexts[data.context_of[i]]] for i in asked], np.int64),
+        article=article,
+        answers=[tuple({text.lower() for _, text in data.answers[i]}) for i in asked],
+    )
+
+
+# ------------------------------------------------------------------------------------------------
+# Vectors
+
+
+@torch.no_grad()
+def encode(
+    run: Run,
+    model: nn.Module,
+    texts: Texts,
+    chosen: np.ndarray,
+    batch_size: int,
+    precise: bool = False,
+) -> Tensor:
+    """Vectors of texts[chosen], FP32 [len(chosen), H] on the CPU, shared among all processes.
+
+    In eval mode, in batches of texts of similar length, padded to the longest of each.
+
+    Args:
+        precise: compute in FP32 whatever the run's precision is.
+    """
+    accelerator = run.accelerator
+    order = np.argsort(-texts.total_lengths[chosen], kind="stable")
+    batches = np.split(order, range(batch_size, len(order), batch_size))
+    was_training = model.training
+    model.eval()
+    mine: list[tuple[np.ndarray, Tensor]] = []
+    for rows in batches[accelerator.process_index :: accelerator.num_processes]:
+        arrays = texts.batch(chosen[rows])
+        batch = {name: torch.from_numpy(array) for name, array in arrays.items()}
+        with contextlib.nullcontext() if precise else accelerator.autocast():
+            embedding = model(**to_device(batch, accelerator.device)).embedding
+        mine.append((rows, embedding.float().cpu()))
+    model.train(was_training)
+    if accelerator.num_processes > 1:
+        mine = gather_object(mine)
+    vectors = torch.empty(len(chosen), mine[0][1].shape[1])
+    for rows, each in mine:
+        vectors[rows] = each
+    return vectors
+
+
+def ranks(questions: Tensor, contexts: Tensor, own: Tensor) -> Tensor:
+    """How many contexts are nearer (L2) to each question than its own is: int64 [questions].
+
+    As matrix products in blocks: beside the vectors it needs 0.3 GB, however many there are.
+
+    Args:
+        questions: [Q, H].
+        contexts: [C, H].
+        own: int64 [Q], the index of each question's own context.
+    """
+    # |q - c|^2 orders contexts as |c|^2 / 2 - q c does.
+    halves = contexts.square().sum(dim=1) / 2
+    found = torch.zeros(len(questions), dtype=torch.int64)
+    for first in range(0, len(questions), QUESTION_BLOCK):
+        block = slice(first, first + QUESTION_BLOCK)
+        q, mine = questions[block], own[block]
+        limit = halves[mine] - (q * contexts[mine]).sum(dim=1)
+        for begin in range(0, len(contexts), CONTEXT_BLOCK):
+            there = slice(begin, begin + CONTEXT_BLOCK)
+            nearer = torch.addmm(halves[there], q, contexts[there].T, alpha=-1) < limit[:, None]
+            inside = (mine >= begin) & (mine < begin + CONTEXT_BLOCK)
+            nearer[inside, mine[inside] - begin] = False  # whatever rounding makes of itself
+            found[block] += nearer.sum(dim=1)
+    return found
+
+
+def retrieval_figures(found: Tensor) -> dict[str, float]:
+    """Share of questions whose own context is among the nearest, and mean reciprocal rank, in %."""
+    figures = {f"top_{k}": float((found < k).double().mean() * 100) for k in TOP}
+    figures["mrr"] = float((1.0 / (found + 1).double()).mean() * 100)
+    return figures
+
+
+class EmbEvaluation:
+    """Retrieval on the dev file's questions, among its contexts and `extra` ones."""
+
+    def __init__(self, run: Run, pairs: Pairs, extra: Texts | None, batch_size: int) -> None:
+        self.run, self.pairs, self.extra, self.batch_size = run, pairs, extra, batch_size
+
+    def __call__(self, model: nn.Module, precise: bool = False) -> dict[str, float]:
+        """`top_1` ... `top_200` and `mrr`, in percent; each text is encoded once."""
+
+        def vectors(texts: Texts) -> Tensor:
+            every = np.arange(len(texts))
+            return encode(self.run, model, texts, every, self.batch_size, precise)
+
+        contexts = vectors(self.pairs.contexts)
+        if self.extra is not None and len(self.extra):
+            contexts = torch.cat([contexts, vectors(self.extra)])
+        questions = vectors(self.pairs.questions)[self.pairs.question]
+        return retrieval_figures(ranks(questions, contexts, torch.from_numpy(self.pairs.context)))
+
+
+# ------------------------------------------------------------------------------------------------
+# Hard negatives
+
+
+class HardNegatives:
+    """The nearest context that does not answer, for each question of an optimisation step.
+
+    Each step embeds `num` random contexts, without gradient. They and those of the steps before
+    it, `history` steps in all, are the candidates; the distances of older ones count times
+    alpha^age. Saved and restored with a run's state.
+
+    Attributes:
+        found: pair -> context, of the present step.
+    """
+
+    def __init__(
+        self,
+        run: Run,
+        pairs: Pairs,
+        num: int,
+        batch_size: int,
+        history: int,
+        alpha: float,
+        seed: int,
+    ) -> None:
+        self.run, self.pairs, self.num, self.batch_size = run, pairs, num, batch_size
+        self.alpha, self.seed = alpha, seed
+        self.kept: deque[tuple[np.ndarray, Tensor]] = deque(maxlen=history)
+        self.found: dict[int, int] = {}
+
+    def __call__(self, model: nn.Module, step: int, chosen: np.ndarray) -> None:
+        """Mine for the pairs `chosen`, on all processes alike."""
+        pairs = self.pairs
+        rng = np.random.default_rng([self.seed, step, 4])
+        count = len(pairs.contexts)
+        drawn = rng.choice(count, min(self.num, count), replace=False)
+        self.kept.appendleft(
+            (drawn, encode(self.run, model, pairs.contexts, drawn, self.batch_size))
+        )
+        vectors = encode(self.run, model, pairs.questions, pairs.question[chosen], self.batch_size)
+        candidates = np.concatenate([ids for ids, _ in self.kept])
+        distances = torch.cat(
+            [distance(vectors, each) * self.alpha**age for age, (_, each) in enumerate(self.kept)],
+            dim=1,
+        )
+        self.found = {}
+        for pair, order in zip(chosen, distances.argsort(dim=1).numpy(), strict=True):
+            for context in candidates[order]:
+                if not pairs.answered_by(pair, context):
+                    self.found[int(pair)] = int(context)
+                    break
+            else:
+                raise UserError(
+                    "--hnm_num: all contexts mined answer the same question; mine more of them"
+                )
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"ids": [ids for ids, _ in self.kept], "vectors": [v for _, v in self.kept]}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.kept.clear()
+        self.kept.extend(zip(state["ids"], state["vectors"], strict=True))
+
+
+def distance(a: Tensor, b: Tensor) -> Tensor:
+    """L2 distances of all pairs, [A, B], as one matrix product."""
+    squares = a.square().sum(dim=1)[:, None] + b.square().sum(dim=1) - 2 * a @ b.T
+    return squares.clamp_min(0.0).sqrt()
+
+
+# ------------------------------------------------------------------------------------------------
+# Batches
+
+
+class PairBatches:
+    """Batches of pairs with their hard negatives, for `train_utils.train`."""
+
+    def __init__(self, pairs: Pairs, negatives: HardNegatives, step_size: int, seed: int) -> None:
+        self.pairs, self.negatives = pairs, negatives
+        self.step_size, self.seed = step_size, seed
+
+    def steps(self, epoch: int) -> list[np.ndarray]:
+        """The pairs of each optimisation step of an epoch, of contexts of similar length."""
+        lengths = self.pairs.contexts.total_lengths[self.pairs.context]
+        return squad_utils.plan_steps(lengths, self.step_size, self.seed, epoch)
+
+    def batch(self, epoch: int, chosen: np.ndarray) -> dict[str, Tensor]:
+        """Inputs "q_..." of questions [B, Lq] and "c_..." of contexts and then negatives [2B, Lc];
+        `attention_mask` [1, all], both for the count of tokens."""
+        pairs = self.pairs
+        negatives = np.array([self.negatives.found[int(pair)] for pair in chosen])
+        questions = pairs.questions.batch(pairs.question[chosen])
+        contexts = pairs.contexts.batch(np.concatenate([pairs.context[chosen], negatives]))
+        arrays = {f"q_{name}": array for name, array in questions.items()}
+        arrays |= {f"c_{name}": array for name, array in contexts.items()}
+        masks = [each["attention_mask"].ravel() for each in (questions, contexts)]
+        arrays["attention_mask"] = np.concatenate(masks)[None]
+        return {name: torch.from_numpy(array) for name, array in arrays.items()}
+
+
+def part(batch: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """The inputs of questions ("q_") or of contexts ("c_")."""
+    return {name: batch[prefix + name] for name in INPUTS}
+
+
+# ------------------------------------------------------------------------------------------------
+# The loss
+
+
+@dataclass(frozen=True)
+class LossCfg:
+    """What --loss_cfg says.
+
+    Attributes:
+        triplet_num: terms of the triplet loss: 1 or 2.
+        emb_loss: the distance between the teacher's embedding and the student's that counts:
+            "none", "L1" or "L2".
+    """
+
+    triplet_num: int = 1
+    emb_loss: str = "none"
+
+
+def parse_loss_cfg(text: str) -> LossCfg:
+    """Parse "key:value,key:value"; a key that is left out keeps its default.
+
+    Raises:
+        UserError: an unknown key or value, a key given twice.
+    """
+    known = {"triplet_num": ("1", "2"), "emb_loss": ("none", "L1", "L2")}
+    values: dict[str, Any] = {}
+    for item in text.split(","):
+        key, _, value = (each.strip() for each in item.partition(":"))
+        if key not in known:
+            close = difflib.get_close_matches(key, known, n=1)
+            hint = f"did you mean {close[0]}?" if close else f"keys are {', '.join(known)}"
+            raise UserError(f"--loss_cfg: {item.strip()!r} has no known key; {hint}")
+        if key in values:
+            raise UserError(f"--loss_cfg: {key} is given twice")
+        if value not in known[key]:
+            raise UserError(f"--loss_cfg: {key}:{value} is not one of {', '.join(known[key])}")
+        values[key] = int(value) if key == "triplet_num" else value
+    return LossCfg(**values)
+
+
+class EmbLoss:
+    """The losses of a question q, its context c and its hard negative n, each [B].
+
+    - `triplet`: softplus(|q - c| - |q - n|), and with triplet_num 2 also
+      softplus(|q - c| - |c - n|);
+    - with a teacher, `hidden_states`: supervision_weight x the error of hidden states of question
+      and context, and `embedding`: the L1 or L2 distance between its embeddings and the student's.
+    """
+
+    def __init__(
+        self,
+        run: Run,
+        teacher: nn.Module | None,
+        cfg: LossCfg,
+        supervision_weight: float,
+        state_maps: nn.ModuleList | None = None,
+    ) -> None:
+        """`state_maps` take the states of a merged student to the size of the teacher's."""
+        self.run, self.teacher, self.cfg = run, teacher, cfg
+        self.supervision_weight, self.state_maps = supervision_weight, state_maps
+
+    def __call__(self, model: nn.Module, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        taught = self.teacher is not None
+        asked, given = part(batch, "q_"), part(batch, "c_")
+        count = len(asked["input_ids"])
+        of_q = model(**asked, output_hidden_states=taught)
+        of_c = model(**given, output_hidden_states=taught)
+        q, (c, n) = of_q.embedding.float(), of_c.embedding.float().split(count)
+        triplet = F.softplus(gap(q, c) - gap(q, n))
+        if self.cfg.triplet_num == 2:
+            triplet = triplet + F.softplus(gap(q, c) - gap(c, n))
+        losses = {"triplet": triplet}
+        if not taught:
+            return losses
+        contexts = {name: value[:count] for name, value in given.items()}
+        errors, distances = 0.0, 0.0
+        for inputs, outputs in ((asked, of_q), (contexts, of_c)):
+            with torch.no_grad(), self.run.accelerator.autocast():
+                target = self.teacher(**inputs, output_hidden_states=True)
+            states = [state[:count] for state in outputs.hidden_states]
+            if self.state_maps is not None:
+                with self.run.accelerator.autocast():
+                    states = [m(s) for m, s in zip(self.state_maps, states, strict=True)]
+            mask = inputs["attention_mask"]
+            errors = errors + state_errors(states, target.hidden_states, mask).sum(dim=0)
+            difference = outputs.embedding[:count].float() - target.embedding.float()
+            if self.cfg.emb_loss == "L1":
+                distances = distances + difference.abs().sum(dim=1)
+            elif self.cfg.emb_loss == "L2":
+                distances = distances + norm(difference)
+        losses["hidden_states"] = self.supervision_weight * errors
+        if self.cfg.emb_loss != "none":
+            losses["embedding"] = distances
+        return losses
+
+
+def gap(a: Tensor, b: Tensor) -> Tensor:
+    """L2 distance of each row of a and of b, [B]."""
+    return norm(a - b)
+
+
+def norm(rows: Tensor) -> Tensor:
+    """L2 norm of each row, with a gradient of 0 at 0."""
+    return rows.square().sum(dim=1).clamp_min(NEAR_ZERO).sqrt()
+
+
+# ------------------------------------------------------------------------------------------------
+# The task as the scripts see it
+
+
+class TextBatches:
+    """Batches of single texts, questions and contexts, for losses that need no pairs."""
+
+    def __init__(self, pairs: Pairs, step_size: int, seed: int) -> None:
+        self.pairs, self.step_size, self.seed = pairs, step_size, seed
+
+    @cached_property
+    def lengths(self) -> np.ndarray:
+        return np.concatenate(
+            [self.pairs.questions.total_lengths, self.pairs.contexts.total_lengths]
+        )
+
+    def steps(self, epoch: int) -> list[np.ndarray]:
+        """The texts of each optimisation step of an epoch: questions first, then contexts."""
+        return squad_utils.plan_steps(self.lengths, self.step_size, self.seed, epoch)
+
+    def batch(self, epoch: int, chosen: np.ndarray) -> dict[str, Tensor]:
+        """Inputs [B, L]."""
+        count = len(self.pairs.questions)
+        asked = self.pairs.questions.batch(chosen[chosen < count]) if (chosen < count).any() else {}
+        given = chosen[chosen >= count] - count
+        arrays = [asked] if asked else []
+        if len(given):
+            arrays.append(self.pairs.contexts.batch(given))
+        longest = max(each["input_ids"].shape[1] for each in arrays)
+        merged = {}
+        for name in INPUTS:
+            rows = [np.pad(e[name], ((0, 0), (0, longest - e[name].shape[1]))) for e in arrays]
+            merged[name] = torch.from_numpy(np.concatenate(rows))
+        return merged
+
+
+class EmbTask:
+    """Embeddings for a script: what is read, trained on, evaluated, written and exported.
+
+    Attributes:
+        train_pairs, dev_pairs, extra: after `tokenize`.
+        evaluation: after `make_evaluation`.
+    """
+
+    auto_class = AutoModelForEmbedding
+    architectures = ("BertForEmbedding", "PackedBertForEmbedding")
+    best_by = "mrr"  # of two evaluations, the one with more of it is better
+    score_names: ClassVar[dict[str, str]] = {"top_1": "top 1", "top_5": "top 5", "mrr": "MRR"}
+    train_pairs: Pairs
+    dev_pairs: Pairs
+    extra: Texts | None = None
+    evaluation: EmbEvaluation
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        """Read the files that args names.
+
+        Raises:
+            UserError: one of them is not what it should be.
+        """
+        self.args = args
+        self.train_data = load_squad(args.squad_train_data, "--squad_train_data")
+        self.dev_data = load_squad(args.squad_dev_data, "--squad_dev_data")
+        path = getattr(args, "eval_extra_contexts", None)
+        self.extra_data = load_squad(path, "--eval_extra_contexts") if path else None
+
+    def hashes(self) -> dict[str, str]:
+        """What tells the data from other files of the same name."""
+        hashes = {
+            "sha256_train": self.train_data.sha256[:16],
+            "sha256_dev": self.dev_data.sha256[:16],
+        }
+        if self.extra_data:
+            hashes["sha256_extra"] = self.extra_data.sha256[:16]
+        return hashes
+
+    def tokenize(self, tokenizer: Any) -> None:
+        """Make the texts of all files.
+
+        Raises:
+            UserError: there is nothing to train on, or only one context.
+        """
+        lengths = (self.args.max_seq_length_q, self.args.max_seq_length_c)
+        self.train_pairs = make_pairs(self.train_data, tokenizer, *lengths)
+        self.dev_pairs = make_pairs(self.dev_data, tokenizer, *lengths)
+        for flag, pairs in (
+            ("--squad_train_data", self.train_pairs),
+            ("--squad_dev_data", self.dev_pairs),
+        ):
+            if not len(pairs) or len(pairs.contexts) < 2:
+                raise UserError(
+                    f"{flag}: {len(pairs)} questions of {len(pairs.contexts)} different contexts;"
+                    " at least one of two is needed"
+                )
+        if self.extra_data:
+            known = set(self.dev_pairs.contexts.strings)
+            others = [text for text in dict.fromkeys(self.extra_data.contexts) if text not in known]
+            self.extra = make_texts(others, tokenizer, lengths[1], "extra contexts")
+
+    def make_evaluation(self, run: Run) -> EmbEvaluation:
+        """The evaluation on the dev file."""
+        size = self.args.per_gpu_eval_batch_size
+        self.evaluation = EmbEvaluation(run, self.dev_pairs, self.extra, size)
+        return self.evaluation
+
+    def batches(self, step_size: int) -> TextBatches:
+        """Batches of the training file's texts."""
+        return TextBatches(self.train_pairs, step_size, self.args.seed)
+
+    def sample(self, count: int) -> Iterator[dict[str, Tensor]]:
+        """Batches of `count` texts, half of them questions, or of all where there are fewer."""
+        batches = self.batches(self.args.per_gpu_eval_batch_size)
+        rng = np.random.default_rng([self.args.seed, 2])
+        asked, given = len(self.train_pairs.questions), len(self.train_pairs.contexts)
+        chosen = np.concatenate(
+            [rng.permutation(asked)[: count // 2], asked + rng.permutation(given)[: count // 2]]
+        )
+        chosen = chosen[np.argsort(batches.lengths[chosen], kind="stable")]
+        for some in np.split(chosen, range(batches.step_size, len(chosen), batches.step_size)):
+            yield batches.batch(0, some)
+
+    def calibration(self, count: int) -> Iterator[dict[str, Tensor]]:
+        """`count` training contexts, or all, as they are at run time: inputs
+        [1, max_seq_length_c] each, padded."""
+        contexts = self.train_pairs.contexts
+        chosen = np.random.default_rng([self.args.seed, 3]).permutation(len(contexts))
+        for text in chosen[:count]:
+            arrays = contexts.batch(text[None], pad_to=self.args.max_seq_length_c)
+            yield {name: torch.from_numpy(array) for name, array in arrays.items()}
+
+    @property
+    def num_examples(self) -> int:
+        """Examples of an epoch of `batches`."""
+        return len(self.train_pairs.questions) + len(self.train_pairs.contexts)
+
+    def describe(self) -> str:
+        """One line on the data."""
+        more = f" and {len(self.extra):,} more" if self.extra else ""
+        return (
+            f"{len(self.train_pairs):,} pairs of {len(self.train_pairs.contexts):,} contexts to"
+            f" train on, {len(self.dev_pairs):,} questions to find among"
+            f" {len(self.dev_pairs.contexts):,} contexts{more}"
+        )
+
+    def counts(self) -> dict[str, int]:
+        """For metrics.json."""
+        return {
+            "train_pairs": len(self.train_pairs),
+            "train_contexts": len(self.train_pairs.contexts),
+            "dev_questions": len(self.dev_pairs),
+            "dev_contexts": len(self.dev_pairs.contexts),
+            "extra_contexts": len(self.extra) if self.extra else 0,
+        }
+
+    def write_answers(self) -> None:
+        """Nothing: vectors are not kept."""
+
+    def write_card(self, metrics: dict[str, Any], script: str, made: str) -> None:
+        """Write the model card."""
+        report_utils.write_emb_card(self.args.output_dir, metrics, script, made)
+
+    def export(self) -> float:
+        """Export the checkpoint in the output folder to model.onnx; see `export`."""
+        folder, length = self.args.output_dir, self.args.max_seq_length_c
+        return export(folder, self.dev_pairs.contexts, length)
+
+
+def export(output_dir: str, texts: Texts, max_seq_length_c: int) -> float:
+    """Export the checkpoint in output_dir to model.onnx beside it; see `onnx_utils.export_onnx`.
+
+    It is the saved checkpoint that is exported, so the check covers saving and loading too.
+    """
+    model = load_model(output_dir, "--output_dir", AutoModelForEmbedding, quiet=True)
+    quantized = is_quantized(output_dir)
+    if quantized:
+        import nncf_utils
+
+        nncf_utils.make_exportable(model)
+    elif model.config.model_type == "bert":
+        model.set_attn_implementation("eager")  # whose pattern OpenVINO fuses
+    by_length = np.argsort(texts.total_lengths, kind="stable")
+    chosen = by_length[np.linspace(0, len(by_length) - 1, CHECKED_TEXTS).astype(int)]
+    return onnx_utils.export_onnx(
+        onnx_utils.EmbeddingGraph(model),
+        os.path.join(output_dir, "model.onnx"),
+        [texts.batch(text[None], pad_to=max_seq_length_c) for text in chosen],
+        onnx_utils.EMBEDDING_OUTPUTS,
+        quantized,
+    )

@@ -1,0 +1,244 @@
+"""Fine-tuning, of any task: flags, checks, stages with or without quantizers, what is left behind.
+
+A script says what is its own in a `Learning`: the loss, the batches, what is to be done before a
+step. The rest is the same for question answering and for embeddings.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+from torch import nn
+from transformers import PreTrainedModel
+
+import nncf_utils
+import report_utils
+from cli_utils import ArgumentParser, UserError, number
+from fast_attention import fuse_attention
+from model_utils import (
+    check_model,
+    check_task,
+    check_teacher,
+    count_parameters,
+    freeze,
+    is_quantized,
+    load_model,
+    load_state_maps,
+    load_teacher,
+    load_tokenizer,
+    save_model,
+    save_state_maps,
+    set_dropout,
+    unmerged_folder,
+)
+from run_arguments import check_arguments, claim_output_dir, not_negative, open_run, rate
+from run_utils import Run, summary
+from train_utils import (
+    Batches,
+    LossFunction,
+    Stage,
+    constant_rate,
+    make_accelerator,
+    train,
+    use_all_gpus,
+)
+
+QUANTIZER_RATE = 0.01  # learning rate of the quantizers' ranges while nothing else trains
+
+
+@dataclass(frozen=True)
+class Learning:
+    """What a task trains by.
+
+    Attributes:
+        before_step: called with the model, the step and its examples before each step, or None.
+    """
+
+    loss: LossFunction
+    batches: Batches
+    before_step: Callable[[nn.Module, int, np.ndarray], None] | None = None
+
+
+def add_fine_tuning_arguments(parser: ArgumentParser, teacher: str) -> None:
+    """The models (`teacher`: what that must be), learning rate and epochs, quantization."""
+    add = parser.add_argument
+    add("--model_student", required=True, help="BERT to train: a folder or a hub name")
+    add(
+        "--model_teacher",
+        default="bert-large-uncased-whole-word-masking",
+        help=f"{teacher} to learn from; loaded only where supervision_weight > 0",
+    )
+    add("--supervision_weight", type=not_negative, default=0.0, help="of hidden states' error")
+    add(
+        "--freeze_list",
+        default="none",
+        help="comma-separated substrings of names of parameters that are not trained, or none",
+    )
+    add("--learning_rate", type=rate, default=3e-5, help="falls linearly to 0")
+    add(
+        "--num_train_epochs",
+        type=not_negative,
+        default=2.0,
+        help="may be a fraction; 0: only evaluate and export",
+    )
+    add("--nncf_config", help="quantize to INT8 with the settings of this file")
+    add(
+        "--quantizer_epochs",
+        type=not_negative,
+        default=1.0,
+        help="after calibration, on the quantizers' ranges alone",
+    )
+    add("--dropout", type=number(float, 0, 0.9), default=0.0, help="probability while training")
+
+
+def plan_stages(args: argparse.Namespace) -> list[Stage]:
+    """The stages: where a model is being quantized, first the quantizers' ranges alone."""
+    weights = Stage(
+        name="weights" if args.nncf_config else "fine-tuning",
+        num_epochs=args.num_train_epochs,
+        learning_rate=args.learning_rate,
+        total_batch_size=args.total_train_batch_size,
+        micro_batch_size=args.per_gpu_train_batch_size,
+    )
+    ranges = replace(
+        weights,
+        name="ranges",
+        num_epochs=args.quantizer_epochs if args.nncf_config else 0.0,
+        learning_rate=QUANTIZER_RATE,
+        schedule=constant_rate,
+    )
+    plan = [stage for stage in (ranges, weights) if stage.num_epochs]
+    return [replace(stage, number=i + 1, count=len(plan)) for i, stage in enumerate(plan)]
+
+
+def fine_tune(
+    args: argparse.Namespace,
+    task_class: Any,
+    script: str,
+    learn: Callable[[Run, Any, PreTrainedModel | None, nn.ModuleList | None], Learning],
+) -> None:
+    """Fine-tune --model_student for a task, quantized where --nncf_config says so, and export it.
+
+    Args:
+        task_class: QaTask or EmbTask.
+        script: the name of the script that runs.
+        learn: called with the run, the task (tokenised), the teacher if there is one, and the maps
+            of a merged student's states.
+    """
+    check_arguments(args, batch_sizes=("total_train_batch_size",))
+    started = time.time()
+
+    # All that a user may have got wrong comes before anything that takes long.
+    quantized = is_quantized(args.model_student)
+    supervised = args.supervision_weight > 0
+    if supervised and not quantized and not args.nncf_config:
+        args.model_student = unmerged_folder(args.model_student)  # whose states have maps
+    config = check_model(args.model_student, "--model_student", args.max_seq_length_c)
+    check_task(config, args.model_student, "--model_student", task_class.architectures)
+    if args.nncf_config and getattr(config, "merged", True) is False:
+        raise UserError(
+            f"--model_student: {args.model_student} is packed but not merged; quantize the folder"
+            " that it lies in"
+        )
+    tokenizer = load_tokenizer(args.model_student, "--model_student", config)
+    if args.dropout and config.model_type != "bert":
+        raise UserError(f"--dropout: {args.model_student} is packed and has none; leave it out")
+    merged = getattr(config, "merged", False)
+    state_maps = load_state_maps(args.model_student, config) if merged else None
+    if supervised:
+        teacher_config = check_model(args.model_teacher, "--model_teacher", args.max_seq_length_c)
+        check_task(teacher_config, args.model_teacher, "--model_teacher", task_class.architectures)
+        has_maps = state_maps is not None
+        check_teacher(args.model_teacher, teacher_config, config, tokenizer, has_maps)
+    task = task_class(args)
+    arguments = {**vars(args), **task.hashes()}
+    if args.nncf_config:
+        nncf_config = nncf_utils.check_nncf_config(
+            args.nncf_config, args.model_student, task.auto_class
+        )
+        arguments["nncf"] = nncf_config.raw
+    found = claim_output_dir(args, arguments)
+    if found == "finished":
+        return
+    use_all_gpus(args.no_cuda)
+
+    accelerator = make_accelerator(args.precision, args.no_cuda, args.seed)
+    student = load_model(args.model_student, "--model_student", task.auto_class)
+    if getattr(args, "pooling", None):
+        student.config.pooling = args.pooling
+    task.tokenize(tokenizer)
+    run = open_run(accelerator, args, arguments, found)
+    evaluation = task.make_evaluation(run)
+    if args.nncf_config and not quantized:
+        student = nncf_utils.quantize(run, student, nncf_config, task)
+        quantized = True
+    elif args.nncf_config:
+        run.say(f"--model_student {args.model_student} is quantized already: training goes on")
+    set_dropout(fuse_attention(student), args.dropout)
+    frozen = freeze(student, args.freeze_list)
+    teacher = None
+    if supervised:
+        teacher = load_teacher(args.model_teacher, task.auto_class, accelerator.device)
+        if state_maps is not None:
+            state_maps.to(accelerator.device)
+    run.say(f"{task.describe()}; {run.machine()}; {frozen / 1e6:.1f} M parameters frozen")
+    learning = learn(run, task, teacher, state_maps)
+    plan, position = plan_stages(args), run.position()
+    if position:
+        names = [stage.name for stage in plan]
+        plan = plan[names.index(position["stage"]) :]
+    for stage in plan:
+        if stage.name == "ranges":
+            nncf_utils.select_ranges(student)
+        else:
+            freeze(student, args.freeze_list)
+        figures = train(
+            run,
+            student,
+            stage,
+            learning.batches,
+            learning.loss,
+            evaluation,
+            before_step=learning.before_step,
+            keep=task.best_by if args.keep == "best" else None,
+        )
+    best = run.load_best(student) if args.keep == "best" else None
+    is_last = bool(plan) and (best is None or run.is_last(best))
+    if quantized or not is_last:
+        # What INT8 arithmetic gives is that of FP32 with rounding, not that of bf16.
+        figures = evaluation(student.to(accelerator.device), precise=True)
+
+    if run.main:
+        with run.writing_results():
+            student = save_model(student, tokenizer, args.output_dir)
+            if quantized and state_maps is not None:
+                save_state_maps(state_maps, args.output_dir)
+            task.write_answers()
+            difference = task.export()
+            run.stop_if_asked()
+            metrics = {
+                **figures,
+                **report_utils.describe_run(run, arguments, started),
+                "counts": task.counts(),
+                "parameters": count_parameters(student),
+                "onnx_bytes": os.path.getsize(os.path.join(args.output_dir, "model.onnx")),
+                "onnx_difference": difference,
+            }
+            if quantized:
+                stages = ("fp32", "calibrated", "ranges", "weights")
+                metrics["stages"] = report_utils.stage_table(run, stages, {"kept": figures})
+                metrics["int8"] = nncf_utils.what_is_int8(student)
+            report_utils.draw_curves(args.output_dir, task.score_names)
+            made = "quantized to INT8 on" if quantized else "fine-tuned on"
+            task.write_card(metrics, script, made)
+            run.finish(metrics)
+            if quantized:
+                report_utils.show_table(metrics["stages"], task.score_names)
+    accelerator.end_training()
+    run.say(f"{args.output_dir}: {summary(figures)}; model.onnx checked")

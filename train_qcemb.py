@@ -1,0 +1,71 @@
+"""Fine-tune a BERT to embed questions and contexts, so that the nearest context has the answer.
+
+The output folder gets the PyTorch checkpoint, model.onnx beside it, and what happened: metrics and
+curves. The same command again goes on where it was stopped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import signal
+
+signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends the seconds of imports without a word
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from cli_utils import ArgumentParser, number, run_main
+from emb_task import EmbLoss, EmbTask, HardNegatives, PairBatches, parse_loss_cfg
+from embedding_model import POOLINGS
+from fine_tuning import Learning, add_fine_tuning_arguments, fine_tune
+from run_arguments import add_data_arguments, add_run_arguments, positive
+from run_utils import Run
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = ArgumentParser(description=__doc__.splitlines()[0])
+    add = parser.add_argument
+    add_fine_tuning_arguments(parser, teacher="embedding model")
+    add("--loss_cfg", default="triplet_num:1,emb_loss:none", help="the loss, key:value,...")
+    add("--hnm_num", type=positive, default=256, help="random contexts to mine from in a step")
+    add("--hnm_batch_size", type=positive, default=8, help="of them, in one pass of a process")
+    add("--hnm_hist_num", type=positive, default=32, help="steps whose mined contexts are kept")
+    add(
+        "--hnm_hist_alpha",
+        type=number(float, 0, 100, True),
+        default=1.0,
+        help="factor on distances of older ones, to the power of their age in steps",
+    )
+    add("--pooling", choices=POOLINGS, help="cls where the model's configuration has none")
+    add("--eval_extra_contexts", help="SQuAD JSON whose contexts are searched as well")
+    add_data_arguments(parser, max_seq_length_q=32)
+    add_run_arguments(parser)
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = parse_arguments()
+    cfg = parse_loss_cfg(args.loss_cfg)
+
+    def learn(
+        run: Run, task: EmbTask, teacher: PreTrainedModel | None, state_maps: nn.ModuleList | None
+    ) -> Learning:
+        negatives = HardNegatives(
+            run,
+            task.train_pairs,
+            args.hnm_num,
+            args.hnm_batch_size,
+            args.hnm_hist_num,
+            args.hnm_hist_alpha,
+            args.seed,
+        )
+        run.accelerator.register_for_checkpointing(negatives)
+        batches = PairBatches(task.train_pairs, negatives, args.total_train_batch_size, args.seed)
+        loss = EmbLoss(run, teacher, cfg, args.supervision_weight, state_maps)
+        return Learning(loss, batches, negatives)
+
+    fine_tune(args, EmbTask, "train_qcemb.py", learn)
+
+
+if __name__ == "__main__":
+    run_main(main)
