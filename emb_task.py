@@ -243,6 +243,66 @@ class EmbEvaluation:
 # Hard negatives
 
 
+@dataclass(frozen=True)
+class LossCfg:
+    """What --loss_cfg says.
+
+    Attributes:
+        triplet_num: terms of the triplet loss: 0, 1 or 2.
+        emb_loss: the distance between the teacher's embedding and the student's that counts:
+            "none", "L1" or "L2".
+        in_batch: 1 adds a softmax over all contexts of the step and the mined ones.
+        temperature: of that softmax; the model's own scale learns beside it.
+    """
+
+    triplet_num: int = 1
+    emb_loss: str = "none"
+    in_batch: int = 0
+    temperature: float = 1.0
+
+
+LOSS_VALUES = {
+    "triplet_num": ("0", "1", "2"),
+    "emb_loss": ("none", "L1", "L2"),
+    "in_batch": ("0", "1"),
+}
+
+
+def parse_loss_cfg(text: str) -> LossCfg:
+    """Parse "key:value,key:value"; a key that is left out keeps its default.
+
+    Raises:
+        UserError: an unknown key or value, a key given twice, or nothing is left of the loss.
+    """
+    known = (*LOSS_VALUES, "temperature")
+    values: dict[str, Any] = {}
+    for item in text.split(","):
+        key, _, value = (each.strip() for each in item.partition(":"))
+        if key not in known:
+            close = difflib.get_close_matches(key, known, n=1)
+            hint = f"did you mean {close[0]}?" if close else f"keys are {', '.join(known)}"
+            raise UserError(f"--loss_cfg: {item.strip()!r} has no known key; {hint}")
+        if key in values:
+            raise UserError(f"--loss_cfg: {key} is given twice")
+        if key == "temperature":
+            try:
+                values[key] = float(value)
+            except ValueError:
+                values[key] = 0.0
+            if not 0 < values[key] < float("inf"):
+                raise UserError(f"--loss_cfg: temperature:{value} is not a number over 0")
+        elif value not in LOSS_VALUES[key]:
+            raise UserError(
+                f"--loss_cfg: {key}:{value} is not one of {', '.join(LOSS_VALUES[key])}"
+            )
+        else:
+            values[key] = value if key == "emb_loss" else int(value)
+    cfg = LossCfg(**values)
+    if not cfg.triplet_num and not cfg.in_batch:
+        raise UserError("--loss_cfg: triplet_num:0 leaves no loss without in_batch:1")
+    return cfg
+
+
 class HardNegatives:
     """The nearest context that does not answer, for each question of an optimisation step.
 
@@ -250,8 +310,15 @@ class HardNegatives:
     it, `history` steps in all, are the candidates; the distances of older ones count times
     alpha^age. Saved and restored with a run's state.
 
+    With in_batch it also finds each question's loss against all candidates and all contexts of
+    the step, and its gradient in the vectors of the step's questions and contexts. The passes of
+    the step then need no more than that gradient, so that the loss is over the whole step
+    whatever its micro-batches and processes (Gao et al., 2021, "Scaling Deep Contrastive Learning
+    Batch Size under Memory Limited Setup").
+
     Attributes:
         found: pair -> context, of the present step.
+        in_batch: pair -> its loss, and gradients [H] in its question and in its context.
     """
 
     def __init__(
@@ -263,37 +330,77 @@ class HardNegatives:
         history: int,
         alpha: float,
         seed: int,
+        cfg: LossCfg,
     ) -> None:
         self.run, self.pairs, self.num, self.batch_size = run, pairs, num, batch_size
-        self.alpha, self.seed = alpha, seed
+        self.alpha, self.seed, self.cfg = alpha, seed, cfg
         self.kept: deque[tuple[np.ndarray, Tensor]] = deque(maxlen=history)
         self.found: dict[int, int] = {}
+        self.in_batch: dict[int, tuple[float, Tensor, Tensor]] = {}
 
     def __call__(self, model: nn.Module, step: int, chosen: np.ndarray) -> None:
         """Mine for the pairs `chosen`, on all processes alike."""
-        pairs = self.pairs
+        pairs, count = self.pairs, len(self.pairs.contexts)
         rng = np.random.default_rng([self.seed, step, 4])
-        count = len(pairs.contexts)
         drawn = rng.choice(count, min(self.num, count), replace=False)
-        self.kept.appendleft(
-            (drawn, encode(self.run, model, pairs.contexts, drawn, self.batch_size))
-        )
-        vectors = encode(self.run, model, pairs.questions, pairs.question[chosen], self.batch_size)
+        self.kept.appendleft((drawn, self._encode(model, pairs.contexts, drawn)))
+        questions = self._encode(model, pairs.questions, pairs.question[chosen])
         candidates = np.concatenate([ids for ids, _ in self.kept])
-        distances = torch.cat(
-            [distance(vectors, each) * self.alpha**age for age, (_, each) in enumerate(self.kept)],
-            dim=1,
-        )
-        self.found = {}
+        if self.cfg.triplet_num:
+            self.found = self._nearest(chosen, candidates, self._distances(questions))
+        if self.cfg.in_batch:
+            own, place = np.unique(pairs.context[chosen], return_inverse=True)
+            contexts = self._encode(model, pairs.contexts, own)
+            self.in_batch = self._softmax(chosen, candidates, questions, contexts, own, place)
+
+    def _encode(self, model: nn.Module, texts: Texts, chosen: np.ndarray) -> Tensor:
+        return encode(self.run, model, texts, chosen, self.batch_size)
+
+    def _distances(self, questions: Tensor) -> Tensor:
+        """Of each question to all candidates, with their age."""
+        parts = [distance(questions, v) * self.alpha**age for age, (_, v) in enumerate(self.kept)]
+        return torch.cat(parts, dim=1)
+
+    def _nearest(
+        self, chosen: np.ndarray, candidates: np.ndarray, distances: Tensor
+    ) -> dict[int, int]:
+        found = {}
         for pair, order in zip(chosen, distances.argsort(dim=1).numpy(), strict=True):
             for context in candidates[order]:
-                if not pairs.answered_by(pair, context):
-                    self.found[int(pair)] = int(context)
+                if not self.pairs.answered_by(pair, context):
+                    found[int(pair)] = int(context)
                     break
             else:
                 raise UserError(
                     "--hnm_num: all contexts mined answer the same question; mine more of them"
                 )
+        return found
+
+    def _softmax(
+        self,
+        chosen: np.ndarray,
+        candidates: np.ndarray,
+        questions: Tensor,
+        contexts: Tensor,
+        own: np.ndarray,
+        place: np.ndarray,
+    ) -> dict[int, tuple[float, Tensor, Tensor]]:
+        """-log softmax of -distance / temperature at each question's own context, own[place]."""
+        questions.requires_grad_(), contexts.requires_grad_()
+        distances = torch.cat([distance(questions, contexts), self._distances(questions)], dim=1)
+        everything = np.concatenate([own, candidates])
+        answers = [[self.pairs.answered_by(pair, c) for c in everything] for pair in chosen]
+        excluded = torch.tensor(answers)
+        excluded[torch.arange(len(chosen)), torch.from_numpy(place)] = False
+        scores = (-distances / self.cfg.temperature).masked_fill(excluded, float("-inf"))
+        losses = F.cross_entropy(scores, torch.from_numpy(place), reduction="none")
+        of_questions, of_contexts = torch.autograd.grad(losses.sum(), (questions, contexts))
+        # Each of the pairs that share a context embeds it: together they give its gradient once.
+        of_contexts = of_contexts / torch.from_numpy(np.bincount(place))[:, None]
+        return {
+            int(pair): (float(losses[i].detach()), of_questions[i], of_contexts[place[i]])
+            for i, pair in enumerate(chosen)
+        }
 
     def state_dict(self) -> dict[str, Any]:
         return {"ids": [ids for ids, _ in self.kept], "vectors": [v for _, v in self.kept]}
@@ -306,7 +413,7 @@ class HardNegatives:
 def distance(a: Tensor, b: Tensor) -> Tensor:
     """L2 distances of all pairs, [A, B], as one matrix product."""
     squares = a.square().sum(dim=1)[:, None] + b.square().sum(dim=1) - 2 * a @ b.T
-    return squares.clamp_min(0.0).sqrt()
+    return squares.clamp_min(NEAR_ZERO).sqrt()
 
 
 # ------------------------------------------------------------------------------------------------
@@ -326,17 +433,23 @@ class PairBatches:
         return squad_utils.plan_steps(lengths, self.step_size, self.seed, epoch)
 
     def batch(self, epoch: int, chosen: np.ndarray) -> dict[str, Tensor]:
-        """Inputs "q_..." of questions [B, Lq] and "c_..." of contexts and then negatives [2B, Lc];
-        `attention_mask` [1, all], both for the count of tokens."""
-        pairs = self.pairs
-        negatives = np.array([self.negatives.found[int(pair)] for pair in chosen])
+        """Inputs "q_..." of questions [B, Lq] and "c_..." of contexts and then, for a triplet loss,
+        negatives [B or 2B, Lc]; `attention_mask` [1, all], both for the count of tokens; with
+        in_batch its losses [B] and gradients [B, H]."""
+        pairs, mined = self.pairs, self.negatives
+        negatives = np.array([mined.found[int(pair)] for pair in chosen if mined.found], np.int64)
         questions = pairs.questions.batch(pairs.question[chosen])
         contexts = pairs.contexts.batch(np.concatenate([pairs.context[chosen], negatives]))
         arrays = {f"q_{name}": array for name, array in questions.items()}
         arrays |= {f"c_{name}": array for name, array in contexts.items()}
         masks = [each["attention_mask"].ravel() for each in (questions, contexts)]
         arrays["attention_mask"] = np.concatenate(masks)[None]
-        return {name: torch.from_numpy(array) for name, array in arrays.items()}
+        batch = {name: torch.from_numpy(array) for name, array in arrays.items()}
+        if mined.in_batch:
+            losses, of_q, of_c = zip(*(mined.in_batch[int(pair)] for pair in chosen), strict=True)
+            batch |= {"in_batch": torch.tensor(losses)}
+            batch |= {"gradient_q": torch.stack(of_q), "gradient_c": torch.stack(of_c)}
+        return batch
 
 
 def part(batch: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
@@ -348,47 +461,12 @@ def part(batch: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
 # The loss
 
 
-@dataclass(frozen=True)
-class LossCfg:
-    """What --loss_cfg says.
-
-    Attributes:
-        triplet_num: terms of the triplet loss: 1 or 2.
-        emb_loss: the distance between the teacher's embedding and the student's that counts:
-            "none", "L1" or "L2".
-    """
-
-    triplet_num: int = 1
-    emb_loss: str = "none"
-
-
-def parse_loss_cfg(text: str) -> LossCfg:
-    """Parse "key:value,key:value"; a key that is left out keeps its default.
-
-    Raises:
-        UserError: an unknown key or value, a key given twice.
-    """
-    known = {"triplet_num": ("1", "2"), "emb_loss": ("none", "L1", "L2")}
-    values: dict[str, Any] = {}
-    for item in text.split(","):
-        key, _, value = (each.strip() for each in item.partition(":"))
-        if key not in known:
-            close = difflib.get_close_matches(key, known, n=1)
-            hint = f"did you mean {close[0]}?" if close else f"keys are {', '.join(known)}"
-            raise UserError(f"--loss_cfg: {item.strip()!r} has no known key; {hint}")
-        if key in values:
-            raise UserError(f"--loss_cfg: {key} is given twice")
-        if value not in known[key]:
-            raise UserError(f"--loss_cfg: {key}:{value} is not one of {', '.join(known[key])}")
-        values[key] = int(value) if key == "triplet_num" else value
-    return LossCfg(**values)
-
-
 class EmbLoss:
     """The losses of a question q, its context c and its hard negative n, each [B].
 
     - `triplet`: softplus(|q - c| - |q - n|), and with triplet_num 2 also
       softplus(|q - c| - |c - n|);
+    - with in_batch, `in_batch`: the softmax of `HardNegatives`, by its gradient;
     - with a teacher, `hidden_states`: supervision_weight x the error of hidden states of question
       and context, and `embedding`: the L1 or L2 distance between its embeddings and the student's.
     """
@@ -411,11 +489,16 @@ class EmbLoss:
         count = len(asked["input_ids"])
         of_q = model(**asked, output_hidden_states=taught)
         of_c = model(**given, output_hidden_states=taught)
-        q, (c, n) = of_q.embedding.float(), of_c.embedding.float().split(count)
-        triplet = F.softplus(gap(q, c) - gap(q, n))
-        if self.cfg.triplet_num == 2:
-            triplet = triplet + F.softplus(gap(q, c) - gap(c, n))
-        losses = {"triplet": triplet}
+        q, (c, *rest) = of_q.embedding.float(), of_c.embedding.float().split(count)
+        losses = {}
+        if self.cfg.triplet_num:
+            (n,) = rest
+            losses["triplet"] = F.softplus(gap(q, c) - gap(q, n))
+            if self.cfg.triplet_num == 2:
+                losses["triplet"] = losses["triplet"] + F.softplus(gap(q, c) - gap(c, n))
+        if self.cfg.in_batch:
+            along = (batch["gradient_q"] * q).sum(dim=1) + (batch["gradient_c"] * c).sum(dim=1)
+            losses["in_batch"] = batch["in_batch"] + along - along.detach()
         if not taught:
             return losses
         contexts = {name: value[:count] for name, value in given.items()}

@@ -69,7 +69,7 @@ class FusedSelfAttention(nn.Module):
     three times as wide; but quantizers need the three, whose weights are parameters.
     """
 
-    def __init__(self, original: nn.Module, plain: bool) -> None:
+    def __init__(self, original: nn.Module, plain: bool = False) -> None:
         super().__init__()
         self.plain = plain
         self.query, self.key, self.value = original.query, original.key, original.value

@@ -268,6 +268,7 @@ class Run:
             self.accelerator.wait_for_everyone()  # until all have seen that there is no record
             self.log({"stage": stage, "step": 0, "epoch": 0.0, "evaluation": True, **figures})
             self.say(f"{stage}: {summary(figures)}")
+            self.accelerator.wait_for_everyone()  # so that all can read the record
 
     # -- the best checkpoint
 

@@ -58,6 +58,7 @@ def main() -> None:
             args.hnm_hist_num,
             args.hnm_hist_alpha,
             args.seed,
+            cfg,
         )
         run.accelerator.register_for_checkpointing(negatives)
         batches = PairBatches(task.train_pairs, negatives, args.total_train_batch_size, args.seed)

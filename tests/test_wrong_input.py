@@ -353,7 +353,7 @@ def test_batch_sizes_do_not_divide(wrong: Wrong, total: int, each: int, said: st
         "--learning_rate=small",
         "--learning_rate=nan",
         "--learning_rate=3e-5,",
-        "--num_train_epochs=0",
+        "--num_train_epochs=-1",
         "--num_train_epochs=-1",
         "--num_train_epochs=inf",
         "--max_seq_length_q=0",
@@ -398,7 +398,9 @@ def test_number_far_too_large(
 ) -> None:
     # Either it means something, such as a batch of all there is, or it is an error of one line.
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("train_qa.train", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr(
+            "fine_tuning.train", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt)
+        )
         code = call(train_qa_command(tiny_bert, few, tmp_path / "out", *SMALL, flag))
     assert code in (2, 130)
     if code == 2:

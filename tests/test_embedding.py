@@ -1,0 +1,518 @@
+"""Tests of embeddings: model, texts, hard negatives, loss, metrics, and all three stages."""
+
+from __future__ import annotations
+
+import json
+import signal
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import openvino
+import pytest
+import torch
+from accelerate import Accelerator
+from calls import call, error_line, first_questions, records, started, states, wait_for
+from conftest import ROOT, pack_command, run
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from transformers import AutoTokenizer, BertModel
+
+import emb_task
+from cli_utils import UserError
+from emb_task import EmbLoss, HardNegatives, LossCfg, Pairs, Texts
+from embedding_model import AutoModelForEmbedding, pool
+from model_utils import load_model
+from onnx_utils import INPUTS
+from squad_utils import SpecialIds, Tokens, load_squad
+
+LENGTH = 160
+
+
+@pytest.fixture(scope="module")
+def base(teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A BERT that is not fine-tuned, with a pooler."""
+    folder = tmp_path_factory.mktemp("base") / "bert"
+    torch.manual_seed(1)
+    BertModel.from_pretrained(teacher).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(teacher).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def settings(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The file for --nncf_config."""
+    path = tmp_path_factory.mktemp("settings") / "nncf_config.json"
+    path.write_text(json.dumps({"model_type": "transformer", "subset_size": 6}))
+    return path
+
+
+def emb_command(model: Path, data: Path, out: Path, *flags: str) -> list[str]:
+    """A short train_qcemb.py run on the CPU in FP32; later flags override these."""
+    return [
+        sys.executable,
+        str(ROOT / "train_qcemb.py"),
+        f"--model_student={model}",
+        f"--output_dir={out}",
+        f"--squad_train_data={data / 'train-v1.1.json'}",
+        f"--squad_dev_data={data / 'dev-v1.1.json'}",
+        "--learning_rate=1e-3",
+        "--num_train_epochs=1",
+        "--hnm_num=4",
+        "--hnm_batch_size=2",
+        "--hnm_hist_num=3",
+        "--max_seq_length_q=24",
+        f"--max_seq_length_c={LENGTH}",
+        "--doc_stride=32",
+        "--per_gpu_train_batch_size=4",
+        "--total_train_batch_size=8",
+        "--no_cuda",
+        "--precision=fp32",
+        "--log_steps=1",
+        *flags,
+    ]
+
+
+@pytest.fixture(scope="module")
+def tuned(base: Path, sample: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The output folder of fine-tuning."""
+    folder = tmp_path_factory.mktemp("tuned") / "out"
+    assert call(emb_command(base, sample, folder, "--num_train_epochs=2")) == 0
+    return folder
+
+
+@pytest.fixture(scope="module")
+def packed(tuned: Path, sample: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The output folder of packing."""
+    folder = tmp_path_factory.mktemp("packed") / "out"
+    command = pack_command(tuned, sample, folder, "--max_steps_per_stage=2", "--doc_stride=32")
+    assert call(command) == 0
+    return folder
+
+
+@pytest.fixture(scope="module")
+def quantized(
+    packed: Path, tuned: Path, sample: Path, settings: Path, tmp_path_factory: Any
+) -> Path:
+    """The output folder of quantization of what was packed."""
+    folder = tmp_path_factory.mktemp("quantized") / "out"
+    flags = (f"--nncf_config={settings}", "--supervision_weight=0.02", f"--model_teacher={tuned}",
+             "--loss_cfg=triplet_num:2,emb_loss:L2", "--num_train_epochs=0.5")  # fmt: skip
+    assert call(emb_command(packed, sample, folder, *flags)) == 0
+    return folder
+
+
+def metrics(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "metrics.json").read_text())
+
+
+# ------------------------------------------------------------------------------------------------
+# The model
+
+
+def inputs(lengths: list[int], seed: int = 0) -> dict[str, Tensor]:
+    """Random tokens; row i has lengths[i] of them."""
+    rng, longest = np.random.default_rng(seed), max(lengths)
+    mask = np.arange(longest) < np.array(lengths)[:, None]
+    arrays = {
+        "input_ids": rng.integers(5, 200, mask.shape) * mask,
+        "attention_mask": mask.astype(np.int64),
+        "token_type_ids": np.zeros(mask.shape, np.int64),
+        "position_ids": np.broadcast_to(np.arange(longest), mask.shape).copy(),
+    }
+    return {name: torch.from_numpy(array) for name, array in arrays.items()}
+
+
+def test_pretrained_pooler_is_kept(base: Path, capfd: pytest.CaptureFixture) -> None:
+    model = load_model(str(base), "--model", AutoModelForEmbedding).eval()
+    assert "starting anew: log_scale" in capfd.readouterr().out
+    plain = BertModel.from_pretrained(base).eval()
+    assert torch.equal(model.bert.pooler.dense.weight, plain.pooler.dense.weight)
+    batch = inputs([9, 5])
+    with torch.no_grad():
+        embedding = model(**batch).embedding
+        expected = plain.pooler.dense(plain(**batch).last_hidden_state[:, 0])
+        assert torch.allclose(embedding, expected, atol=1e-6)
+        model.log_scale.fill_(0.7)
+        assert torch.allclose(model(**batch).embedding, expected * np.exp(0.7), atol=1e-5)
+
+
+def test_mean_is_over_real_tokens() -> None:
+    states = torch.randn(2, 6, 3)
+    mask = torch.tensor([[1, 1, 1, 1, 1, 1], [1, 1, 0, 0, 0, 0]])
+    added = (1.0 - mask[:, None, None].float()) * -1e4
+    for each in (mask, added):
+        pooled = pool(states, each, "mean")
+        assert torch.allclose(pooled[0], states[0].mean(dim=0), atol=1e-6)
+        assert torch.allclose(pooled[1], states[1, :2].mean(dim=0), atol=1e-6)
+    assert torch.equal(pool(states, mask, "cls"), states[:, 0])
+    assert torch.allclose(pool(states, None, "mean"), states.mean(dim=1))
+
+
+# ------------------------------------------------------------------------------------------------
+# Metrics
+
+
+@pytest.mark.parametrize("blocks", [(2, 3), (1024, 65536)])
+def test_ranks_against_brute_force(blocks: tuple[int, int], monkeypatch: Any) -> None:
+    monkeypatch.setattr(emb_task, "QUESTION_BLOCK", blocks[0])
+    monkeypatch.setattr(emb_task, "CONTEXT_BLOCK", blocks[1])
+    torch.manual_seed(0)
+    questions, contexts = torch.randn(17, 5), torch.randn(23, 5)
+    own = torch.randint(23, (17,))
+    found = emb_task.ranks(questions, contexts, own)
+    distances = (questions[:, None] - contexts[None]).norm(dim=2)
+    expected = [
+        sum(float(d) < float(row[o]) for i, d in enumerate(row) if i != o)
+        for row, o in zip(distances, own, strict=True)
+    ]
+    assert found.tolist() == expected
+    figures = emb_task.retrieval_figures(found)
+    assert figures["top_5"] == pytest.approx(100 * np.mean([r < 5 for r in expected]))
+    assert figures["mrr"] == pytest.approx(100 * np.mean([1 / (r + 1) for r in expected]))
+    assert set(figures) == {"top_1", "top_5", "top_10", "top_100", "top_200", "mrr"}
+
+
+def test_texts_are_encoded_once(base: Path, sample: Path, monkeypatch: Any) -> None:
+    data = load_squad(str(sample / "dev-v1.1.json"), "--squad_dev_data")
+    pairs = emb_task.make_pairs(data, AutoTokenizer.from_pretrained(base), 24, LENGTH)
+    assert len(pairs) == len(data.ids)
+    assert len(pairs.contexts) == len(set(data.contexts)) < len(pairs)
+    for i in range(len(pairs)):
+        context = pairs.contexts.strings[pairs.context[i]]
+        assert context == data.contexts[data.context_of[i]]
+        assert pairs.questions.strings[pairs.question[i]] == data.questions[i]
+    seen: list[int] = []
+    running = SimpleNamespace(accelerator=Accelerator(cpu=True))
+    model = load_model(str(base), "--model", AutoModelForEmbedding, quiet=True)
+    original = Texts.batch
+
+    def counted(self: Texts, chosen: np.ndarray, pad_to: int | None = None) -> Any:
+        seen.extend(chosen)
+        return original(self, chosen, pad_to)
+
+    monkeypatch.setattr(Texts, "batch", counted)
+    emb_task.EmbEvaluation(running, pairs, None, 4)(model)
+    assert len(seen) == len(pairs.contexts) + len(pairs.questions)
+
+
+# ------------------------------------------------------------------------------------------------
+# Hard negatives and the loss
+
+
+class Lookup(nn.Module):
+    """A model whose embedding of a text is the row of a table at its first token."""
+
+    def __init__(self, table: Tensor) -> None:
+        super().__init__()
+        self.table = nn.Parameter(table)
+
+    def forward(self, input_ids: Tensor, **_: Any) -> SimpleNamespace:
+        return SimpleNamespace(embedding=self.table[input_ids[:, 1]], hidden_states=())
+
+
+def few_texts(count: int, offset: int, strings: list[str] | None = None) -> Texts:
+    """Texts of one token each: offset, offset + 1, ..."""
+    tokens = Tokens(np.arange(offset, offset + count, dtype=np.int32), np.arange(count + 1), None)
+    strings = strings or [f"text {i}" for i in range(count)]
+    return Texts(strings, tokens, SpecialIds(0, 1, 2))
+
+
+def test_mining_against_a_slow_one() -> None:
+    torch.manual_seed(0)
+    count = 12
+    strings = [f"this one says {word}" for word in ["red", "blue", "green", "grey"] * 3]
+    pairs = Pairs(
+        questions=few_texts(8, 100),
+        contexts=few_texts(count, 10, strings),
+        question=np.arange(8),
+        context=np.array([0, 1, 2, 3, 4, 5, 6, 7]),
+        article=np.array([0] * 6 + [1] * 6),
+        answers=[(strings[i].split()[-1],) for i in range(8)],
+    )
+    model = Lookup(torch.randn(200, 4))
+    running = SimpleNamespace(accelerator=Accelerator(cpu=True))
+    alpha, history = 1.5, 3
+    mining = HardNegatives(running, pairs, 5, 2, history, alpha, 7, LossCfg())
+    past: list[tuple[list[int], Tensor]] = []
+    for step in range(6):
+        with torch.no_grad():
+            model.table += 0.3 * torch.randn_like(model.table)
+        chosen = np.array([1, 3, 0, 7])
+        mining(model, step, chosen)
+        drawn = [int(i) for i in mining.kept[0][0]]
+        assert len(set(drawn)) == 5
+        past.insert(0, (drawn, model.table.detach()[[10 + i for i in drawn]].clone()))
+        past = past[:history]
+        for pair in chosen:
+            q = model.table.detach()[100 + pair]
+            best, nearest = float("inf"), None
+            for age, (ids, vectors) in enumerate(past):
+                for i, vector in zip(ids, vectors, strict=True):
+                    same = pairs.article[i] == pairs.article[pairs.context[pair]]
+                    answers = same and pairs.answers[pair][0] in strings[i]
+                    d = float((q - vector).norm()) * alpha**age
+                    if i != pairs.context[pair] and not answers and d < best:
+                        best, nearest = d, i
+            assert mining.found[int(pair)] == nearest
+    again = HardNegatives(running, pairs, 5, 2, history, alpha, 7, LossCfg())
+    again.load_state_dict(mining.state_dict())
+    mining(model, 6, chosen)
+    again(model, 6, chosen)
+    assert again.found == mining.found
+
+
+@pytest.mark.parametrize(("num", "emb_loss"), [(1, "none"), (2, "none"), (1, "L1"), (2, "L2")])
+def test_loss_against_a_slow_one(base: Path, num: int, emb_loss: str) -> None:
+    running = SimpleNamespace(accelerator=Accelerator(cpu=True))
+    model, teacher = (load_model(str(base), "--m", AutoModelForEmbedding, quiet=True).eval()
+                      for _ in range(2))  # fmt: skip
+    with torch.no_grad():
+        teacher.bert.pooler.dense.weight.mul_(1.3)
+        teacher.bert.encoder.layer[0].output.dense.bias.add_(0.2)
+    questions, contexts = inputs([7, 4], 1), inputs([12, 9, 6, 11], 2)
+    batch = {f"q_{k}": v for k, v in questions.items()} | {f"c_{k}": v for k, v in contexts.items()}
+    taught = emb_loss != "none"
+    loss = EmbLoss(running, teacher if taught else None, LossCfg(num, emb_loss), 0.5)
+    with torch.no_grad():
+        found = loss(model, batch)
+    assert list(found) == ["triplet", "hidden_states", "embedding"][: 3 if taught else 1]
+
+    def one(m: nn.Module, group: dict[str, Tensor], row: int) -> tuple[Tensor, list[Tensor]]:
+        length = int(group["attention_mask"][row].sum())
+        single = {k: v[row : row + 1, :length] for k, v in group.items()}
+        with torch.no_grad():
+            out = m(**single, output_hidden_states=True)
+        return out.embedding[0], [state[0] for state in out.hidden_states]
+
+    for i in range(2):
+        q, c, n = (one(model, questions, i), one(model, contexts, i), one(model, contexts, i + 2))
+        triplet = np.log1p(np.exp(float((q[0] - c[0]).norm() - (q[0] - n[0]).norm())))
+        if num == 2:
+            triplet += np.log1p(np.exp(float((q[0] - c[0]).norm() - (c[0] - n[0]).norm())))
+        assert float(found["triplet"][i]) == pytest.approx(triplet, rel=1e-4)
+        if not taught:
+            continue
+        errors = distances = 0.0
+        for (mine, states_), group in ((q, questions), (c, contexts)):
+            target, targets = one(teacher, group, i)
+            pairs = zip(states_, targets, strict=True)
+            errors += sum(float((a - b).square().mean()) for a, b in pairs)
+            gap = mine - target
+            distances += float(gap.abs().sum() if emb_loss == "L1" else gap.norm())
+        assert float(found["hidden_states"][i]) == pytest.approx(0.5 * errors, rel=1e-4)
+        assert float(found["embedding"][i]) == pytest.approx(distances, rel=1e-4)
+
+
+def test_softmax_is_over_the_whole_step() -> None:
+    """The gradient that micro-batches get is that of the loss over all of the step at once."""
+    torch.manual_seed(0)
+    strings = [f"this one says {word}" for word in ["red", "blue", "green", "grey"] * 3]
+    pairs = Pairs(
+        questions=few_texts(6, 100),
+        contexts=few_texts(12, 10, strings),
+        question=np.arange(6),
+        context=np.array([0, 1, 1, 3, 4, 5]),
+        article=np.array([0] * 6 + [1] * 6),
+        answers=[(strings[i].split()[-1],) for i in (0, 1, 1, 3, 0, 1)],
+    )
+    running = SimpleNamespace(accelerator=Accelerator(cpu=True))
+    cfg, alpha = LossCfg(0, "none", 1, 0.7), 1.3
+    model = Lookup(torch.randn(200, 4))
+    mining = HardNegatives(running, pairs, 5, 2, 2, alpha, 7, cfg)
+    chosen = np.array([0, 1, 2, 4, 5])
+    for step in range(2):
+        mining(model, step, chosen)
+    loss = EmbLoss(running, None, cfg, 0.0)
+    batches = emb_task.PairBatches(pairs, mining, 5, 0)
+    found = []
+    for some in (chosen[:2], chosen[2:]):
+        losses = loss(model, batches.batch(0, some))["in_batch"]
+        losses.sum().backward()
+        found += losses.tolist()
+    gradient, model.table.grad = model.table.grad, None
+
+    own = sorted(set(pairs.context[chosen]))
+    candidates = [(c, model.table[10 + c], 1.0) for c in own]
+    for age, (ids, vectors) in enumerate(mining.kept):
+        candidates += [(c, v, alpha**age) for c, v in zip(ids, vectors, strict=True)]
+    total = []
+    for pair in chosen:
+        q = model.table[100 + pair]
+        scores, mine = [], None
+        for i, (c, vector, factor) in enumerate(candidates):
+            if i < len(own) and c == pairs.context[pair]:
+                mine = len(scores)
+            elif pairs.answered_by(pair, c):
+                continue
+            scores.append(-(q - vector).norm() * factor / 0.7)
+        total.append(torch.stack(scores).logsumexp(dim=0) - scores[mine])
+    torch.stack(total).sum().backward()
+    assert found == pytest.approx([float(each) for each in total], rel=1e-4)
+    assert torch.allclose(gradient, model.table.grad, atol=1e-5)
+    assert gradient.abs().max() > 0.1
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("triplet:1", "did you mean triplet_num?"),
+        ("triplet_num:3", "triplet_num:3 is not one of 0, 1, 2"),
+        ("triplet_num:0", "leaves no loss"),
+        ("in_batch:1,temperature:0", "temperature:0 is not a number over 0"),
+        ("emb_loss:l2", "emb_loss:l2 is not one of none, L1, L2"),
+        ("triplet_num:1,triplet_num:2", "given twice"),
+    ],
+)
+def test_wrong_loss_cfg(text: str, message: str) -> None:
+    with pytest.raises(UserError, match="--loss_cfg") as error:
+        emb_task.parse_loss_cfg(text)
+    assert message in str(error.value)
+
+
+# ------------------------------------------------------------------------------------------------
+# All stages
+
+
+def test_fine_tuning_learns_and_leaves_a_folder(tuned: Path) -> None:
+    losses = [r["triplet_loss"] if "triplet_loss" in r else r["loss"] for r in records(tuned)
+              if "loss" in r]  # fmt: skip
+    assert np.mean(losses[-5:]) < np.mean(losses[:5])
+    figures = metrics(tuned)
+    assert figures["counts"]["dev_contexts"] > 1
+    assert {"top_1", "top_5", "mrr"} <= figures.keys()
+    names = {path.name for path in tuned.iterdir()}
+    assert {"model.onnx", "model.safetensors", "vocab.txt", "README.md", "curves.png"} <= names
+    assert json.loads((tuned / "config.json").read_text())["architectures"] == ["BertForEmbedding"]
+
+
+def test_packed_and_quantized_go_on_from_it(packed: Path, quantized: Path) -> None:
+    rows = {row["stage"]: row for row in metrics(packed)["stages"]}
+    assert rows["merged"]["mrr"] == pytest.approx(rows["unmerged"]["mrr"])
+    assert json.loads((packed / "config.json").read_text())["merged"]
+    stages = [row["stage"] for row in metrics(quantized)["stages"]]
+    assert stages == ["fp32", "calibrated", "ranges", "weights", "kept"]
+    assert metrics(quantized)["stages"][0]["mrr"] == pytest.approx(rows["merged"]["mrr"])
+    assert (quantized / "state_maps.safetensors").exists()
+    linear = next(row for row in metrics(quantized)["int8"] if row["kind"] == "linear")
+    assert linear["float"] == 0
+
+
+@pytest.mark.parametrize("which", ["tuned", "packed", "quantized"])
+@pytest.mark.parametrize("length", [32, 384])
+def test_file_reshapes_and_ranks_as_pytorch(
+    which: str, length: int, request: pytest.FixtureRequest
+) -> None:
+    folder: Path = request.getfixturevalue(which)
+    model = load_model(str(folder), "--m", AutoModelForEmbedding, quiet=True).eval()
+    core = openvino.Core()
+    network = core.read_model(folder / "model.onnx")
+    assert [list(p.shape) for p in network.inputs] == [[1, LENGTH]] * 4
+    assert list(network.output("embedding").shape) == [1, 32]
+    network.reshape({name: [1, length] for name in INPUTS})
+    compiled = core.compile_model(network, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    batch = inputs([length - 10, length, 20], seed=length)
+    with torch.no_grad():
+        expected = model(**batch).embedding.numpy()
+    got = np.concatenate(
+        [
+            compiled({k: v[i : i + 1].numpy() for k, v in batch.items()})["embedding"]
+            for i in range(3)
+        ]
+    )
+    limit = 0.1 * expected.std() if which == "quantized" else 1e-4
+    assert np.abs(got - expected).mean() < limit
+
+
+def test_killed_run_goes_on(base: Path, sample: Path, tuned: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    command = emb_command(base, sample, out, "--num_train_epochs=2", "--save_minutes=0")
+    for step in (4, 20):
+        with started(command) as process:
+            wait_for(process, lambda step=step: bool(states(out)) and any(
+                r["step"] >= step and "loss" in r for r in records(out)))  # fmt: skip
+            process.send_signal(signal.SIGKILL)
+            process.wait()
+    done = run(command)
+    assert done.returncode == 0, done.stderr
+    before, after = (load_file(folder / "model.safetensors") for folder in (tuned, out))
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert metrics(out)["mrr"] == metrics(tuned)["mrr"]
+
+
+def test_two_processes_are_as_one(base: Path, sample: Path, tmp_path: Path) -> None:
+    logs = []
+    for count in (1, 2):
+        out = tmp_path / str(count)
+        command = emb_command(base, sample, out, "--hnm_hist_alpha=1.2")
+        if count == 2:
+            launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+            command = [sys.executable, *launch, *command[1:]]
+        done = run(command)
+        assert done.returncode == 0, done.stderr
+        logs.append(([r["loss"] for r in records(out) if "loss" in r], metrics(out)["mrr"]))
+    assert logs[0][0] == pytest.approx(logs[1][0], rel=1e-3)
+    assert logs[0][1] == pytest.approx(logs[1][1], abs=3)
+
+
+def test_extra_contexts_make_it_harder(
+    tuned: Path, sample: Path, tmp_path: Path, capfd: pytest.CaptureFixture
+) -> None:
+    out = tmp_path / "out"
+    extra = f"--eval_extra_contexts={sample / 'train-v1.1.json'}"
+    assert call(emb_command(tuned, sample, out, "--num_train_epochs=0", extra)) == 0
+    assert "more" in capfd.readouterr().out
+    figures = metrics(out)
+    assert figures["counts"]["extra_contexts"] > 0
+    assert figures["mrr"] <= metrics(tuned)["mrr"] + 1e-9
+
+
+# ------------------------------------------------------------------------------------------------
+# Wrong input
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--hnm_num=0",), "--hnm_num"),
+        (("--hnm_batch_size=-1",), "--hnm_batch_size"),
+        (("--loss_cfg=triplet_num:1,in_batch:2",), "in_batch:2 is not one of 0, 1"),
+        (("--pooling=max",), "--pooling"),
+        (("--eval_extra_contexts=nowhere.json",), "nowhere.json"),
+    ],
+)
+def test_wrong_flags(
+    base: Path, sample: Path, tmp_path: Path, flags: Any, message: str, capfd: Any
+) -> None:
+    assert call(emb_command(base, sample, tmp_path / "out", *flags)) == 2
+    assert message in error_line(capfd.readouterr().err)
+
+
+def test_models_of_the_other_task(
+    teacher: Path, tuned: Path, sample: Path, tmp_path: Path, capfd: pytest.CaptureFixture
+) -> None:
+    from conftest import train_qa_command
+
+    assert call(emb_command(teacher, sample, tmp_path / "a")) == 2
+    line = error_line(capfd.readouterr().err)
+    assert "BertForQuestionAnswering" in line and "BertForEmbedding" in line
+    assert call(train_qa_command(tuned, sample, tmp_path / "b")) == 2
+    assert "is a model of another task (BertForEmbedding)" in error_line(capfd.readouterr().err)
+    command = pack_command(tuned, sample, tmp_path / "c", f"--model_teacher={teacher}")
+    assert call(command) == 2
+    assert "different tasks" in error_line(capfd.readouterr().err)
+
+
+def test_one_context_is_too_few(
+    base: Path, sample: Path, tmp_path: Path, capfd: pytest.CaptureFixture
+) -> None:
+    data = tmp_path / "data"
+    data.mkdir()
+    first_questions(sample / "train-v1.1.json", data / "train-v1.1.json", 2)
+    first_questions(sample / "dev-v1.1.json", data / "dev-v1.1.json", 6)
+    assert call(emb_command(base, data, tmp_path / "out")) == 2
+    assert "--squad_train_data: 2 questions of 1 different contexts" in error_line(
+        capfd.readouterr().err
+    )
