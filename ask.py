@@ -1,7 +1,8 @@
-"""Ask an exported QA model about a text of any length.
+"""Ask an exported QA model about a text of any length, or about many texts.
 
 Runs model.onnx of a train_qa.py output folder in ONNX Runtime or OpenVINO; no torch is needed.
-Tokenisation, windows and span search are those of the evaluation.
+Tokenisation, windows and span search are those of the evaluation. With an embedding model too, it
+finds the paragraphs that are nearest to a question first, and reads those.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from tokenizers import Tokenizer
 
 import squad_utils
 from cli_utils import ArgumentParser, UserError, number, read_text, run_main, warn
+from context_index import ContextIndex, Embedder, Paragraph, build_index, load_embedder
 from squad_utils import SpecialIds, SquadData, Tokens
 
 SPANS_A_WINDOW = 20  # candidates from each window ...
@@ -39,7 +41,14 @@ def parse_arguments() -> argparse.Namespace:
     parser = ArgumentParser(description=__doc__.splitlines()[0])
     add = parser.add_argument
     add("--model", required=True, help="output folder of train_qa.py (with model.onnx)")
-    add("--context", required=True, help="text file (UTF-8) that holds the answers")
+    add("--model_emb", help="output folder of train_qcemb.py: finds the paragraphs to read")
+    add(
+        "--context",
+        required=True,
+        nargs="+",
+        help="text file (UTF-8) that holds the answers; with --model_emb files and folders",
+    )
+    add("--top_contexts", type=number(int, 1, 1000), default=5, help="paragraphs to read")
     add("--question", action="append", help="may be given several times; asked for if left out")
     add("--top_k", type=number(int, 1, 50), default=3, help="answers to show")
     add(
@@ -268,23 +277,105 @@ def questions_from_input() -> Iterator[str]:
             yield question
 
 
+# ------------------------------------------------------------------------------------------------
+# Many texts
+
+
+@dataclass(frozen=True)
+class Found:
+    """An answer in one of many paragraphs, with the paragraph's distance from the question."""
+
+    answer: Answer
+    paragraph: Paragraph
+    distance: float
+    no_answer: float
+
+
+def search(
+    model: QaModel,
+    embedder: Embedder,
+    index: ContextIndex,
+    question: str,
+    top_contexts: int,
+    top_k: int,
+) -> list[Found]:
+    """The most probable answers in the paragraphs nearest to the question, best first."""
+    (vector,) = embedder.vectors([question], embedder.max_seq_length_q)
+    found = []
+    for paragraph, distance in index.nearest(vector, top_contexts):
+        tokens = squad_utils.tokenize(model.tokenizer, [paragraph.text], True, "")
+        if not len(tokens.ids):
+            continue
+        answers, no_answer = answer(model, paragraph.text, tokens, question, top_k)
+        found += [Found(each, paragraph, distance, no_answer) for each in answers]
+    return sorted(found, key=lambda each: -each.answer.probability)[:top_k]
+
+
+def show_found(model: QaModel, found: list[Found]) -> None:
+    """Print answers of `search` for people, each with the file and line of its paragraph."""
+    for rank, each in enumerate(found, 1):
+        unsure = model.threshold is not None and each.no_answer > model.threshold
+        begin, stop = each.answer.sentence
+        note = "  (it may have no answer)" if unsure else ""
+        print(
+            f"  {rank}. {each.answer.probability:6.1%}  {' '.join(each.answer.text.split())}{note}"
+        )
+        print(f"             {' '.join(each.paragraph.text[begin:stop].split())}")
+        print(f"             {each.paragraph.source}, distance {each.distance:.3f}")
+    print(flush=True)
+
+
+def found_as_json(model: QaModel, question: str, found: list[Found]) -> str:
+    """The same as one line of JSON."""
+    answers = []
+    for each in found:
+        record = {
+            "text": each.answer.text,
+            "probability": each.answer.probability,
+            "start": each.answer.start,
+            "end": each.answer.end,
+            "sentence": each.paragraph.text[slice(*each.answer.sentence)],
+            "source": each.paragraph.source,
+            "paragraph": each.paragraph.text,
+            "distance": each.distance,
+        }
+        if model.threshold is not None:
+            record["no_answer"] = each.no_answer > model.threshold
+        answers.append(record)
+    return json.dumps({"question": question, "answers": answers}, ensure_ascii=False)
+
+
 def main() -> None:
     args = parse_arguments()
-    context = read_text(args.context, "--context")
-    model = load(args.model, args.runtime)
-    tokens = squad_utils.tokenize(model.tokenizer, [context], True, "")
-    if not len(tokens.ids):
-        raise UserError(f"--context: {args.context} has no text")
     if args.question and not all(question.strip() for question in args.question):
         raise UserError("--question is empty")
+    if args.model_emb:
+        embedder = load_embedder(args.model_emb, args.runtime)
+        model = load(args.model, args.runtime)
+        index = build_index(embedder, args.context)
+    else:
+        if len(args.context) > 1:
+            raise UserError("--context: several files need --model_emb, which finds what to read")
+        context = read_text(args.context[0], "--context")
+        model = load(args.model, args.runtime)
+        tokens = squad_utils.tokenize(model.tokenizer, [context], True, "")
+        if not len(tokens.ids):
+            raise UserError(f"--context: {args.context[0]} has no text")
     for question in args.question or questions_from_input():
-        found, no_answer = answer(model, context, tokens, question, args.top_k)
+        if not args.json and (not sys.stdin.isatty() or args.question):
+            print(question)
+        if args.model_emb:
+            found = search(model, embedder, index, question, args.top_contexts, args.top_k)
+            if args.json:
+                print(found_as_json(model, question, found), flush=True)
+            else:
+                show_found(model, found)
+            continue
+        answers, no_answer = answer(model, context, tokens, question, args.top_k)
         if args.json:
-            print(as_json(model, context, question, found, no_answer), flush=True)
+            print(as_json(model, context, question, answers, no_answer), flush=True)
         else:
-            if not sys.stdin.isatty() or args.question:
-                print(question)
-            show(model, context, found, no_answer)
+            show(model, context, answers, no_answer)
 
 
 if __name__ == "__main__":

@@ -33,6 +33,7 @@ def call(command: list[str]) -> int:
                 run_main(script.main)
         finally:
             torch.set_num_threads(threads)
+            torch.set_flush_denormal(False)
             for number, handler in earlier.items():
                 signal.signal(number, handler)
     return stop.value.code

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import BertConfig, BertForQuestionAnswering, BertTokenizerFast
+from transformers import BertConfig, BertForQuestionAnswering, BertModel, BertTokenizerFast
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -82,6 +82,16 @@ def teacher(tiny_bert: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="session")
+def base(teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A BERT that is not fine-tuned, with a pooler."""
+    folder = tmp_path_factory.mktemp("base") / "bert"
+    torch.manual_seed(1)
+    BertModel.from_pretrained(teacher).save_pretrained(folder)
+    BertTokenizerFast.from_pretrained(teacher).save_pretrained(folder)
+    return folder
+
+
 def pack_command(model: Path, data: Path, output_dir: Path, *flags: str) -> list[str]:
     """A short pack_and_distill.py run of the tiny BERT, in FP32; later flags override these."""
     return [
@@ -126,6 +136,32 @@ def train_qa_command(model: Path, data: Path, output_dir: Path, *flags: str) -> 
         "--doc_stride=64",
         "--per_gpu_train_batch_size=4",
         "--total_train_batch_size=16",
+        "--no_cuda",
+        "--precision=fp32",
+        "--log_steps=1",
+        *flags,
+    ]
+
+
+def emb_command(model: Path, data: Path, out: Path, *flags: str) -> list[str]:
+    """A short train_qcemb.py run on the CPU in FP32; later flags override these."""
+    return [
+        sys.executable,
+        str(ROOT / "train_qcemb.py"),
+        f"--model_student={model}",
+        f"--output_dir={out}",
+        f"--squad_train_data={data / 'train-v1.1.json'}",
+        f"--squad_dev_data={data / 'dev-v1.1.json'}",
+        "--learning_rate=1e-3",
+        "--num_train_epochs=1",
+        "--hnm_num=4",
+        "--hnm_batch_size=2",
+        "--hnm_hist_num=3",
+        "--max_seq_length_q=24",
+        "--max_seq_length_c=160",
+        "--doc_stride=32",
+        "--per_gpu_train_batch_size=4",
+        "--total_train_batch_size=8",
         "--no_cuda",
         "--precision=fp32",
         "--log_steps=1",

@@ -15,7 +15,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from calls import call, error_line, first_questions, records, started, states, wait_for
-from conftest import ROOT, pack_command, run
+from conftest import emb_command, pack_command, run
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import AutoTokenizer, BertModel
@@ -32,47 +32,11 @@ LENGTH = 160
 
 
 @pytest.fixture(scope="module")
-def base(teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A BERT that is not fine-tuned, with a pooler."""
-    folder = tmp_path_factory.mktemp("base") / "bert"
-    torch.manual_seed(1)
-    BertModel.from_pretrained(teacher).save_pretrained(folder)
-    AutoTokenizer.from_pretrained(teacher).save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
 def settings(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The file for --nncf_config."""
     path = tmp_path_factory.mktemp("settings") / "nncf_config.json"
     path.write_text(json.dumps({"model_type": "transformer", "subset_size": 6}))
     return path
-
-
-def emb_command(model: Path, data: Path, out: Path, *flags: str) -> list[str]:
-    """A short train_qcemb.py run on the CPU in FP32; later flags override these."""
-    return [
-        sys.executable,
-        str(ROOT / "train_qcemb.py"),
-        f"--model_student={model}",
-        f"--output_dir={out}",
-        f"--squad_train_data={data / 'train-v1.1.json'}",
-        f"--squad_dev_data={data / 'dev-v1.1.json'}",
-        "--learning_rate=1e-3",
-        "--num_train_epochs=1",
-        "--hnm_num=4",
-        "--hnm_batch_size=2",
-        "--hnm_hist_num=3",
-        "--max_seq_length_q=24",
-        f"--max_seq_length_c={LENGTH}",
-        "--doc_stride=32",
-        "--per_gpu_train_batch_size=4",
-        "--total_train_batch_size=8",
-        "--no_cuda",
-        "--precision=fp32",
-        "--log_steps=1",
-        *flags,
-    ]
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,203 @@
+"""Tests of the index of paragraphs, and of ask.py over many texts."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from calls import call, error_line
+from conftest import ROOT, emb_command, train_qa_command
+
+import context_index
+from cli_utils import UserError
+from context_index import ContextIndex, Embedder, Paragraph, build_index, load_embedder
+
+TEXTS = {
+    "harbour.txt": "The harbour was built by Ada Brook in 1907.\n\nIt is of stone.\n \nIt is deep.",
+    "more/bridge.md": "\n\nThe bridge was opened in 1931.\nIt is painted red.\n",
+    "more/notes.csv": "not,read",
+}
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A folder with TEXTS."""
+    for name, text in TEXTS.items():
+        path = tmp_path / "texts" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    return tmp_path / "texts"
+
+
+@pytest.fixture(scope="module")
+def models(
+    base: Path, teacher: Path, few: Path, sample: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, Path]:
+    """Output folders of a QA model and of an embedding model that nothing has trained."""
+    qa, emb = (tmp_path_factory.mktemp(name) / "out" for name in ("qa", "emb"))
+    assert call(train_qa_command(teacher, few, qa, "--num_train_epochs=0")) == 0
+    assert call(emb_command(base, sample, emb, "--num_train_epochs=0", "--pooling=mean")) == 0
+    return qa, emb
+
+
+@pytest.fixture(scope="module")
+def embedder(models: tuple[Path, Path]) -> Embedder:
+    return load_embedder(str(models[1]), "openvino")
+
+
+# ------------------------------------------------------------------------------------------------
+# Paragraphs and vectors
+
+
+def test_paragraphs_and_where_they_are(folder: Path) -> None:
+    found = context_index.read_paragraphs([str(folder)])
+    names = [(Path(each.path).name, each.line, each.text) for each in found]
+    assert names == [
+        ("harbour.txt", 1, "The harbour was built by Ada Brook in 1907."),
+        ("harbour.txt", 3, "It is of stone."),
+        ("harbour.txt", 5, "It is deep."),
+        ("bridge.md", 3, "The bridge was opened in 1931.\nIt is painted red."),
+    ]
+    file = str(folder / "harbour.txt")
+    assert len(context_index.read_paragraphs([file, str(folder), file])) == 4
+
+
+def test_nothing_to_index(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"the folder .* has no \.txt or \.md file"):
+        context_index.read_paragraphs([str(tmp_path)])
+    (tmp_path / "empty.txt").write_text(" \n\n ")
+    with pytest.raises(UserError, match="no text to index"):
+        context_index.read_paragraphs([str(tmp_path)])
+    with pytest.raises(UserError, match="no such file"):
+        context_index.read_paragraphs([str(tmp_path / "nowhere.txt")])
+
+
+def test_nearest_against_brute_force() -> None:
+    rng = np.random.default_rng(0)
+    vectors = rng.standard_normal((50, 6)).astype(np.float32)
+    paragraphs = [Paragraph(str(i), "file", i) for i in range(50)]
+    query = rng.standard_normal(6).astype(np.float32)
+    found = ContextIndex(paragraphs, vectors).nearest(query, 7)
+    distances = np.linalg.norm(vectors - query, axis=1)
+    assert [each.line for each, _ in found] == np.argsort(distances)[:7].tolist()
+    assert [d for _, d in found] == pytest.approx(np.sort(distances)[:7], rel=1e-5)
+    assert len(ContextIndex(paragraphs, vectors).nearest(query, 99)) == 50
+
+
+def test_both_runtimes_give_the_same_vectors(models: tuple[Path, Path], embedder: Embedder) -> None:
+    texts = ["one", "a longer text about harbours " * 9, "", "word " * 400]
+    other = load_embedder(str(models[1]), "onnxruntime")
+    for length in (embedder.max_seq_length_c, embedder.max_seq_length_q):
+        vectors = [each.vectors(texts, length) for each in (embedder, other)]
+        assert vectors[0].shape == (4, 32)
+        # OpenVINO's default precision may be bf16.
+        assert np.abs(vectors[0] - vectors[1]).max() < 0.05 * vectors[1].std()
+
+
+def test_long_paragraph_is_cut_into_parts(tmp_path: Path, embedder: Embedder) -> None:
+    file = tmp_path / "long.txt"
+    lines = ["the harbour of the town is deep and wide"] * 60
+    file.write_text("short\n\n" + "\n".join(lines))
+    found = build_index(embedder, [str(file)]).paragraphs
+    assert len(found) > 3
+    assert found[0].text == "short"
+    joined = " ".join(" ".join(each.text for each in found[1:]).split())
+    assert joined.replace(" ", "") == "".join(lines).replace(" ", "")
+    for each in found[1:]:
+        assert lines[0].startswith(file.read_text().splitlines()[each.line - 1][:5])
+        assert each.line > 2
+
+
+# ------------------------------------------------------------------------------------------------
+# What is kept
+
+
+def test_only_what_changed_is_embedded(
+    folder: Path, embedder: Embedder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    embedded: list[str] = []
+    original = Embedder.vectors
+
+    def counted(self: Embedder, texts: Any, *args: Any) -> np.ndarray:
+        embedded.extend(texts)
+        return original(self, texts, *args)
+
+    monkeypatch.setattr(Embedder, "vectors", counted)
+    first = build_index(embedder, [str(folder)])
+    assert len(embedded) == 4
+    embedded.clear()
+    again = build_index(embedder, [str(folder)])
+    assert not embedded
+    assert np.array_equal(first.vectors, again.vectors)
+    (folder / "harbour.txt").write_text(TEXTS["harbour.txt"].replace("stone", "iron"))
+    changed = build_index(embedder, [str(folder)])
+    assert embedded == ["It is of iron."]
+    assert len(changed.paragraphs) == 4
+    embedded.clear()
+    (folder / "more" / "bridge.md").unlink()
+    assert len(build_index(embedder, [str(folder)]).paragraphs) == 3
+    assert not embedded
+    # A file that is damaged, or of another model, is as none.
+    (folder / context_index.INDEX_FILE).write_bytes(b"PK damaged")
+    build_index(embedder, [str(folder)])
+    assert len(embedded) == 3
+
+
+def test_folder_that_cannot_be_written(
+    folder: Path, embedder: Embedder, monkeypatch: Any, capfd: pytest.CaptureFixture
+) -> None:
+    def full(*_: Any, **__: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(np, "savez", full)
+    assert len(build_index(embedder, [str(folder)]).paragraphs) == 4
+    assert "the index cannot be saved" in capfd.readouterr().err
+
+
+# ------------------------------------------------------------------------------------------------
+# ask.py
+
+
+def ask(*flags: str) -> int:
+    return call(["python", str(ROOT / "ask.py"), *flags])
+
+
+def test_answers_come_with_their_source(
+    models: tuple[Path, Path], folder: Path, capfd: pytest.CaptureFixture
+) -> None:
+    flags = (f"--model={models[0]}", f"--model_emb={models[1]}", "--context", str(folder))
+    question = ("--question", "Who built the harbour?")
+    assert ask(*flags, *question, "--json", "--top_k=4") == 0
+    record = json.loads(capfd.readouterr().out.splitlines()[-1])
+    assert record["question"] == "Who built the harbour?"
+    assert len(record["answers"]) == 4
+    probabilities = [each["probability"] for each in record["answers"]]
+    assert probabilities == sorted(probabilities, reverse=True)
+    for each in record["answers"]:
+        path, line = each["source"].rsplit(":", 1)
+        assert each["paragraph"] in Path(path).read_text()
+        assert each["paragraph"][each["start"] : each["end"]] == each["text"]
+        assert int(line) > 0
+    assert ask(*flags, *question, "--top_contexts=1") == 0
+    assert "distance" in capfd.readouterr().out
+
+
+def test_wrong_input(
+    models: tuple[Path, Path], folder: Path, tmp_path: Path, capfd: pytest.CaptureFixture
+) -> None:
+    qa, emb = models
+    file = str(folder / "harbour.txt")
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    for flags, message in (
+        ((f"--model={qa}", "--context", file, file), "need --model_emb"),
+        ((f"--model={qa}", f"--model_emb={emb}", "--context", str(empty)), "has no .txt"),
+        ((f"--model={qa}", f"--model_emb={qa}", "--context", file), "not embedding"),
+        ((f"--model={emb}", f"--model_emb={emb}", "--context", file), "as a QA model"),
+        ((f"--model={qa}", f"--model_emb={empty}", "--context", file), "no such file"),
+    ):
+        assert ask(*flags, "--question=What?") == 2
+        assert message in error_line(capfd.readouterr().err)
