@@ -117,6 +117,36 @@ def plan_stages(args: argparse.Namespace) -> list[Stage]:
     return [replace(stage, number=i + 1, count=len(plan)) for i, stage in enumerate(plan)]
 
 
+def check_models(args: argparse.Namespace, task_class: Any) -> tuple[Any, nn.ModuleList | None]:
+    """The student's tokenizer, and the maps of a merged student's states.
+
+    A packed student that is to learn hidden states in FP32 becomes the one before merging.
+
+    Raises:
+        UserError: student or teacher are missing, of another task, or do not fit each other.
+    """
+    supervised, quantized = args.supervision_weight > 0, is_quantized(args.model_student)
+    if supervised and not quantized and not args.nncf_config:
+        args.model_student = unmerged_folder(args.model_student)
+    config = check_model(args.model_student, "--model_student", args.max_seq_length_c)
+    check_task(config, args.model_student, "--model_student", task_class.architectures)
+    if args.nncf_config and getattr(config, "merged", True) is False:
+        raise UserError(
+            f"--model_student: {args.model_student} is packed but not merged; quantize the folder"
+            " that it lies in"
+        )
+    tokenizer = load_tokenizer(args.model_student, "--model_student", config)
+    if args.dropout and config.model_type != "bert":
+        raise UserError(f"--dropout: {args.model_student} is packed and has none; leave it out")
+    merged = getattr(config, "merged", False)
+    state_maps = load_state_maps(args.model_student, config) if merged else None
+    if supervised:
+        teacher = check_model(args.model_teacher, "--model_teacher", args.max_seq_length_c)
+        check_task(teacher, args.model_teacher, "--model_teacher", task_class.architectures)
+        check_teacher(args.model_teacher, teacher, config, tokenizer, state_maps is not None)
+    return tokenizer, state_maps
+
+
 def fine_tune(
     args: argparse.Namespace,
     task_class: Any,
@@ -135,34 +165,15 @@ def fine_tune(
     started = time.time()
 
     # All that a user may have got wrong comes before anything that takes long.
-    quantized = is_quantized(args.model_student)
-    supervised = args.supervision_weight > 0
-    if supervised and not quantized and not args.nncf_config:
-        args.model_student = unmerged_folder(args.model_student)  # whose states have maps
-    config = check_model(args.model_student, "--model_student", args.max_seq_length_c)
-    check_task(config, args.model_student, "--model_student", task_class.architectures)
-    if args.nncf_config and getattr(config, "merged", True) is False:
-        raise UserError(
-            f"--model_student: {args.model_student} is packed but not merged; quantize the folder"
-            " that it lies in"
-        )
-    tokenizer = load_tokenizer(args.model_student, "--model_student", config)
-    if args.dropout and config.model_type != "bert":
-        raise UserError(f"--dropout: {args.model_student} is packed and has none; leave it out")
-    merged = getattr(config, "merged", False)
-    state_maps = load_state_maps(args.model_student, config) if merged else None
-    if supervised:
-        teacher_config = check_model(args.model_teacher, "--model_teacher", args.max_seq_length_c)
-        check_task(teacher_config, args.model_teacher, "--model_teacher", task_class.architectures)
-        has_maps = state_maps is not None
-        check_teacher(args.model_teacher, teacher_config, config, tokenizer, has_maps)
+    tokenizer, state_maps = check_models(args, task_class)
     task = task_class(args)
     arguments = {**vars(args), **task.hashes()}
+    settings = None
     if args.nncf_config:
-        nncf_config = nncf_utils.check_nncf_config(
+        settings = nncf_utils.check_nncf_config(
             args.nncf_config, args.model_student, task.auto_class
         )
-        arguments["nncf"] = nncf_config.raw
+        arguments["nncf"] = settings.raw
     found = claim_output_dir(args, arguments)
     if found == "finished":
         return
@@ -175,42 +186,21 @@ def fine_tune(
     task.tokenize(tokenizer)
     run = open_run(accelerator, args, arguments, found)
     evaluation = task.make_evaluation(run)
-    if args.nncf_config and not quantized:
-        student = nncf_utils.quantize(run, student, nncf_config, task)
-        quantized = True
-    elif args.nncf_config:
+    quantized = is_quantized(args.model_student)
+    if settings and quantized:
         run.say(f"--model_student {args.model_student} is quantized already: training goes on")
+    elif settings:
+        student, quantized = nncf_utils.quantize(run, student, settings, task), True
     set_dropout(fuse_attention(student), args.dropout)
     frozen = freeze(student, args.freeze_list)
     teacher = None
-    if supervised:
+    if args.supervision_weight > 0:
         teacher = load_teacher(args.model_teacher, task.auto_class, accelerator.device)
         if state_maps is not None:
             state_maps.to(accelerator.device)
     run.say(f"{task.describe()}; {run.machine()}; {frozen / 1e6:.1f} M parameters frozen")
-    learning = learn(run, task, teacher, state_maps)
-    plan, position = plan_stages(args), run.position()
-    if position:
-        names = [stage.name for stage in plan]
-        plan = plan[names.index(position["stage"]) :]
-    for stage in plan:
-        if stage.name == "ranges":
-            nncf_utils.select_ranges(student)
-        else:
-            freeze(student, args.freeze_list)
-        figures = train(
-            run,
-            student,
-            stage,
-            learning.batches,
-            learning.loss,
-            evaluation,
-            before_step=learning.before_step,
-            keep=task.best_by if args.keep == "best" else None,
-        )
-    best = run.load_best(student) if args.keep == "best" else None
-    is_last = bool(plan) and (best is None or run.is_last(best))
-    if quantized or not is_last:
+    figures = train_stages(run, args, task, student, learn(run, task, teacher, state_maps))
+    if quantized or not figures:
         # What INT8 arithmetic gives is that of FP32 with rounding, not that of bf16.
         figures = evaluation(student.to(accelerator.device), precise=True)
 
@@ -242,3 +232,35 @@ def fine_tune(
                 report_utils.show_table(metrics["stages"], task.score_names)
     accelerator.end_training()
     run.say(f"{args.output_dir}: {summary(figures)}; model.onnx checked")
+
+
+def train_stages(
+    run: Run, args: argparse.Namespace, task: Any, student: PreTrainedModel, learning: Learning
+) -> dict[str, Any]:
+    """Train the student through the stages, from where the newest state is; keep the best.
+
+    Returns:
+        the figures of the last evaluation, if it is of the weights that the student now has.
+    """
+    plan, position = plan_stages(args), run.position()
+    if position:
+        names = [stage.name for stage in plan]
+        plan = plan[names.index(position["stage"]) :]
+    figures: dict[str, Any] = {}
+    for stage in plan:
+        if stage.name == "ranges":
+            nncf_utils.select_ranges(student)
+        else:
+            freeze(student, args.freeze_list)
+        figures = train(
+            run,
+            student,
+            stage,
+            learning.batches,
+            learning.loss,
+            task.evaluation,
+            before_step=learning.before_step,
+            keep=task.best_by if args.keep == "best" else None,
+        )
+    best = run.load_best(student) if args.keep == "best" else None
+    return figures if best is None or run.is_last(best) else {}
