@@ -29,8 +29,10 @@ MAX_DIFFERENCE = 1e-3  # of the outputs, between the file and PyTorch in FP32
 MASKED = -1e4  # added to the scores of padding: 0 after softmax, and a number in FP16 too
 
 
-class QaGraph(nn.Module):
-    """What the QA file computes: four int64 [B, L] inputs to start and end logits [B, L]."""
+class ExportedGraph(nn.Module):
+    """What a file computes: four int64 [B, L] inputs to the outputs of a model in `fields`."""
+
+    fields: tuple[str, ...]
 
     def __init__(self, model: PreTrainedModel) -> None:
         super().__init__()
@@ -42,37 +44,26 @@ class QaGraph(nn.Module):
         attention_mask: Tensor,
         token_type_ids: Tensor,
         position_ids: Tensor,
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, ...]:
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=added_mask(attention_mask),
             token_type_ids=token_type_ids,
             position_ids=position_ids,
         )
-        return outputs.start_logits, outputs.end_logits
+        return tuple(outputs[field] for field in self.fields)
 
 
-class EmbeddingGraph(nn.Module):
-    """What the embedding file computes: four int64 [B, L] inputs to embeddings [B, H]."""
+class QaGraph(ExportedGraph):
+    """The QA file: start and end logits, [B, L] each."""
 
-    def __init__(self, model: PreTrainedModel) -> None:
-        super().__init__()
-        self.model = model
+    fields = ("start_logits", "end_logits")
 
-    def forward(
-        self,
-        input_ids: Tensor,
-        attention_mask: Tensor,
-        token_type_ids: Tensor,
-        position_ids: Tensor,
-    ) -> tuple[Tensor]:
-        outputs = self.model(
-            input_ids=input_ids,
-            attention_mask=added_mask(attention_mask),
-            token_type_ids=token_type_ids,
-            position_ids=position_ids,
-        )
-        return (outputs.embedding,)
+
+class EmbeddingGraph(ExportedGraph):
+    """The embedding file: embeddings, [B, H]."""
+
+    fields = ("embedding",)
 
 
 def added_mask(attention_mask: Tensor) -> Tensor:
