@@ -23,7 +23,7 @@ import report_utils
 import squad_utils
 from cli_utils import UserError
 from embedding_model import AutoModelForEmbedding
-from model_utils import is_quantized, load_model, special_ids, state_errors
+from model_utils import load_for_export, special_ids, state_errors
 from onnx_utils import INPUTS
 from run_utils import Run
 from squad_utils import SpecialIds, SquadData, Tokens, load_squad
@@ -704,14 +704,7 @@ def export(output_dir: str, texts: Texts, max_seq_length_c: int) -> float:
 
     It is the saved checkpoint that is exported, so the check covers saving and loading too.
     """
-    model = load_model(output_dir, "--output_dir", AutoModelForEmbedding, quiet=True)
-    quantized = is_quantized(output_dir)
-    if quantized:
-        import nncf_utils
-
-        nncf_utils.make_exportable(model)
-    elif model.config.model_type == "bert":
-        model.set_attn_implementation("eager")  # whose pattern OpenVINO fuses
+    model, quantized = load_for_export(output_dir, AutoModelForEmbedding)
     by_length = np.argsort(texts.total_lengths, kind="stable")
     chosen = by_length[np.linspace(0, len(by_length) - 1, CHECKED_TEXTS).astype(int)]
     return onnx_utils.export_onnx(

@@ -203,6 +203,19 @@ def load_model(name: str, flag: str, auto_class: Any, quiet: bool = False) -> Pr
     return model
 
 
+def load_for_export(folder: str, auto_class: Any) -> tuple[PreTrainedModel, bool]:
+    """A saved checkpoint as it is exported to ONNX, and whether it has quantizers."""
+    model, quantized = load_model(folder, "--output_dir", auto_class, quiet=True), False
+    if is_quantized(folder):
+        import nncf_utils  # which imports this module
+
+        nncf_utils.make_exportable(model)
+        quantized = True
+    elif model.config.model_type == "bert":
+        model.set_attn_implementation("eager")  # whose pattern OpenVINO fuses
+    return model, quantized
+
+
 def load_teacher(name: str, auto_class: Any, device: torch.device) -> PreTrainedModel:
     """--model_teacher as it is needed: with fast attention, in eval mode, not training.
 

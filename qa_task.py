@@ -20,7 +20,7 @@ import onnx_utils
 import report_utils
 import squad_utils
 from cli_utils import UserError
-from model_utils import is_quantized, load_model, special_ids, state_errors
+from model_utils import load_for_export, special_ids, state_errors
 from run_utils import Run, write_json
 from squad_scores import Scorer, load_scorer
 from squad_utils import SquadData, Windows, load_squad
@@ -334,14 +334,7 @@ def export(output_dir: str, windows: Windows, max_seq_length_c: int) -> float:
 
     It is the saved checkpoint that is exported, so the check covers saving and loading too.
     """
-    model = load_model(output_dir, "--output_dir", AutoModelForQuestionAnswering, quiet=True)
-    quantized = is_quantized(output_dir)
-    if quantized:
-        import nncf_utils
-
-        nncf_utils.make_exportable(model)
-    elif model.config.model_type == "bert":
-        model.set_attn_implementation("eager")  # whose pattern OpenVINO fuses
+    model, quantized = load_for_export(output_dir, AutoModelForQuestionAnswering)
     # Spread over the lengths: the longest window and the shortest are both among them.
     by_length = np.argsort(windows.total_lengths, kind="stable")
     chosen = by_length[np.linspace(0, len(by_length) - 1, CHECKED_WINDOWS).astype(int)]
