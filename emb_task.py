@@ -225,17 +225,24 @@ class EmbEvaluation:
     def __init__(self, run: Run, pairs: Pairs, extra: Texts | None, batch_size: int) -> None:
         self.run, self.pairs, self.extra, self.batch_size = run, pairs, extra, batch_size
 
-    def __call__(self, model: nn.Module, precise: bool = False) -> dict[str, float]:
-        """`top_1` ... `top_200` and `mrr`, in percent; each text is encoded once."""
+    def __call__(
+        self, model: nn.Module, precise: bool = False, index_model: nn.Module | None = None
+    ) -> dict[str, float]:
+        """`top_1` ... `top_200` and `mrr`, in percent; each text is encoded once.
 
-        def vectors(texts: Texts) -> Tensor:
-            every = np.arange(len(texts))
-            return encode(self.run, model, texts, every, self.batch_size, precise)
+        Args:
+            index_model: what embeds the contexts in the place of `model`, in the run's precision.
+        """
 
-        contexts = vectors(self.pairs.contexts)
+        def vectors(of: nn.Module, texts: Texts) -> Tensor:
+            every, exact = np.arange(len(texts)), precise and of is model
+            return encode(self.run, of, texts, every, self.batch_size, exact)
+
+        indexing = index_model or model
+        contexts = vectors(indexing, self.pairs.contexts)
         if self.extra is not None and len(self.extra):
-            contexts = torch.cat([contexts, vectors(self.extra)])
-        questions = vectors(self.pairs.questions)[self.pairs.question]
+            contexts = torch.cat([contexts, vectors(indexing, self.extra)])
+        questions = vectors(model, self.pairs.questions)[self.pairs.question]
         return retrieval_figures(ranks(questions, contexts, torch.from_numpy(self.pairs.context)))
 
 
@@ -636,6 +643,10 @@ class EmbTask:
         size = self.args.per_gpu_eval_batch_size
         self.evaluation = EmbEvaluation(run, self.dev_pairs, self.extra, size)
         return self.evaluation
+
+    def with_teacher(self, student: nn.Module, teacher: nn.Module) -> dict[str, dict[str, float]]:
+        """Retrieval of the student's questions among the teacher's contexts."""
+        return {"teacher_index": self.evaluation(student, precise=True, index_model=teacher)}
 
     def batches(self, step_size: int) -> TextBatches:
         """Batches of the training file's texts."""

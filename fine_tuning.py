@@ -203,6 +203,7 @@ def fine_tune(
     if quantized or not figures:
         # What INT8 arithmetic gives is that of FP32 with rounding, not that of bf16.
         figures = evaluation(student.to(accelerator.device), precise=True)
+    others = task.with_teacher(student, teacher) if teacher is not None else {}
 
     if run.main:
         with run.writing_results():
@@ -219,10 +220,13 @@ def fine_tune(
                 "parameters": count_parameters(student),
                 "onnx_bytes": os.path.getsize(os.path.join(args.output_dir, "model.onnx")),
                 "onnx_difference": difference,
+                **others,
             }
             if quantized:
                 stages = ("fp32", "calibrated", "ranges", "weights")
-                metrics["stages"] = report_utils.stage_table(run, stages, {"kept": figures})
+                metrics["stages"] = report_utils.stage_table(
+                    run, stages, {"kept": figures, **others}
+                )
                 metrics["int8"] = nncf_utils.what_is_int8(student)
             report_utils.draw_curves(args.output_dir, task.score_names)
             made = "quantized to INT8 on" if quantized else "fine-tuned on"

@@ -143,7 +143,9 @@ def _trace(
             dynamic_axes=axes,
         )
     model = onnx.load(path)
-    _store_int8(model.graph)
+    if any(node.op_type == "QuantizeLinear" for node in model.graph.node):
+        _store_int8(model.graph)
+        _keep_biases_apart(model.graph)
     for value in [*model.graph.input, *model.graph.output]:
         for dim, size in zip(value.type.tensor_type.shape.dim, shapes[value.name], strict=True):
             dim.Clear()
@@ -224,6 +226,28 @@ def _store_int8(graph: onnx.GraphProto) -> None:
             nodes.append(node)
     del graph.node[:]
     graph.node.extend(nodes)
+    _drop_unused(graph)
+
+
+def _keep_biases_apart(graph: onnx.GraphProto) -> None:
+    """Shape the biases of linear layers [1, 1, N].
+
+    ONNX Runtime makes a Gemm of a product and a bias of shape [N] before it looks for products to
+    compute in INT8, and then does not find them: the file ran at half its speed.
+    """
+    tensors = {tensor.name: tensor for tensor in graph.initializer}
+    products = {name for node in graph.node if node.op_type == "MatMul" for name in node.output}
+    for node in graph.node:
+        if node.op_type == "Add" and products.intersection(node.input):
+            for i, name in enumerate(node.input):
+                if name in tensors and len(tensors[name].dims) == 1:
+                    bias = onnx.numpy_helper.to_array(tensors[name])[None, None]
+                    node.input[i] = _add(graph, f"{name}.apart", bias)
+    _drop_unused(graph)
+
+
+def _drop_unused(graph: onnx.GraphProto) -> None:
+    """Remove initializers that no node reads."""
     used = {name for node in graph.node for name in node.input}
     kept = [tensor for tensor in graph.initializer if tensor.name in used]
     del graph.initializer[:]

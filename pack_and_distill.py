@@ -78,6 +78,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--model_student", required=True, help="what to pack; packed already: what to distill on")
     add("--model_teacher", required=True, help="fine-tuned BERT whose states are the target")
     add_data_arguments(parser, max_seq_length_q=64)
+    add("--eval_extra_contexts", help="embeddings: SQuAD JSON whose contexts are searched as well")
     add(
         "--pack_cfg",
         default="num_hidden_layers:12,ff_iter_num:4,num_attention_heads:8,hidden_size:512,"
@@ -283,6 +284,8 @@ def check_models(
         raise UserError("--model_student and --model_teacher are of different tasks")
     if isinstance(teacher, PackedBertConfig):
         raise UserError(f"--model_teacher: {args.model_teacher} is packed; give the model it is of")
+    if args.eval_extra_contexts and tasks[0] is not EmbTask:
+        raise UserError("--eval_extra_contexts is for embedding models; leave it out")
     tokenizer = load_tokenizer(student_name, "--model_student", student)
     check_teacher(args.model_teacher, teacher, student, tokenizer)
     if not isinstance(student, PackedBertConfig):
@@ -464,6 +467,7 @@ def main() -> None:
     merged = bert_pack.merge(student)
     figures = evaluation(merged.to(accelerator.device), precise=True)
     run.evaluate_once("merged", lambda: figures)
+    others = task.with_teacher(merged, teacher)
     if run.main:
         with run.writing_results():
             save_model(student, tokenizer, args.output_dir)
@@ -471,7 +475,7 @@ def main() -> None:
             difference = task.export()
             run.stop_if_asked()
             names = ("teacher", "packed", *(part.stage.name for part in plan))
-            kept = {"unmerged": unmerged, "merged": figures}
+            kept = {"unmerged": unmerged, "merged": figures, **others}
             table = report_utils.stage_table(run, names, kept)
             sizes["student"]["onnx_bytes"] = os.path.getsize(
                 os.path.join(args.output_dir, "model.onnx")
@@ -485,6 +489,7 @@ def main() -> None:
                 "stages": table,
                 **grow_seconds(table),
                 "onnx_difference": difference,
+                **others,
             }
             report_utils.draw_curves(args.output_dir, task.score_names)
             made = f"packed (`{args.pack_cfg}`) and distilled on"

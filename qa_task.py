@@ -88,6 +88,10 @@ class QaTask:
         self.evaluation = QaEvaluation(run, self.dev_data, self.dev_windows, self.scorer, size)
         return self.evaluation
 
+    def with_teacher(self, student: nn.Module, teacher: nn.Module) -> dict[str, dict[str, float]]:
+        """Nothing: what a QA student finds depends on no teacher's index."""
+        return {}
+
     def batches(self, step_size: int) -> QaBatches:
         """Batches of the training file."""
         return QaBatches(self.train_windows, step_size, self.args.seed)

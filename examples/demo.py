@@ -1,6 +1,7 @@
 """The main job on an embedded default: sample data -> fine-tuning, packing, INT8 -> questions.
 
-Every command is printed before it runs, so that it can be copied and changed.
+With --search it does so for embeddings, which find the paragraph that holds the answer. Every
+command is printed before it runs, so that it can be copied and changed.
 """
 
 from __future__ import annotations
@@ -17,6 +18,14 @@ import time
 HERE = os.path.dirname(os.path.abspath(__file__))
 ROOT = os.path.dirname(HERE)
 DATA = "examples/data"
+SHARED = (  # flags of all stages
+    f"--squad_train_data={DATA}/train-v1.1.json",
+    f"--squad_dev_data={DATA}/dev-v1.1.json",
+    "--max_seq_length_q=32",
+    "--total_train_batch_size=16",
+    "--per_gpu_train_batch_size=16",
+    "--per_gpu_eval_batch_size=32",
+)
 
 
 def step(*command: str, stdin: str | None = None) -> None:
@@ -41,84 +50,141 @@ def demo_weights() -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", help="another BERT: a folder or a hub name")
-    own_model = parser.parse_args().model
-    model = own_model or demo_weights()
-    name = f"-{os.path.basename(os.path.normpath(own_model))}" if own_model else ""
-    output_dir = f"models/demo-qa{name}"
+    parser.add_argument("--search", action="store_true", help="embeddings, not answers")
+    args = parser.parse_args()
+    model = args.model or demo_weights()
+    name = f"-{os.path.basename(os.path.normpath(args.model))}" if args.model else ""
     step("examples/make_sample.py", f"--output_dir={DATA}")
+    if args.search:
+        search(model, name)
+    else:
+        answer(model, name)
+
+
+def answer(model: str, name: str) -> None:
+    """QA in its three stages."""
+    tuned, packed, int8 = (f"models/demo-{what}{name}" for what in ("qa", "packed", "int8"))
     step(
         "train_qa.py",
         f"--model_student={model}",
-        f"--output_dir={output_dir}",
-        f"--squad_train_data={DATA}/train-v1.1.json",
-        f"--squad_dev_data={DATA}/dev-v1.1.json",
+        f"--output_dir={tuned}",
+        *SHARED,
         "--freeze_list=embedding",
         "--learning_rate=3e-4",
         "--num_train_epochs=4",
-        "--max_seq_length_q=32",
-        "--total_train_batch_size=16",
-        "--per_gpu_train_batch_size=16",
     )
-    ask(output_dir)
-    packed_dir = f"models/demo-packed{name}"
+    ask(f"--model={tuned}", "--context=examples/article.txt")
     step(
         "pack_and_distill.py",
-        f"--model_student={output_dir}",
-        f"--model_teacher={output_dir}",
-        f"--output_dir={packed_dir}",
-        f"--squad_train_data={DATA}/train-v1.1.json",
-        f"--squad_dev_data={DATA}/dev-v1.1.json",
-        f"--pack_cfg={pack_cfg(output_dir)}",
+        f"--model_student={tuned}",
+        f"--model_teacher={tuned}",
+        f"--output_dir={packed}",
+        *SHARED,
+        f"--pack_cfg={pack_cfg(tuned)}",
         "--stages=embeddings,grow",  # the others need more than some minutes
         "--warm_up_steps=10",
-        "--max_seq_length_q=32",
-        "--total_train_batch_size=16",
         "--total_train_batch_size_for_tune=16",
-        "--per_gpu_train_batch_size=16",
-        "--per_gpu_eval_batch_size=32",
     )
-    int8_dir = f"models/demo-int8{name}"
     step(
         "train_qa.py",
-        f"--model_student={packed_dir}",
-        f"--model_teacher={output_dir}",
-        f"--output_dir={int8_dir}",
-        f"--squad_train_data={DATA}/train-v1.1.json",
-        f"--squad_dev_data={DATA}/dev-v1.1.json",
+        f"--model_student={packed}",
+        f"--model_teacher={tuned}",
+        f"--output_dir={int8}",
+        *SHARED,
         "--nncf_config=nncf_config.json",
         "--supervision_weight=0.02",
         "--learning_rate=1e-4",
-        "--quantizer_epochs=0.25",
-        "--num_train_epochs=0.5",
-        "--max_seq_length_q=32",
-        "--total_train_batch_size=16",
-        "--per_gpu_train_batch_size=16",
-        "--per_gpu_eval_batch_size=32",
+        "--quantizer_epochs=0.1",
+        "--num_train_epochs=0.4",
     )
-    ask(int8_dir)
-    show({"fine-tuned": output_dir, "packed": packed_dir, "packed, INT8": int8_dir})
-    print(f"\nAsk it more: python ask.py --model={int8_dir} --context=<a text file>")
+    ask(f"--model={int8}", "--context=examples/article.txt")
+    show({"fine-tuned": tuned, "packed": packed, "packed, INT8": int8}, "f1", "F1")
+    print(f"\nAsk it more: python ask.py --model={int8} --context=<a text file>")
 
 
-def ask(model: str) -> None:
-    """Ask a model about the article."""
+def search(model: str, name: str) -> None:
+    """Embeddings in their three stages."""
+    kinds = ("emb", "emb-packed", "emb-int8")
+    tuned, packed, int8 = (f"models/demo-{what}{name}" for what in kinds)
+    mining = ("--hnm_num=32", "--hnm_batch_size=32", "--loss_cfg=triplet_num:0,in_batch:1,"
+              "temperature:0.05")  # fmt: skip
     step(
-        "ask.py",
-        f"--model={model}",
-        "--context=examples/article.txt",
-        stdin="examples/questions.txt",
+        "train_qcemb.py",
+        f"--model_student={model}",
+        f"--output_dir={tuned}",
+        *SHARED,
+        *mining,
+        "--pooling=mean",
+        "--learning_rate=1e-4",
+        "--num_train_epochs=1",
     )
+    step(
+        "pack_and_distill.py",
+        f"--model_student={tuned}",
+        f"--model_teacher={tuned}",
+        f"--output_dir={packed}",
+        *SHARED,
+        f"--pack_cfg={pack_cfg(tuned)}",
+        "--stages=grow",
+        "--warm_up_steps=10",
+        "--total_train_batch_size_for_tune=16",
+    )
+    step(
+        "train_qcemb.py",
+        f"--model_student={packed}",
+        f"--model_teacher={tuned}",
+        f"--output_dir={int8}",
+        *SHARED,
+        *mining,
+        "--nncf_config=nncf_config.json",
+        "--supervision_weight=0.02",
+        "--learning_rate=3e-5",
+        "--quantizer_epochs=0.05",
+        "--num_train_epochs=0.25",
+    )
+    texts = write_texts()
+    reader = f"models/demo-int8{name}"
+    reads = os.path.isfile(os.path.join(ROOT, reader, "model.onnx"))
+    if not reads:
+        print("\nNo answers, only the paragraphs that hold them: make demo trains what reads them.")
+    ask(
+        *([f"--model={reader}"] if reads else ["--top_contexts=1"]),
+        f"--model_emb={int8}",
+        "--context",
+        "examples/article.txt",
+        texts,
+    )
+    show({"fine-tuned": tuned, "packed": packed, "packed, INT8": int8}, "top_1", "top 1")
+    print(f"\nSearch more: python ask.py --model_emb={int8} --context <text files or folders>")
 
 
-def show(models: dict[str, str]) -> None:
-    """Print what the stages came to: F1, parameters, size and latency of model.onnx."""
-    print(f"\n{'':14}{'F1':>8}{'parameters':>12}{'file':>10}{'1 x 384 in OpenVINO':>22}")
+def write_texts() -> str:
+    """Write the articles of the dev data as text files, a paragraph a line; return their folder."""
+    folder = f"{DATA}/texts"
+    os.makedirs(os.path.join(ROOT, folder), exist_ok=True)
+    with open(os.path.join(ROOT, DATA, "dev-v1.1.json"), encoding="utf-8") as file:
+        articles = json.load(file)["data"]
+    for number, article in enumerate(articles, 1):
+        path = os.path.join(ROOT, folder, f"{number:02}.txt")
+        with open(path, "w", encoding="utf-8") as file:
+            file.write("\n\n".join(p["context"] for p in article["paragraphs"]) + "\n")
+    return folder
+
+
+def ask(*flags: str) -> None:
+    """Ask models the questions about the article."""
+    step("ask.py", *flags, stdin="examples/questions.txt")
+
+
+def show(models: dict[str, str], score: str, label: str) -> None:
+    """Print what the stages came to: score, parameters, size and latency of model.onnx."""
+    print(f"\n{'':14}{label:>8}{'parameters':>12}{'file':>10}{'1 x 384 in OpenVINO':>22}")
     for name, folder in models.items():
         with open(os.path.join(ROOT, folder, "metrics.json"), encoding="utf-8") as file:
             metrics = json.load(file)
         path = os.path.join(ROOT, folder, "model.onnx")
         print(
-            f"{name:14}{metrics['f1']:8.2f}{metrics['parameters'] / 1e6:10.2f} M"
+            f"{name:14}{metrics[score]:8.2f}{metrics['parameters'] / 1e6:10.2f} M"
             f"{os.path.getsize(path) / 1e6:7.1f} MB{latency(path):19.1f} ms"
         )
 

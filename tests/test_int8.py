@@ -274,6 +274,17 @@ def test_linear_layers_execute_in_int8(quantized: Path) -> None:
     assert set(linear) <= {"u8", "i8"}
 
 
+def test_linear_layers_execute_in_int8_in_onnxruntime(quantized: Path, tmp_path: Path) -> None:
+    """Read from the graph that ONNX Runtime runs."""
+    options = onnxruntime.SessionOptions()
+    options.optimized_model_filepath = str(tmp_path / "optimized.onnx")
+    onnxruntime.InferenceSession(quantized / "model.onnx", options)
+    kinds = [node.op_type for node in onnx.load(tmp_path / "optimized.onnx").graph.node]
+    table = {row["kind"]: row for row in metrics(quantized)["int8"]}
+    assert kinds.count("MatMulIntegerToFloat") >= table["linear"]["int8"]
+    assert "Gemm" not in kinds
+
+
 def test_file_reshapes(quantized: Path, windows: Windows) -> None:
     core = openvino.Core()
     expected = load_model(str(quantized), "--model", AutoModelForQuestionAnswering, quiet=True)
