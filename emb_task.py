@@ -170,26 +170,29 @@ def encode(
     batches = np.split(order, range(batch_size, len(order), batch_size))
     was_training = model.training
     model.eval()
-    mine: list[tuple[np.ndarray, Tensor]] = []
+    vectors = torch.empty(0, 0)
     for rows in batches[accelerator.process_index :: accelerator.num_processes]:
         arrays = texts.batch(chosen[rows])
         batch = {name: torch.from_numpy(array) for name, array in arrays.items()}
         with contextlib.nullcontext() if precise else accelerator.autocast():
             embedding = model(**to_device(batch, accelerator.device)).embedding
-        mine.append((rows, embedding.float().cpu()))
+        if not len(vectors):
+            vectors = torch.zeros(len(chosen), embedding.shape[1])
+        vectors[rows] = embedding.float().cpu()
     model.train(was_training)
     if accelerator.num_processes > 1:
-        mine = gather_object(mine)
-    vectors = torch.empty(len(chosen), mine[0][1].shape[1])
-    for rows, each in mine:
-        vectors[rows] = each
+        # Each process has zeros where the others have vectors, and may have had no batch at all.
+        width = max(gather_object([vectors.shape[1]]))
+        vectors = vectors if len(vectors) else torch.zeros(len(chosen), width)
+        for block in vectors.split(CONTEXT_BLOCK):
+            block.copy_(accelerator.reduce(block.to(accelerator.device)))
     return vectors
 
 
 def ranks(questions: Tensor, contexts: Tensor, own: Tensor) -> Tensor:
     """How many contexts are nearer (L2) to each question than its own is: int64 [questions].
 
-    As matrix products in blocks: beside the vectors it needs 0.3 GB, however many there are.
+    As matrix products in blocks: what it needs beside the vectors hardly grows with their number.
 
     Args:
         questions: [Q, H].
@@ -197,7 +200,8 @@ def ranks(questions: Tensor, contexts: Tensor, own: Tensor) -> Tensor:
         own: int64 [Q], the index of each question's own context.
     """
     # |q - c|^2 orders contexts as |c|^2 / 2 - q c does.
-    halves = contexts.square().sum(dim=1) / 2
+    blocks = contexts.split(CONTEXT_BLOCK)
+    halves = torch.cat([block.square().sum(dim=1) / 2 for block in blocks])
     found = torch.zeros(len(questions), dtype=torch.int64)
     for first in range(0, len(questions), QUESTION_BLOCK):
         block = slice(first, first + QUESTION_BLOCK)
@@ -220,10 +224,10 @@ def retrieval_figures(found: Tensor) -> dict[str, float]:
 
 
 class EmbEvaluation:
-    """Retrieval on the dev file's questions, among its contexts and `extra` ones."""
+    """Retrieval on the dev file's questions, among contexts of which its own are the first."""
 
-    def __init__(self, run: Run, pairs: Pairs, extra: Texts | None, batch_size: int) -> None:
-        self.run, self.pairs, self.extra, self.batch_size = run, pairs, extra, batch_size
+    def __init__(self, run: Run, pairs: Pairs, contexts: Texts, batch_size: int) -> None:
+        self.run, self.pairs, self.contexts, self.batch_size = run, pairs, contexts, batch_size
 
     def __call__(
         self, model: nn.Module, precise: bool = False, index_model: nn.Module | None = None
@@ -238,10 +242,7 @@ class EmbEvaluation:
             every, exact = np.arange(len(texts)), precise and of is model
             return encode(self.run, of, texts, every, self.batch_size, exact)
 
-        indexing = index_model or model
-        contexts = vectors(indexing, self.pairs.contexts)
-        if self.extra is not None and len(self.extra):
-            contexts = torch.cat([contexts, vectors(indexing, self.extra)])
+        contexts = vectors(index_model or model, self.contexts)
         questions = vectors(model, self.pairs.questions)[self.pairs.question]
         return retrieval_figures(ranks(questions, contexts, torch.from_numpy(self.pairs.context)))
 
@@ -580,7 +581,8 @@ class EmbTask:
     """Embeddings for a script: what is read, trained on, evaluated, written and exported.
 
     Attributes:
-        train_pairs, dev_pairs, extra: after `tokenize`.
+        train_pairs, dev_pairs: after `tokenize`.
+        searched: the dev file's contexts, then those of --eval_extra_contexts that it has not.
         evaluation: after `make_evaluation`.
     """
 
@@ -590,7 +592,7 @@ class EmbTask:
     score_names: ClassVar[dict[str, str]] = {"top_1": "top 1", "top_5": "top 5", "mrr": "MRR"}
     train_pairs: Pairs
     dev_pairs: Pairs
-    extra: Texts | None = None
+    searched: Texts
     evaluation: EmbEvaluation
 
     def __init__(self, args: argparse.Namespace) -> None:
@@ -633,15 +635,15 @@ class EmbTask:
                     f"{flag}: {len(pairs)} questions of {len(pairs.contexts)} different contexts;"
                     " at least one of two is needed"
                 )
+        self.searched = self.dev_pairs.contexts
         if self.extra_data:
-            known = set(self.dev_pairs.contexts.strings)
-            others = [text for text in dict.fromkeys(self.extra_data.contexts) if text not in known]
-            self.extra = make_texts(others, tokenizer, lengths[1], "extra contexts")
+            every = dict.fromkeys([*self.searched.strings, *self.extra_data.contexts])
+            self.searched = make_texts(list(every), tokenizer, lengths[1], "contexts to search")
 
     def make_evaluation(self, run: Run) -> EmbEvaluation:
         """The evaluation on the dev file."""
         size = self.args.per_gpu_eval_batch_size
-        self.evaluation = EmbEvaluation(run, self.dev_pairs, self.extra, size)
+        self.evaluation = EmbEvaluation(run, self.dev_pairs, self.searched, size)
         return self.evaluation
 
     def with_teacher(self, student: nn.Module, teacher: nn.Module) -> dict[str, dict[str, float]]:
@@ -680,7 +682,8 @@ class EmbTask:
 
     def describe(self) -> str:
         """One line on the data."""
-        more = f" and {len(self.extra):,} more" if self.extra else ""
+        extra = len(self.searched) - len(self.dev_pairs.contexts)
+        more = f" and {extra:,} more" if extra else ""
         return (
             f"{len(self.train_pairs):,} pairs of {len(self.train_pairs.contexts):,} contexts to"
             f" train on, {len(self.dev_pairs):,} questions to find among"
@@ -694,7 +697,7 @@ class EmbTask:
             "train_contexts": len(self.train_pairs.contexts),
             "dev_questions": len(self.dev_pairs),
             "dev_contexts": len(self.dev_pairs.contexts),
-            "extra_contexts": len(self.extra) if self.extra else 0,
+            "extra_contexts": len(self.searched) - len(self.dev_pairs.contexts),
         }
 
     def write_answers(self) -> None:

@@ -158,7 +158,7 @@ def test_texts_are_encoded_once(base: Path, sample: Path, monkeypatch: Any) -> N
         return original(self, chosen, pad_to)
 
     monkeypatch.setattr(Texts, "batch", counted)
-    emb_task.EmbEvaluation(running, pairs, None, 4)(model)
+    emb_task.EmbEvaluation(running, pairs, pairs.contexts, 4)(model)
     assert len(seen) == len(pairs.contexts) + len(pairs.questions)
 
 
@@ -355,9 +355,10 @@ def test_fine_tuning_learns_and_leaves_a_folder(tuned: Path) -> None:
 def test_packed_and_quantized_go_on_from_it(packed: Path, quantized: Path) -> None:
     rows = {row["stage"]: row for row in metrics(packed)["stages"]}
     assert rows["merged"]["mrr"] == pytest.approx(rows["unmerged"]["mrr"])
+    assert rows["teacher_index"] == {"stage": "teacher_index", **metrics(packed)["teacher_index"]}
     assert json.loads((packed / "config.json").read_text())["merged"]
     stages = [row["stage"] for row in metrics(quantized)["stages"]]
-    assert stages == ["fp32", "calibrated", "ranges", "weights", "kept"]
+    assert stages == ["fp32", "calibrated", "ranges", "weights", "kept", "teacher_index"]
     assert metrics(quantized)["stages"][0]["mrr"] == pytest.approx(rows["merged"]["mrr"])
     assert (quantized / "state_maps.safetensors").exists()
     linear = next(row for row in metrics(quantized)["int8"] if row["kind"] == "linear")

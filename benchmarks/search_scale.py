@@ -1,0 +1,95 @@
+"""Search at scale: an index of many paragraphs, and the memory of the retrieval metrics.
+
+    python benchmarks/search_scale.py --model_emb=DIR --squad_data=TRAIN
+
+The paragraphs are the file's contexts, and where there are not enough, halves of them.
+"""
+
+from __future__ import annotations
+
+import os
+import resource
+import statistics
+import sys
+import tempfile
+import time
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+sys.path.insert(0, ROOT)
+
+from cli_utils import ArgumentParser, UserError, number, run_main  # noqa: E402
+from context_index import build_index, load_embedder  # noqa: E402
+from squad_utils import load_squad  # noqa: E402
+
+
+def peak_gb() -> float:
+    """Of this process so far."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
+
+
+def index_and_ask(folder: str, path: str, count: int, runtime: str) -> None:
+    """Seconds to index `count` paragraphs, to open the index again, and to search it."""
+    data = load_squad(path, "--squad_data")
+    contexts = [" ".join(text.split()) for text in dict.fromkeys(data.contexts)]
+    for text in list(contexts):
+        words = text.split()
+        half = len(words) // 2
+        contexts += [" ".join(words[:half]), " ".join(words[half:])]
+    if len(contexts) < count:
+        raise UserError(f"--squad_data: {path} gives {len(contexts)} paragraphs, not {count}")
+    embedder = load_embedder(folder, runtime)
+    with tempfile.TemporaryDirectory() as texts:
+        with open(os.path.join(texts, "all.txt"), "w", encoding="utf-8") as file:
+            file.write("\n\n".join(contexts[:count]))
+        began = time.perf_counter()
+        index = build_index(embedder, [texts])
+        built = time.perf_counter()
+        index = build_index(embedder, [texts])
+        opened = time.perf_counter()
+    times = []
+    for question in data.questions[:100]:
+        start = time.perf_counter()
+        (vector,) = embedder.vectors([question], embedder.max_seq_length_q)
+        index.nearest(vector, 5)
+        times.append(time.perf_counter() - start)
+    print(f"{len(index.paragraphs):,} paragraphs indexed in {built - began:.0f} s")
+    print(f"opened again in         {opened - built:.2f} s")
+    print(f"a question, median      {statistics.median(times) * 1000:.0f} ms")
+
+
+def metrics_memory(questions: int, contexts: int, width: int) -> None:
+    """Peak memory of the ranks beyond the vectors; a block of questions needs what all need."""
+    import torch
+
+    from emb_task import ranks
+
+    generator = torch.Generator().manual_seed(0)
+    of_contexts = torch.randn(contexts, width, generator=generator)
+    of_questions = torch.randn(questions, width, generator=generator)
+    own = torch.randint(contexts, (questions,), generator=generator)
+    before, began = peak_gb(), time.perf_counter()
+    ranks(of_questions, of_contexts, own)
+    vectors = (of_contexts.nbytes + of_questions.nbytes) / 1e9
+    print(f"ranks of {questions:,} questions among {contexts:,} contexts of width {width}:")
+    print(f"{time.perf_counter() - began:.0f} s, vectors {vectors:.2f} GB,")
+    print(f"peak {peak_gb() - before:.2f} GB more than with the vectors alone")
+
+
+def main() -> None:
+    parser = ArgumentParser(description=__doc__.splitlines()[0])
+    add = parser.add_argument
+    positive = number(int, 1)
+    add("--model_emb", required=True, help="output folder of train_qcemb.py")
+    add("--squad_data", required=True, help="SQuAD JSON")
+    add("--paragraphs", type=positive, default=10_000)
+    add("--runtime", choices=("openvino", "onnxruntime"), default="openvino")
+    add("--questions", type=positive, default=2048, help="of the memory measurement")
+    add("--contexts", type=positive, default=1_000_000)
+    add("--width", type=positive, default=1024)
+    args = parser.parse_args()
+    index_and_ask(args.model_emb, args.squad_data, args.paragraphs, args.runtime)
+    metrics_memory(args.questions, args.contexts, args.width)
+
+
+if __name__ == "__main__":
+    run_main(main)
