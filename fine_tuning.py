@@ -7,6 +7,7 @@ step. The rest is the same for question answering and for embeddings.
 from __future__ import annotations
 
 import argparse
+import functools
 import os
 import time
 from collections.abc import Callable
@@ -199,10 +200,11 @@ def fine_tune(
         if state_maps is not None:
             state_maps.to(accelerator.device)
     run.say(f"{task.describe()}; {run.machine()}; {frozen / 1e6:.1f} M parameters frozen")
-    figures = train_stages(run, args, task, student, learn(run, task, teacher, state_maps))
-    if quantized or not figures:
-        # What INT8 arithmetic gives is that of FP32 with rounding, not that of bf16.
-        figures = evaluation(student.to(accelerator.device), precise=True)
+    # What INT8 arithmetic gives is that of FP32 with rounding, not that of bf16.
+    evaluate = functools.partial(evaluation, precise=quantized)
+    learning = learn(run, task, teacher, state_maps)
+    figures = train_stages(run, args, task, student, learning, evaluate)
+    figures = figures or evaluation(student.to(accelerator.device), precise=True)
     others = task.with_teacher(student, teacher) if teacher is not None else {}
 
     if run.main:
@@ -239,7 +241,12 @@ def fine_tune(
 
 
 def train_stages(
-    run: Run, args: argparse.Namespace, task: Any, student: PreTrainedModel, learning: Learning
+    run: Run,
+    args: argparse.Namespace,
+    task: Any,
+    student: PreTrainedModel,
+    learning: Learning,
+    evaluate: Callable[[nn.Module], dict[str, float]],
 ) -> dict[str, Any]:
     """Train the student through the stages, from where the newest state is; keep the best.
 
@@ -262,7 +269,7 @@ def train_stages(
             stage,
             learning.batches,
             learning.loss,
-            task.evaluation,
+            evaluate,
             before_step=learning.before_step,
             keep=task.best_by if args.keep == "best" else None,
         )

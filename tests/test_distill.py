@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import openvino
 import pytest
 import torch
 from accelerate import Accelerator
@@ -157,6 +158,29 @@ def test_scripts_load_the_folder(
         model = AutoModelForQuestionAnswering.from_pretrained(out)
         assert model.config.merged
         assert (out / "unmerged").exists() == (name == "taught")
+
+
+def test_file_reshapes(reference: Path) -> None:
+    """As the Open Model Zoo's demos do it, to a question's length and to batches."""
+    core = openvino.Core()
+    model = AutoModelForQuestionAnswering.from_pretrained(reference).eval()
+    for shape in ((1, 32), (8, 128)):
+        network = core.read_model(reference / "model.onnx")
+        network.reshape({each.any_name: list(shape) for each in network.inputs})
+        compiled = core.compile_model(network, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+        lengths = torch.arange(shape[0])[:, None] + shape[1] // 2
+        ids = torch.randint(5, 200, shape, generator=torch.Generator().manual_seed(0))
+        batch = {
+            "input_ids": ids,
+            "attention_mask": (torch.arange(shape[1]) < lengths).long(),
+            "token_type_ids": torch.zeros_like(ids),
+            "position_ids": torch.arange(shape[1]).expand(shape).clone(),
+        }
+        with torch.no_grad():
+            expected = model(**batch).start_logits
+        got = torch.from_numpy(compiled({k: v.numpy() for k, v in batch.items()})["output_s"])
+        real = batch["attention_mask"].bool()
+        assert (got - expected)[real].abs().max() < 1e-4, shape
 
 
 def test_distillation_goes_on(
@@ -444,6 +468,7 @@ def wrong(
         ("--max_steps_per_stage=0", "--max_steps_per_stage"),
         ("--total_train_batch_size_for_tune=6", "--total_train_batch_size_for_tune=6"),
         ("--start=nowhere", "--start"),
+        ("--eval_extra_contexts=dev.json", "is for embedding models"),
     ],
 )
 def test_wrong_flag(wrong: Callable[..., str], flag: str, said: str) -> None:
