@@ -31,8 +31,9 @@ from squad_scores import load_scorer  # noqa: E402
 Infer = Callable[[dict[str, np.ndarray]], tuple[np.ndarray, np.ndarray]]
 
 
-def in_openvino(path: str, precision: str | None) -> Infer:
-    """The file in OpenVINO; `precision` is its INFERENCE_PRECISION_HINT, None for the default."""
+def in_openvino(path: str, precision: str | None, length: int) -> Infer:
+    """The file in OpenVINO at 1 x length; `precision` is its INFERENCE_PRECISION_HINT, None for
+    the default."""
     import openvino
 
     config = {"PERFORMANCE_HINT": "LATENCY"}
@@ -41,6 +42,7 @@ def in_openvino(path: str, precision: str | None) -> Infer:
     core = openvino.Core()
     model = core.read_model(path)
     names = {each.any_name for each in model.inputs}
+    model.reshape({name: [1, length] for name in names})
     compiled = core.compile_model(model, "CPU", config)
 
     def run(feed: dict[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
@@ -120,8 +122,8 @@ def main() -> None:
         files[name] = path
     runs: dict[tuple[str, str], Infer] = {}
     for name, path in files.items():
-        runs[name, "OpenVINO f32"] = in_openvino(path, "f32")
-        runs[name, "OpenVINO default"] = in_openvino(path, None)
+        runs[name, "OpenVINO f32"] = in_openvino(path, "f32", lengths[1])
+        runs[name, "OpenVINO default"] = in_openvino(path, None, lengths[1])
         if path.endswith(".onnx"):
             runs[name, "ONNX Runtime"] = in_onnxruntime(path)
 
