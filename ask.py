@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import heapq
-import importlib.util
 import json
 import math
 import os
@@ -26,15 +25,13 @@ from tokenizers import Tokenizer
 import squad_utils
 from cli_utils import ArgumentParser, UserError, number, read_text, run_main, warn
 from context_index import Paragraph, build_index, load_embedder
+from exported import RUNTIMES, Infer, load_exported
 from squad_utils import SpecialIds, SquadData, Tokens
 
 SPANS_A_WINDOW = 20  # candidates from each window ...
 SPANS_KEPT = 200  # ... and from the whole text, before overlapping ones are dropped
 SENTENCE_END = re.compile(r"(?<=[.!?])[\"'”’)\]]*\s+(?=[^a-z])|\n+")
 HIGHLIGHT, PLAIN = "\033[1;30;43m", "\033[0m"
-
-# From int64 [1, L] inputs by name to start and end logits [1, L].
-Infer = Callable[[dict[str, np.ndarray]], tuple[np.ndarray, np.ndarray]]
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -53,7 +50,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--top_k", type=number(int, 1, 50), default=3, help="answers to show")
     add(
         "--runtime",
-        choices=("auto", "openvino", "onnxruntime"),
+        choices=RUNTIMES,
         default="auto",
         help="auto: OpenVINO where it is installed",
     )
@@ -70,6 +67,7 @@ class QaModel:
     """An exported model with what is needed to feed it and to read its answers.
 
     Attributes:
+        infer: from inputs to start and end logits, [1, L] each.
         length: L, the tokens of a window.
         max_seq_length_q, doc_stride: what it was trained with.
         threshold: of the no-answer score, over which there is no answer; None for a model of
@@ -86,68 +84,22 @@ class QaModel:
 
 
 def load(folder: str, runtime: str) -> QaModel:
-    """Load model.onnx, tokenizer.json and metrics.json of an output folder.
+    """Load the output folder of a QA model.
 
     Raises:
-        UserError: one is missing or unreadable, or the model is not for QA.
+        UserError: as `load_exported`.
     """
-    metrics_text = read_text(os.path.join(folder, "metrics.json"), "--model")
-    tokenizer_text = read_text(os.path.join(folder, "tokenizer.json"), "--model")
-    path = os.path.join(folder, "model.onnx")
-    if not os.path.isfile(path):
-        raise UserError(f"--model: {folder} has no model.onnx; train_qa.py writes it at its end")
-    try:
-        metrics = json.loads(metrics_text)
-        arguments = metrics["arguments"]
-        lengths = [arguments[key] for key in ("max_seq_length_q", "doc_stride")]
-        tokenizer = Tokenizer.from_str(tokenizer_text)
-    except Exception as error:  # the tokenizer's own errors are plain Exceptions
-        raise UserError(f"--model: {folder} is not a QA model's folder: {error!r}") from None
-    openvino = importlib.util.find_spec("openvino") is not None
-    if runtime == "openvino" and not openvino:
-        raise UserError("--runtime=openvino: pip install openvino, or --runtime=onnxruntime")
-    start = _openvino if openvino and runtime != "onnxruntime" else _onnxruntime
-    try:
-        infer, length = start(path)
-    except (RuntimeError, KeyError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise UserError(f"--model: {path} does not load as a QA model: {reason}") from None
+    outputs = ["output_s", "output_e"]
+    model = load_exported(folder, "--model", "a QA model", "train_qa.py", outputs, runtime)
     return QaModel(
-        infer,
-        tokenizer,
-        SpecialIds(*(tokenizer.token_to_id(token) for token in ("[CLS]", "[SEP]", "[PAD]"))),
-        length,
-        *lengths,
-        threshold=metrics.get("f1_threshold"),
+        model.compile(model.length),
+        model.tokenizer,
+        model.special,
+        model.length,
+        model.arguments["max_seq_length_q"],
+        model.arguments["doc_stride"],
+        threshold=model.metrics.get("f1_threshold"),
     )
-
-
-def _onnxruntime(path: str) -> tuple[Infer, int]:
-    import onnxruntime
-
-    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
-    names = ["output_s", "output_e"]
-    _check_outputs([output.name for output in session.get_outputs()])
-    length = session.get_inputs()[0].shape[1]
-    return lambda batch: tuple(session.run(names, batch)), length
-
-
-def _openvino(path: str) -> tuple[Infer, int]:
-    import openvino
-
-    compiled = openvino.Core().compile_model(path, "CPU")
-    _check_outputs([output.any_name for output in compiled.outputs])
-
-    def infer(batch: dict[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
-        result = compiled(batch)
-        return result["output_s"], result["output_e"]
-
-    return infer, compiled.inputs[0].shape[1]
-
-
-def _check_outputs(names: list[str]) -> None:
-    if sorted(names) != ["output_e", "output_s"]:
-        raise ValueError(f"its outputs are {', '.join(names)}, not output_s and output_e")
 
 
 # ------------------------------------------------------------------------------------------------

@@ -9,8 +9,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import hashlib
-import importlib.util
-import json
 import os
 import re
 from collections.abc import Callable, Sequence
@@ -23,14 +21,13 @@ from tqdm import tqdm
 
 import squad_utils
 from cli_utils import UserError, read_text, warn
+from exported import Infer, load_exported
 from squad_utils import SpecialIds
 
 SUFFIXES = (".txt", ".md")  # of the files of a folder that are read
 INDEX_FILE = ".context_index.npz"
 BLANK_LINES = re.compile(r"\n\s*\n")
 SHAPES = (16, 32, 64, 128, 256, 384, 512)  # lengths that texts are padded to
-
-Infer = Callable[[dict[str, np.ndarray]], np.ndarray]  # int64 [1, L] inputs to [1, H]
 
 
 # ------------------------------------------------------------------------------------------------
@@ -94,11 +91,11 @@ class Embedder:
     """An exported embedding model.
 
     Attributes:
-        make: gives the function that runs it at a length.
+        compile: gives the function that runs it at a length.
         key: what tells it from other models.
     """
 
-    make: Callable[[int], Infer]
+    compile: Callable[[int], Infer]
     tokenizer: Tokenizer
     special: SpecialIds
     max_seq_length_q: int
@@ -118,86 +115,42 @@ class Embedder:
         for i in tqdm(order, desc=description, unit=" texts", disable=hidden):
             length = shapes[needed[i]]
             if at != length:
-                run, at = self.make(length), length
+                run, at = self.compile(length), length
             ids = tokens.ids[tokens.of(i)]
             row = np.full((1, length), self.special.pad, np.int64)
             row[0, : len(ids) + 2] = [self.special.cls, *ids, self.special.sep]
             position = np.arange(length)[None]
-            found[i] = run(
+            (vector,) = run(
                 {
                     "input_ids": row,
                     "attention_mask": (position < len(ids) + 2).astype(np.int64),
                     "token_type_ids": np.zeros_like(row),
                     "position_ids": position,
                 }
-            )[0]
+            )
+            found[i] = vector[0]
         return np.stack(found).astype(np.float32)
 
 
 def load_embedder(folder: str, runtime: str) -> Embedder:
-    """Load model.onnx, tokenizer.json and metrics.json of an output folder.
+    """Load the output folder of an embedding model.
 
     Raises:
-        UserError: one is missing or unreadable, or the model is not for embeddings.
+        UserError: as `load_exported`.
     """
-    metrics_text = read_text(os.path.join(folder, "metrics.json"), "--model_emb")
-    tokenizer_text = read_text(os.path.join(folder, "tokenizer.json"), "--model_emb")
-    path = os.path.join(folder, "model.onnx")
-    if not os.path.isfile(path):
-        raise UserError(
-            f"--model_emb: {folder} has no model.onnx; train_qcemb.py writes it at its end"
-        )
-    try:
-        arguments = json.loads(metrics_text)["arguments"]
-        lengths = [arguments[key] for key in ("max_seq_length_q", "max_seq_length_c")]
-        tokenizer = Tokenizer.from_str(tokenizer_text)
-        has_openvino = importlib.util.find_spec("openvino") is not None
-        start = _openvino if has_openvino and runtime != "onnxruntime" else _onnxruntime
-        make = start(path)
-    except Exception as error:  # the tokenizer's own errors are plain Exceptions
-        reason = (str(error).strip() or repr(error)).splitlines()[0]
-        raise UserError(
-            f"--model_emb: {folder} is not an embedding model's folder: {reason}"
-        ) from None
-    ids = (tokenizer.token_to_id(token) for token in ("[CLS]", "[SEP]", "[PAD]"))
-    with open(path, "rb") as file:
-        key = hashlib.sha256(file.read()).hexdigest()
-    make = functools.lru_cache(make)
-    return Embedder(make, tokenizer, SpecialIds(*ids), *lengths, key=f"{key} {lengths[1]}")
-
-
-def _check_outputs(names: list[str]) -> None:
-    if names != ["embedding"]:
-        raise ValueError(f"its outputs are {', '.join(names)}, not embedding")
-
-
-def _openvino(path: str) -> Callable[[int], Infer]:
-    import openvino
-
-    core = openvino.Core()
-    model = core.read_model(path)
-    _check_outputs([output.any_name for output in model.outputs])
-
-    def make(length: int) -> Infer:
-        model.reshape({each.any_name: [1, length] for each in model.inputs})
-        compiled = core.compile_model(model, "CPU")
-        return lambda batch: compiled(batch)["embedding"]
-
-    return make
-
-
-def _onnxruntime(path: str) -> Callable[[int], Infer]:
-    import onnx
-    import onnxruntime
-
-    model = onnx.load(path)
-    _check_outputs([output.name for output in model.graph.output])
-    for value in model.graph.input:  # ONNX Runtime holds a file to the shape that it declares
-        value.type.tensor_type.shape.dim[1].dim_param = "length"
-    session = onnxruntime.InferenceSession(
-        model.SerializeToString(), providers=["CPUExecutionProvider"]
+    model = load_exported(
+        folder, "--model_emb", "an embedding model", "train_qcemb.py", ["embedding"], runtime
     )
-    return lambda _: lambda batch: session.run(["embedding"], batch)[0]
+    lengths = [model.arguments[key] for key in ("max_seq_length_q", "max_seq_length_c")]
+    with open(model.path, "rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    return Embedder(
+        functools.lru_cache(model.compile),
+        model.tokenizer,
+        model.special,
+        *lengths,
+        key=f"{digest} {lengths[1]}",
+    )
 
 
 # ------------------------------------------------------------------------------------------------

@@ -185,6 +185,23 @@ def test_answers_come_with_their_source(
     assert "distance" in capfd.readouterr().out
 
 
+def test_paragraphs_alone(
+    models: tuple[Path, Path], folder: Path, capfd: pytest.CaptureFixture
+) -> None:
+    flags = (f"--model_emb={models[1]}", "--context", str(folder), "--question=Who?")
+    assert ask(*flags, "--json", "--top_contexts=2") == 0
+    nearest = json.loads(capfd.readouterr().out)["paragraphs"]
+    assert len(nearest) == 2
+    assert nearest[0]["distance"] <= nearest[1]["distance"]
+    for each in nearest:
+        assert each["paragraph"] in Path(each["source"].rsplit(":", 1)[0]).read_text()
+    assert ask(*flags, "--top_contexts=2") == 0
+    shown = capfd.readouterr().out
+    for each in nearest:
+        assert " ".join(each["paragraph"].split()) in shown
+        assert each["source"] in shown
+
+
 def test_wrong_input(
     models: tuple[Path, Path], folder: Path, tmp_path: Path, capfd: pytest.CaptureFixture
 ) -> None:
@@ -193,10 +210,11 @@ def test_wrong_input(
     empty = tmp_path / "empty"
     empty.mkdir()
     for flags, message in (
+        (("--context", file), "give --model, which reads a text"),
         ((f"--model={qa}", "--context", file, file), "need --model_emb"),
         ((f"--model={qa}", f"--model_emb={emb}", "--context", str(empty)), "has no .txt"),
         ((f"--model={qa}", f"--model_emb={qa}", "--context", file), "not embedding"),
-        ((f"--model={emb}", f"--model_emb={emb}", "--context", file), "as a QA model"),
+        ((f"--model={emb}", f"--model_emb={emb}", "--context", file), "is not a QA model"),
         ((f"--model={qa}", f"--model_emb={empty}", "--context", file), "no such file"),
     ):
         assert ask(*flags, "--question=What?") == 2
