@@ -20,9 +20,10 @@ def attend(
 ) -> Tensor:
     """Scaled-dot-product attention (Vaswani et al., 2017, eq. 1).
 
-    On a GPU it is torch's fused kernel. On a CPU it is two batched products and a softmax in the
-    activations' precision: in training that takes half the time of the CPU's fused kernel, whose
-    backward pass recomputes, and it is the pattern that OpenVINO fuses in an exported graph.
+    It is torch's fused kernel, but for two cases. On a CPU with gradients it is two batched
+    products and a softmax in the activations' precision, which takes half the time of the fused
+    kernel with its backward pass, which recomputes; without gradients the fused one takes half of
+    theirs. In a graph being exported it is the same products: the pattern that OpenVINO fuses.
 
     Args:
         parts: query, key and value, [B, L, A] each, of `heads` heads.
@@ -37,7 +38,8 @@ def attend(
     head_size = parts[0].shape[-1] // heads
     # Each [B, heads, L, head_size].
     query, key, value = (part.unflatten(-1, (heads, head_size)).transpose(1, 2) for part in parts)
-    if plain or query.device.type == "cpu":
+    on_cpu = query.device.type == "cpu"
+    if plain or (on_cpu and (torch.is_grad_enabled() or torch.jit.is_tracing())):
         scores = torch.matmul(query * head_size**-0.5, key.transpose(2, 3))
         # Always one multiplication, one addition, two products, whatever the mask is: quantizers
         # know an operation by its place among those of its kind.
