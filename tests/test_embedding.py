@@ -367,7 +367,7 @@ def test_packed_and_quantized_go_on_from_it(packed: Path, quantized: Path) -> No
 
 @pytest.mark.parametrize("which", ["tuned", "packed", "quantized"])
 @pytest.mark.parametrize("length", [32, 384])
-def test_file_reshapes_and_ranks_as_pytorch(
+def test_file_reshapes_and_is_as_pytorch(
     which: str, length: int, request: pytest.FixtureRequest
 ) -> None:
     folder: Path = request.getfixturevalue(which)
@@ -389,6 +389,31 @@ def test_file_reshapes_and_ranks_as_pytorch(
     )
     limit = 0.1 * expected.std() if which == "quantized" else 1e-4
     assert np.abs(got - expected).mean() < limit
+
+
+def test_two_instances_of_one_converted_file_rank_as_pytorch(tuned: Path, tmp_path: Path) -> None:
+    """The contract of the Open Model Zoo's embedding demo: one file that `ovc` has made, an
+    instance of it reshaped for questions and one for contexts, L2 distances between them."""
+    openvino.save_model(openvino.convert_model(tuned / "model.onnx"), tmp_path / "model.xml")
+    core = openvino.Core()
+
+    def instance(length: int) -> openvino.CompiledModel:
+        network = core.read_model(tmp_path / "model.xml")
+        network.reshape({name: [1, length] for name in INPUTS})
+        return core.compile_model(network, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+
+    model = load_model(str(tuned), "--m", AutoModelForEmbedding, quiet=True).eval()
+    found, expected = [], []
+    for count, length, seed in ((12, 32, 1), (30, LENGTH, 2)):
+        batch = inputs([length, *range(8, 8 + count - 1)], seed)
+        compiled = instance(length)
+        rows = [{k: v[i : i + 1].numpy() for k, v in batch.items()} for i in range(count)]
+        found.append(torch.from_numpy(np.concatenate([compiled(r)["embedding"] for r in rows])))
+        with torch.no_grad():
+            expected.append(model(**batch).embedding)
+    distances, wanted = torch.cdist(*found), torch.cdist(*expected)
+    assert (distances - wanted).abs().max() < 0.01 * wanted.std()  # weights are FP16 in the file
+    assert (distances.argmin(dim=1) == wanted.argmin(dim=1)).all()
 
 
 def test_killed_run_goes_on(base: Path, sample: Path, tuned: Path, tmp_path: Path) -> None:
