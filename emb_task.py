@@ -22,13 +22,14 @@ import onnx_utils
 import report_utils
 import squad_utils
 from cli_utils import UserError
-from embedding_model import AutoModelForEmbedding
+from embedding_model import AutoModelForEmbedding, EmbeddingOutput
 from model_utils import load_for_export, special_ids, state_errors
 from onnx_utils import INPUTS
 from run_utils import Run
 from squad_utils import SpecialIds, SquadData, Tokens, load_squad
 from train_utils import to_device
 
+PASS_TEXTS = 16  # of similar length, in one pass: what is mined has any length
 CHECKED_TEXTS = 8  # on which the exported file is compared with PyTorch
 TOP = (1, 5, 10, 100, 200)  # of the nearest contexts
 QUESTION_BLOCK, CONTEXT_BLOCK = 1024, 65536  # of the distances computed at once: 256 MB
@@ -259,7 +260,7 @@ class LossCfg:
         triplet_num: terms of the triplet loss: 0, 1 or 2.
         emb_loss: the distance between the teacher's embedding and the student's that counts:
             "none", "L1" or "L2".
-        in_batch: 1 adds a softmax over all contexts of the step and the mined ones.
+        in_batch: 1 adds a softmax over all contexts of the step and those mined for it.
         temperature: of that softmax; the model's own scale learns beside it.
     """
 
@@ -318,15 +319,17 @@ class HardNegatives:
     it, `history` steps in all, are the candidates; the distances of older ones count times
     alpha^age. Saved and restored with a run's state.
 
-    With in_batch it also finds each question's loss against all candidates and all contexts of
-    the step, and its gradient in the vectors of the step's questions and contexts. The passes of
-    the step then need no more than that gradient, so that the loss is over the whole step
-    whatever its micro-batches and processes (Gao et al., 2021, "Scaling Deep Contrastive Learning
-    Batch Size under Memory Limited Setup").
+    With in_batch it also finds each question's loss against all contexts of the step and those
+    mined for it, and its gradient in their vectors. The passes of the step then need no more than
+    that gradient, so that the loss is over the whole step whatever its micro-batches and
+    processes (Gao et al., 2021, "Scaling Deep Contrastive Learning Batch Size under Memory Limited
+    Setup"). Kept vectors only choose: against them, which no gradient moves, all new vectors could
+    win by moving away together.
 
     Attributes:
         found: pair -> context, of the present step.
-        in_batch: pair -> its loss, and gradients [H] in its question and in its context.
+        in_batch: pair -> its loss, and gradients [H] in its question, its context and the one
+            mined for it.
     """
 
     def __init__(
@@ -344,7 +347,7 @@ class HardNegatives:
         self.alpha, self.seed, self.cfg = alpha, seed, cfg
         self.kept: deque[tuple[np.ndarray, Tensor]] = deque(maxlen=history)
         self.found: dict[int, int] = {}
-        self.in_batch: dict[int, tuple[float, Tensor, Tensor]] = {}
+        self.in_batch: dict[int, tuple[float, Tensor, Tensor, Tensor]] = {}
 
     def __call__(self, model: nn.Module, step: int, chosen: np.ndarray) -> None:
         """Mine for the pairs `chosen`, on all processes alike."""
@@ -354,12 +357,9 @@ class HardNegatives:
         self.kept.appendleft((drawn, self._encode(model, pairs.contexts, drawn)))
         questions = self._encode(model, pairs.questions, pairs.question[chosen])
         candidates = np.concatenate([ids for ids, _ in self.kept])
-        if self.cfg.triplet_num:
-            self.found = self._nearest(chosen, candidates, self._distances(questions))
+        self.found = self._nearest(chosen, candidates, self._distances(questions))
         if self.cfg.in_batch:
-            own, place = np.unique(pairs.context[chosen], return_inverse=True)
-            contexts = self._encode(model, pairs.contexts, own)
-            self.in_batch = self._softmax(chosen, candidates, questions, contexts, own, place)
+            self.in_batch = self._softmax(model, chosen, questions)
 
     def _encode(self, model: nn.Module, texts: Texts, chosen: np.ndarray) -> Tensor:
         return encode(self.run, model, texts, chosen, self.batch_size)
@@ -385,30 +385,26 @@ class HardNegatives:
         return found
 
     def _softmax(
-        self,
-        chosen: np.ndarray,
-        candidates: np.ndarray,
-        questions: Tensor,
-        contexts: Tensor,
-        own: np.ndarray,
-        place: np.ndarray,
-    ) -> dict[int, tuple[float, Tensor, Tensor]]:
-        """-log softmax of -distance / temperature at each question's own context, own[place]."""
+        self, model: nn.Module, chosen: np.ndarray, questions: Tensor
+    ) -> dict[int, tuple[float, Tensor, Tensor, Tensor]]:
+        """-log softmax of -distance / temperature at each question's own context."""
+        pairs, count = self.pairs, len(chosen)
+        mined = [self.found[int(pair)] for pair in chosen]
+        texts, place = np.unique([*pairs.context[chosen], *mined], return_inverse=True)
+        contexts = self._encode(model, pairs.contexts, texts)
         questions.requires_grad_(), contexts.requires_grad_()
-        distances = torch.cat([distance(questions, contexts), self._distances(questions)], dim=1)
-        everything = np.concatenate([own, candidates])
-        answers = [[self.pairs.answered_by(pair, c) for c in everything] for pair in chosen]
-        excluded = torch.tensor(answers)
-        excluded[torch.arange(len(chosen)), torch.from_numpy(place)] = False
-        scores = (-distances / self.cfg.temperature).masked_fill(excluded, float("-inf"))
-        losses = F.cross_entropy(scores, torch.from_numpy(place), reduction="none")
+        own = torch.from_numpy(place[:count])
+        excluded = torch.tensor([[pairs.answered_by(pair, c) for c in texts] for pair in chosen])
+        excluded[torch.arange(count), own] = False
+        scores = -distance(questions, contexts) / self.cfg.temperature
+        losses = F.cross_entropy(scores.masked_fill(excluded, float("-inf")), own, reduction="none")
         of_questions, of_contexts = torch.autograd.grad(losses.sum(), (questions, contexts))
-        # Each of the pairs that share a context embeds it: together they give its gradient once.
-        of_contexts = of_contexts / torch.from_numpy(np.bincount(place))[:, None]
-        return {
-            int(pair): (float(losses[i].detach()), of_questions[i], of_contexts[place[i]])
-            for i, pair in enumerate(chosen)
-        }
+        # A context is embedded wherever it stands: together those give its gradient once.
+        of_contexts = (of_contexts / torch.from_numpy(np.bincount(place))[:, None])[place]
+        rows = zip(
+            losses.tolist(), of_questions, of_contexts[:count], of_contexts[count:], strict=True
+        )
+        return dict(zip(map(int, chosen), rows, strict=True))
 
     def state_dict(self) -> dict[str, Any]:
         return {"ids": [ids for ids, _ in self.kept], "vectors": [v for _, v in self.kept]}
@@ -441,27 +437,36 @@ class PairBatches:
         return squad_utils.plan_steps(lengths, self.step_size, self.seed, epoch)
 
     def batch(self, epoch: int, chosen: np.ndarray) -> dict[str, Tensor]:
-        """Inputs "q_..." of questions [B, Lq] and "c_..." of contexts and then, for a triplet loss,
-        negatives [B or 2B, Lc]; `attention_mask` [1, all], both for the count of tokens; with
-        in_batch its losses [B] and gradients [B, H]."""
+        """Inputs "q_..." of questions [B, Lq]; "c0_...", "c1_...", ... of groups of contexts and
+        of those mined, with the `place` of each among first all contexts, then all mined; all
+        masks as `attention_mask` [1, all], for the count of tokens; with in_batch its losses [B]
+        and gradients [B, H] and, of contexts and mined ones, [2B, H]."""
         pairs, mined = self.pairs, self.negatives
-        negatives = np.array([mined.found[int(pair)] for pair in chosen if mined.found], np.int64)
-        questions = pairs.questions.batch(pairs.question[chosen])
-        contexts = pairs.contexts.batch(np.concatenate([pairs.context[chosen], negatives]))
-        arrays = {f"q_{name}": array for name, array in questions.items()}
-        arrays |= {f"c_{name}": array for name, array in contexts.items()}
-        masks = [each["attention_mask"].ravel() for each in (questions, contexts)]
+        arrays = _named("q_", pairs.questions.batch(pairs.question[chosen]))
+        negatives = [mined.found[int(pair)] for pair in chosen]
+        contexts = np.concatenate([pairs.context[chosen], negatives])
+        order = np.argsort(pairs.contexts.total_lengths[contexts], kind="stable")
+        for i, place in enumerate(np.split(order, range(PASS_TEXTS, len(order), PASS_TEXTS))):
+            arrays |= _named(f"c{i}_", pairs.contexts.batch(contexts[place]))
+            arrays[f"c{i}_place"] = place
+        masks = [array.ravel() for name, array in arrays.items() if name.endswith("_mask")]
         arrays["attention_mask"] = np.concatenate(masks)[None]
         batch = {name: torch.from_numpy(array) for name, array in arrays.items()}
         if mined.in_batch:
-            losses, of_q, of_c = zip(*(mined.in_batch[int(pair)] for pair in chosen), strict=True)
-            batch |= {"in_batch": torch.tensor(losses)}
-            batch |= {"gradient_q": torch.stack(of_q), "gradient_c": torch.stack(of_c)}
+            rows = [mined.in_batch[int(pair)] for pair in chosen]
+            losses, of_q, of_c, of_n = zip(*rows, strict=True)
+            batch["in_batch"] = torch.tensor(losses)
+            batch["gradient_q"] = torch.stack(of_q)
+            batch["gradient_c"] = torch.stack([*of_c, *of_n])
         return batch
 
 
+def _named(prefix: str, arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    return {prefix + name: array for name, array in arrays.items()}
+
+
 def part(batch: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    """The inputs of questions ("q_") or of contexts ("c_")."""
+    """The inputs of questions ("q_") or of a group of contexts ("c0_", "c1_", ...)."""
     return {name: batch[prefix + name] for name in INPUTS}
 
 
@@ -493,42 +498,53 @@ class EmbLoss:
 
     def __call__(self, model: nn.Module, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         taught = self.teacher is not None
-        asked, given = part(batch, "q_"), part(batch, "c_")
-        count = len(asked["input_ids"])
-        of_q = model(**asked, output_hidden_states=taught)
-        of_c = model(**given, output_hidden_states=taught)
-        q, (c, *rest) = of_q.embedding.float(), of_c.embedding.float().split(count)
+        count = len(batch["q_input_ids"])
+        passes = [(part(batch, "q_"), torch.arange(count, device=batch["q_input_ids"].device))]
+        while (place := batch.get(f"c{len(passes) - 1}_place")) is not None:
+            passes.append((part(batch, f"c{len(passes) - 1}_"), place))
+        outputs = [model(**inputs, output_hidden_states=taught) for inputs, _ in passes]
+        q = outputs[0].embedding.float()
+        contexts = torch.cat([each.embedding.float() for each in outputs[1:]])
+        c, n = contexts[torch.cat([place for _, place in passes[1:]]).argsort()].split(count)
         losses = {}
         if self.cfg.triplet_num:
-            (n,) = rest
             losses["triplet"] = F.softplus(gap(q, c) - gap(q, n))
             if self.cfg.triplet_num == 2:
                 losses["triplet"] = losses["triplet"] + F.softplus(gap(q, c) - gap(c, n))
         if self.cfg.in_batch:
-            along = (batch["gradient_q"] * q).sum(dim=1) + (batch["gradient_c"] * c).sum(dim=1)
+            of_c, of_n = batch["gradient_c"].split(count)
+            along = (batch["gradient_q"] * q + of_c * c + of_n * n).sum(dim=1)
             losses["in_batch"] = batch["in_batch"] + along - along.detach()
         if not taught:
             return losses
-        contexts = {name: value[:count] for name, value in given.items()}
-        errors, distances = 0.0, 0.0
-        for inputs, outputs in ((asked, of_q), (contexts, of_c)):
-            with torch.no_grad(), self.run.accelerator.autocast():
-                target = self.teacher(**inputs, output_hidden_states=True)
-            states = [state[:count] for state in outputs.hidden_states]
-            if self.state_maps is not None:
-                with self.run.accelerator.autocast():
-                    states = [m(s) for m, s in zip(self.state_maps, states, strict=True)]
-            mask = inputs["attention_mask"]
-            errors = errors + state_errors(states, target.hidden_states, mask).sum(dim=0)
-            difference = outputs.embedding[:count].float() - target.embedding.float()
-            if self.cfg.emb_loss == "L1":
-                distances = distances + difference.abs().sum(dim=1)
-            elif self.cfg.emb_loss == "L2":
-                distances = distances + norm(difference)
+        errors, distances = torch.zeros_like(q[:, 0]), torch.zeros_like(q[:, 0])
+        for (inputs, place), mine in zip(passes, outputs, strict=True):
+            own = place < count  # of what is mined the teacher is not asked
+            if own.any():
+                error, distance = self._taught(inputs, mine, own)
+                errors = errors.index_add(0, place[own], error)
+                distances = distances.index_add(0, place[own], distance)
         losses["hidden_states"] = self.supervision_weight * errors
         if self.cfg.emb_loss != "none":
             losses["embedding"] = distances
         return losses
+
+    def _taught(
+        self, inputs: dict[str, Tensor], outputs: EmbeddingOutput, rows: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Error of the hidden states and distance of the embeddings, of some rows of a pass."""
+        inputs = {name: value[rows] for name, value in inputs.items()}
+        states = [state[rows] for state in outputs.hidden_states]
+        with torch.no_grad(), self.run.accelerator.autocast():
+            target = self.teacher(**inputs, output_hidden_states=True)
+        if self.state_maps is not None:
+            with self.run.accelerator.autocast():
+                states = [m(s) for m, s in zip(self.state_maps, states, strict=True)]
+        errors = state_errors(states, target.hidden_states, inputs["attention_mask"]).sum(dim=0)
+        difference = outputs.embedding[rows].float() - target.embedding.float()
+        if self.cfg.emb_loss == "L1":
+            return errors, difference.abs().sum(dim=1)
+        return errors, norm(difference)
 
 
 def gap(a: Tensor, b: Tensor) -> Tensor:

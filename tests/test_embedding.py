@@ -237,7 +237,10 @@ def test_loss_against_a_slow_one(base: Path, num: int, emb_loss: str) -> None:
         teacher.bert.pooler.dense.weight.mul_(1.3)
         teacher.bert.encoder.layer[0].output.dense.bias.add_(0.2)
     questions, contexts = inputs([7, 4], 1), inputs([12, 9, 6, 11], 2)
-    batch = {f"q_{k}": v for k, v in questions.items()} | {f"c_{k}": v for k, v in contexts.items()}
+    batch = {f"q_{k}": v for k, v in questions.items()}
+    for group, place in (("c0", [2, 0, 3]), ("c1", [1])):
+        batch |= {f"{group}_{k}": v[place] for k, v in contexts.items()}
+        batch[f"{group}_place"] = torch.tensor(place)
     taught = emb_loss != "none"
     loss = EmbLoss(running, teacher if taught else None, LossCfg(num, emb_loss), 0.5)
     with torch.no_grad():
@@ -298,20 +301,19 @@ def test_softmax_is_over_the_whole_step() -> None:
         found += losses.tolist()
     gradient, model.table.grad = model.table.grad, None
 
-    own = sorted(set(pairs.context[chosen]))
-    candidates = [(c, model.table[10 + c], 1.0) for c in own]
-    for age, (ids, vectors) in enumerate(mining.kept):
-        candidates += [(c, v, alpha**age) for c, v in zip(ids, vectors, strict=True)]
+    mined = [mining.found[int(pair)] for pair in chosen]
+    candidates = sorted({*pairs.context[chosen], *mined})
+    assert len(candidates) < 2 * len(chosen)  # some stand at several places
     total = []
     for pair in chosen:
         q = model.table[100 + pair]
         scores, mine = [], None
-        for i, (c, vector, factor) in enumerate(candidates):
-            if i < len(own) and c == pairs.context[pair]:
+        for c in candidates:
+            if c == pairs.context[pair]:
                 mine = len(scores)
             elif pairs.answered_by(pair, c):
                 continue
-            scores.append(-(q - vector).norm() * factor / 0.7)
+            scores.append(-(q - model.table[10 + c]).norm() / 0.7)
         total.append(torch.stack(scores).logsumexp(dim=0) - scores[mine])
     torch.stack(total).sum().backward()
     assert found == pytest.approx([float(each) for each in total], rel=1e-4)
