@@ -267,7 +267,7 @@ class LossCfg:
     triplet_num: int = 1
     emb_loss: str = "none"
     in_batch: int = 0
-    temperature: float = 1.0
+    temperature: float = 0.05
 
 
 LOSS_VALUES = {

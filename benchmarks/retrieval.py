@@ -41,10 +41,10 @@ def parse_arguments() -> argparse.Namespace:
     add("--squad_train_data", required=True)
     add("--squad_dev_data", required=True)
     add("--output_dir", required=True, help="folder of all runs and of retrieval.json")
-    add("--epochs_triplet", type=positive, default=0.3, help="of fine-tuning by the method's loss")
-    add("--epochs_in_batch", type=positive, default=0.3, help="of fine-tuning with in_batch")
+    add("--epochs_triplet", type=positive, default=0.2, help="of fine-tuning by the method's loss")
+    add("--epochs_in_batch", type=positive, default=0.2, help="of fine-tuning with in_batch")
     add("--learning_rate", type=positive, default=5e-5, help="of all fine-tuning")
-    add("--temperature", type=positive, default=0.1, help="of in_batch")
+    add("--temperature", type=positive, default=0.05, help="of in_batch")
     add("--epochs_packed", type=positive, default=1.0, help="of distillation's stages heads, final")
     add("--pack_cfg", default="num_hidden_layers:6,ff_iter_num:4,num_attention_heads:6,"
         "hidden_size:192,pack_emb:1,hidden_act:orig")  # fmt: skip

@@ -106,8 +106,7 @@ def search(model: str, name: str) -> None:
     """Embeddings in their three stages."""
     kinds = ("emb", "emb-packed", "emb-int8")
     tuned, packed, int8 = (f"models/demo-{what}{name}" for what in kinds)
-    mining = ("--hnm_num=32", "--hnm_batch_size=32", "--loss_cfg=triplet_num:0,in_batch:1,"
-              "temperature:0.05")  # fmt: skip
+    mining = ("--hnm_num=32", "--hnm_batch_size=32", "--loss_cfg=triplet_num:0,in_batch:1")
     step(
         "train_qcemb.py",
         f"--model_student={model}",
