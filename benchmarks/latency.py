@@ -26,6 +26,8 @@ sys.path.insert(0, ROOT)
 from cli_utils import ArgumentParser, UserError, number, run_main  # noqa: E402
 
 LENGTH = 384
+# Seconds before each timing: threads of the runtime that ran before wait busily for a while.
+REST = 0.2
 # Name of a column -> runtime and OpenVINO's INFERENCE_PRECISION_HINT (None: the default).
 COLUMNS = {
     "OpenVINO f32": ("openvino", "f32"),
@@ -117,6 +119,7 @@ def measure(paths: dict[str, str], rounds: int, seconds: float) -> dict[str, dic
     times: dict[tuple[str, str], list[float]] = {key: [] for key in runs}
     for round_number in range(rounds + 1):
         for key, run in runs.items():
+            time.sleep(REST)
             run()
             began, count = time.perf_counter(), 0
             while time.perf_counter() - began < seconds:
