@@ -21,7 +21,7 @@ from torch import Tensor, nn
 import onnx_utils
 import report_utils
 import squad_utils
-from cli_utils import UserError
+from cli_utils import UserError, is_main_process
 from embedding_model import AutoModelForEmbedding, EmbeddingOutput
 from model_utils import load_for_export, special_ids, state_errors
 from onnx_utils import INPUTS
@@ -261,13 +261,13 @@ class LossCfg:
         emb_loss: the distance between the teacher's embedding and the student's that counts:
             "none", "L1" or "L2".
         in_batch: 1 adds a softmax over all contexts of the step and those mined for it.
-        temperature: of that softmax; the model's own scale learns beside it.
+        temperature: of that softmax; None: learned, see `fit_temperature`.
     """
 
     triplet_num: int = 1
     emb_loss: str = "none"
     in_batch: int = 0
-    temperature: float = 0.05
+    temperature: float | None = None
 
 
 LOSS_VALUES = {
@@ -295,11 +295,13 @@ def parse_loss_cfg(text: str) -> LossCfg:
             raise UserError(f"--loss_cfg: {key} is given twice")
         if key == "temperature":
             try:
-                values[key] = float(value)
+                values[key] = None if value == "learned" else float(value)
             except ValueError:
                 values[key] = 0.0
-            if not 0 < values[key] < float("inf"):
-                raise UserError(f"--loss_cfg: temperature:{value} is not a number over 0")
+            if values[key] is not None and not 0 < values[key] < float("inf"):
+                raise UserError(
+                    f"--loss_cfg: temperature:{value} is neither learned nor a number over 0"
+                )
         elif value not in LOSS_VALUES[key]:
             raise UserError(
                 f"--loss_cfg: {key}:{value} is not one of {', '.join(LOSS_VALUES[key])}"
@@ -330,6 +332,7 @@ class HardNegatives:
         found: pair -> context, of the present step.
         in_batch: pair -> its loss, and gradients [H] in its question, its context and the one
             mined for it.
+        temperature: of in_batch, as of the last step.
     """
 
     def __init__(
@@ -346,6 +349,7 @@ class HardNegatives:
         self.run, self.pairs, self.num, self.batch_size = run, pairs, num, batch_size
         self.alpha, self.seed, self.cfg = alpha, seed, cfg
         self.kept: deque[tuple[np.ndarray, Tensor]] = deque(maxlen=history)
+        self.temperature = cfg.temperature
         self.found: dict[int, int] = {}
         self.in_batch: dict[int, tuple[float, Tensor, Tensor, Tensor]] = {}
 
@@ -396,8 +400,10 @@ class HardNegatives:
         own = torch.from_numpy(place[:count])
         excluded = torch.tensor([[pairs.answered_by(pair, c) for c in texts] for pair in chosen])
         excluded[torch.arange(count), own] = False
-        scores = -distance(questions, contexts) / self.cfg.temperature
-        losses = F.cross_entropy(scores.masked_fill(excluded, float("-inf")), own, reduction="none")
+        scores = (-distance(questions, contexts)).masked_fill(excluded, float("-inf"))
+        if self.cfg.temperature is None:
+            self.temperature = fit_temperature(scores.detach(), own, self.temperature)
+        losses = F.cross_entropy(scores / self.temperature, own, reduction="none")
         of_questions, of_contexts = torch.autograd.grad(losses.sum(), (questions, contexts))
         # A context is embedded wherever it stands: together those give its gradient once.
         of_contexts = (of_contexts / torch.from_numpy(np.bincount(place))[:, None])[place]
@@ -407,11 +413,38 @@ class HardNegatives:
         return dict(zip(map(int, chosen), rows, strict=True))
 
     def state_dict(self) -> dict[str, Any]:
-        return {"ids": [ids for ids, _ in self.kept], "vectors": [v for _, v in self.kept]}
+        return {
+            "ids": [ids for ids, _ in self.kept],
+            "vectors": [v for _, v in self.kept],
+            "temperature": self.temperature,
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.temperature = state["temperature"]
         self.kept.clear()
         self.kept.extend(zip(state["ids"], state["vectors"], strict=True))
+
+
+def fit_temperature(scores: Tensor, own: Tensor, now: float | None) -> float:
+    """A temperature for the softmax of scores, a step on from the one before.
+
+    Vectors may be of any size, and a temperature that does not fit theirs has training grow or
+    shrink them before anything else. The first is the one at which the loss is least; later ones go
+    a tenth of the way, in logarithms, to where it would be.
+
+    Args:
+        scores: [Q, C], -distance, or -inf where a context does not count.
+        own: int64 [Q], the context of each question.
+        now: the temperature of the step before, or None at the first.
+    """
+    if now is None:
+        spread = float(scores[scores.isfinite()].std()) or 1.0
+        tried = [spread * 2.0 ** (power / 4) for power in range(-32, 9)]
+    else:
+        tried = [now * 2.0 ** (power / 8) for power in range(-8, 9)]
+    losses = [float(F.cross_entropy(scores / temperature, own)) for temperature in tried]
+    best = tried[int(np.argmin(losses))]
+    return best if now is None else now * (best / now) ** 0.1
 
 
 def distance(a: Tensor, b: Tensor) -> Tensor:
@@ -655,6 +688,25 @@ class EmbTask:
         if self.extra_data:
             every = dict.fromkeys([*self.searched.strings, *self.extra_data.contexts])
             self.searched = make_texts(list(every), tokenizer, lengths[1], "contexts to search")
+
+    def adapt(self, student: nn.Module) -> None:
+        """Give a student that is to be fine-tuned what --pooling and --pooler say.
+
+        Raises:
+            UserError: --pooler would undo what the student has learned.
+        """
+        if self.args.pooling:
+            student.config.pooling = self.args.pooling
+        if self.args.pooler == "identity":
+            name = self.args.model_student
+            if (student.config.architectures or [""])[0] in self.architectures:
+                raise UserError(
+                    f"--pooler=identity: {name} is an embedding model, whose pooler would be lost;"
+                    " leave it out"
+                )
+            student.start_pooler_anew()
+            if is_main_process():
+                print(f"--model_student {name}: the pooler starts as the identity")
 
     def make_evaluation(self, run: Run) -> EmbEvaluation:
         """The evaluation on the dev file."""

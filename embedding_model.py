@@ -18,6 +18,7 @@ from bert_pack import (
 )
 
 POOLINGS = ("cls", "mean")
+POOLERS = ("pretrained", "identity")
 
 
 @dataclass
@@ -78,6 +79,11 @@ class BertForEmbedding(BertPreTrainedModel):
         super()._init_weights(module)
         if module is self:
             nn.init.zeros_(self.log_scale)
+
+    def start_pooler_anew(self) -> None:
+        """Make the linear layer the identity: the embedding is then the pooled state itself."""
+        nn.init.eye_(self.bert.pooler.dense.weight)
+        nn.init.zeros_(self.bert.pooler.dense.bias)
 
     def forward(
         self, input_ids: Tensor, attention_mask: Tensor | None = None, **inputs: Any

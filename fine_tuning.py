@@ -182,8 +182,7 @@ def fine_tune(
 
     accelerator = make_accelerator(args.precision, args.no_cuda, args.seed)
     student = load_model(args.model_student, "--model_student", task.auto_class)
-    if getattr(args, "pooling", None):
-        student.config.pooling = args.pooling
+    task.adapt(student)
     task.tokenize(tokenizer)
     run = open_run(accelerator, args, arguments, found)
     evaluation = task.make_evaluation(run)

@@ -82,6 +82,9 @@ class QaTask:
                 " context at answer_start, so there is nothing to learn"
             )
 
+    def adapt(self, student: nn.Module) -> None:
+        """Nothing: no flag changes the model."""
+
     def make_evaluation(self, run: Run) -> QaEvaluation:
         """The evaluation on the dev file."""
         size = self.args.per_gpu_eval_batch_size

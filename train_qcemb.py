@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from cli_utils import ArgumentParser, number, run_main
 from emb_task import EmbLoss, EmbTask, HardNegatives, PairBatches, parse_loss_cfg
-from embedding_model import POOLINGS
+from embedding_model import POOLERS, POOLINGS
 from fine_tuning import Learning, add_fine_tuning_arguments, fine_tune
 from run_arguments import add_data_arguments, add_run_arguments, positive
 from run_utils import Run
@@ -37,6 +37,12 @@ def parse_arguments() -> argparse.Namespace:
         help="factor on distances of older ones, to the power of their age in steps",
     )
     add("--pooling", choices=POOLINGS, help="cls where the model's configuration has none")
+    add(
+        "--pooler",
+        choices=POOLERS,
+        default="pretrained",
+        help="what the linear layer starts as; a pretrained one has learned from [CLS] alone",
+    )
     add("--eval_extra_contexts", help="SQuAD JSON whose contexts are searched as well")
     add_data_arguments(parser, max_seq_length_q=32)
     add_run_arguments(parser)

@@ -44,7 +44,6 @@ def parse_arguments() -> argparse.Namespace:
     add("--epochs_triplet", type=positive, default=0.2, help="of fine-tuning by the method's loss")
     add("--epochs_in_batch", type=positive, default=0.2, help="of fine-tuning with in_batch")
     add("--learning_rate", type=positive, default=5e-5, help="of all fine-tuning")
-    add("--temperature", type=positive, default=0.05, help="of in_batch")
     add("--epochs_packed", type=positive, default=1.0, help="of distillation's stages heads, final")
     add("--pack_cfg", default="num_hidden_layers:6,ff_iter_num:4,num_attention_heads:6,"
         "hidden_size:192,pack_emb:1,hidden_act:orig")  # fmt: skip
@@ -186,10 +185,9 @@ def main() -> None:
         "per_gpu_eval_batch_size": BATCH,
         **LENGTHS,
     }
+    start = {"model_student": args.model, "pooling": "mean", "pooler": "identity"}
     tune = {
         **data,
-        "model_student": args.model,
-        "pooling": "mean",
         "learning_rate": args.learning_rate,
         "hnm_num": 64,
         "hnm_batch_size": 8,  # of similar length: less padding than in larger ones
@@ -197,11 +195,11 @@ def main() -> None:
 
     if "untrained, mean of states" not in rows:
         keep("untrained, mean of states", evaluate(sentence_transformer(args.model), args))
-    in_batch = f"triplet_num:0,in_batch:1,temperature:{args.temperature}"
-    flags = {**tune, "loss_cfg": in_batch, "num_train_epochs": args.epochs_in_batch}
+    in_batch = "triplet_num:0,in_batch:1"
+    flags = {**tune, **start, "loss_cfg": in_batch, "num_train_epochs": args.epochs_in_batch}
     ours = stage(folder("in-batch"), ["train_qcemb.py"], flags)
     keep("fine-tuned, in_batch", ours)
-    flags = {**tune, "loss_cfg": "triplet_num:1", "num_train_epochs": args.epochs_triplet}
+    flags = {**tune, **start, "loss_cfg": "triplet_num:1", "num_train_epochs": args.epochs_triplet}
     triplet = stage(folder("triplet"), ["train_qcemb.py"], flags)
     keep("fine-tuned, triplet", triplet)
     best = "in-batch" if ours["mrr"] >= triplet["mrr"] else "triplet"

@@ -103,6 +103,23 @@ def test_pretrained_pooler_is_kept(base: Path, capfd: pytest.CaptureFixture) -> 
         assert torch.allclose(model(**batch).embedding, expected * np.exp(0.7), atol=1e-5)
 
 
+def test_identity_pooler_gives_the_states(
+    base: Path, tuned: Path, sample: Path, tmp_path: Path, capfd: pytest.CaptureFixture
+) -> None:
+    out = tmp_path / "out"
+    flags = ("--num_train_epochs=0", "--pooling=mean", "--pooler=identity")
+    assert call(emb_command(base, sample, out, *flags)) == 0
+    assert "the pooler starts as the identity" in capfd.readouterr().out
+    model = load_model(str(out), "--model", AutoModelForEmbedding, quiet=True).eval()
+    plain = BertModel.from_pretrained(base).eval()
+    batch = inputs([9])
+    with torch.no_grad():
+        expected = plain(**batch).last_hidden_state.mean(dim=1)
+        assert torch.allclose(model(**batch).embedding, expected, atol=1e-6)
+    assert call(emb_command(tuned, sample, tmp_path / "no", "--pooler=identity")) == 2
+    assert "is an embedding model, whose pooler would be lost" in error_line(capfd.readouterr().err)
+
+
 def test_mean_is_over_real_tokens() -> None:
     states = torch.randn(2, 6, 3)
     mask = torch.tensor([[1, 1, 1, 1, 1, 1], [1, 1, 0, 0, 0, 0]])
@@ -321,13 +338,55 @@ def test_softmax_is_over_the_whole_step() -> None:
     assert gradient.abs().max() > 0.1
 
 
+def test_learned_temperature_fits_vectors_of_any_size() -> None:
+    torch.manual_seed(0)
+    own = torch.arange(40)
+    contexts = torch.randn(60, 8)
+    questions = contexts[:40] + 0.6 * torch.randn(40, 8)
+    scores = -emb_task.distance(questions, contexts)
+    first = emb_task.fit_temperature(scores, own, None)
+
+    def loss(temperature: float) -> float:
+        return float(torch.nn.functional.cross_entropy(scores / temperature, own))
+
+    assert loss(first) < min(loss(first * 1.3), loss(first / 1.3))
+    assert emb_task.fit_temperature(scores * 1000, own, None) == pytest.approx(1000 * first)
+    now = first * 16
+    for _ in range(60):
+        now = emb_task.fit_temperature(scores, own, now)
+    assert now == pytest.approx(first, rel=0.15)
+
+
+def test_the_temperature_is_part_of_the_state() -> None:
+    running = SimpleNamespace(accelerator=Accelerator(cpu=True))
+    pairs = Pairs(
+        questions=few_texts(6, 100),
+        contexts=few_texts(6, 10),
+        question=np.arange(6),
+        context=np.arange(6),
+        article=np.zeros(6, np.int64),
+        answers=[("nowhere",)] * 6,
+    )
+    torch.manual_seed(0)
+    model = Lookup(torch.randn(200, 4))
+    one, other = (HardNegatives(running, pairs, 5, 2, 2, 1.0, 7, LossCfg(0, "none", 1))
+                  for _ in range(2))  # fmt: skip
+    for step in range(3):
+        one(model, step, np.arange(6))
+    other.load_state_dict(one.state_dict())
+    for each in (one, other):
+        each(model, 3, np.arange(6))
+    assert one.temperature == other.temperature
+    assert one.in_batch[2][0] == other.in_batch[2][0]
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
         ("triplet:1", "did you mean triplet_num?"),
         ("triplet_num:3", "triplet_num:3 is not one of 0, 1, 2"),
         ("triplet_num:0", "leaves no loss"),
-        ("in_batch:1,temperature:0", "temperature:0 is not a number over 0"),
+        ("in_batch:1,temperature:0", "temperature:0 is neither learned nor a number over 0"),
         ("emb_loss:l2", "emb_loss:l2 is not one of none, L1, L2"),
         ("triplet_num:1,triplet_num:2", "given twice"),
     ],
