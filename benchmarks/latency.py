@@ -100,7 +100,9 @@ def export_random(folder: str) -> dict[str, str]:
             model.set_attn_implementation("eager")
         int8 = name.endswith("INT8")
         if int8:
-            model = nncf_utils.calibrate(fuse_attention(model, plain=True), settings, [sample] * 2)
+            model = fuse_attention(model, plain=True)
+            nncf_utils.check_scope(settings, model)
+            model = nncf_utils.calibrate(model, settings, [sample] * 2)
             nncf_utils.make_exportable(model)
         paths[name] = os.path.join(folder, f"{name}.onnx")
         graph = onnx_utils.QaGraph(model)

@@ -114,6 +114,7 @@ def search(model: str, name: str) -> None:
         *SHARED,
         *mining,
         "--pooling=mean",
+        "--pooler=identity",
         "--learning_rate=1e-4",
         "--num_train_epochs=1",
     )

@@ -266,7 +266,7 @@ def test_both_runtimes_agree_with_pytorch(quantized: Path, windows: Windows) -> 
 
 
 def test_linear_layers_execute_in_int8(quantized: Path) -> None:
-    """Read from what OpenVINO has compiled; of the products of attention, QK is INT8 too."""
+    """Read from what OpenVINO has compiled."""
     compiled = openvino.Core().compile_model(quantized / "model.onnx", "CPU")
     layers = [op.get_rt_info() for op in compiled.get_runtime_model().get_ops()]
     executed = [
