@@ -5,8 +5,8 @@
 
 --other adds a file of another tool's, e.g. of Optimum Intel's static quantization of the same FP32
 model; its inputs go by the same names, its outputs are taken in the order start, end. All are
-timed alternating in one run; the share of the same answers is against the fake-quantized PyTorch
-model, in FP32 arithmetic.
+timed alternating in one run. The share of the same answers, as SQuAD's exact match compares them,
+is against the fake-quantized PyTorch model in FP32 arithmetic.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ sys.path.insert(0, ROOT)
 
 import squad_utils  # noqa: E402
 from cli_utils import ArgumentParser, UserError, number, run_main  # noqa: E402
-from squad_scores import load_scorer  # noqa: E402
+from squad_scores import exact_match, load_scorer  # noqa: E402
 
 # Seconds before each timing: threads of the runtime that ran before wait busily for a while.
 REST = 0.2
@@ -136,7 +136,7 @@ def main() -> None:
     rows["INT8, PyTorch"] = {"f1": scorer(data, reference, {})["f1"]}
     for (name, runtime), run in runs.items():
         found = answers_of(run, data, windows, feeds)
-        same = [found[key] == reference[key] for key in reference]
+        same = [exact_match(found[key], reference[key]) for key in reference]
         row = {"f1": scorer(data, found, {})["f1"]}
         if name == "INT8":
             row["same_answers"] = 100 * float(np.mean(same))
