@@ -129,6 +129,7 @@ def train_sentence_transformers(args: argparse.Namespace, seconds: float) -> dic
             learning_rate=rate,
             warmup_steps=max(1, steps // 10),
             bf16=True,
+            use_cpu=not torch.cuda.is_available(),
             batch_sampler=BatchSamplers.NO_DUPLICATES,
             save_strategy="no",
             report_to="none",
