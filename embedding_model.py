@@ -61,11 +61,28 @@ class LinearPooler(nn.Module):
         return states
 
 
-class BertForEmbedding(BertPreTrainedModel):
-    """BERT, its pooler's linear layer, and one learned scale exp(s) in place of tanh.
+class Embedding:
+    """What both models do after their encoder `bert`: pool, their linear layer `output_map`, and
+    one learned scale exp(s), where the library's pooler has tanh. `config.pooling` is "cls" or
+    "mean"."""
 
-    `config.pooling` is "cls" or "mean". The output is H wide.
-    """
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if module is self:
+            nn.init.zeros_(self.log_scale)
+
+    def forward(
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, **inputs: Any
+    ) -> EmbeddingOutput:
+        """Arguments of the encoder's forward; returns an EmbeddingOutput."""
+        outputs = self.bert(input_ids, attention_mask=attention_mask, **inputs)
+        pooled = pool(outputs.last_hidden_state, attention_mask, self.config.pooling)
+        embedding = self.output_map(pooled) * self.log_scale.exp()
+        return EmbeddingOutput(embedding=embedding, hidden_states=outputs.hidden_states)
+
+
+class BertForEmbedding(Embedding, BertPreTrainedModel):
+    """BERT and the linear layer of its pooler. The output is H wide."""
 
     def __init__(self, config: PretrainedConfig) -> None:
         super().__init__(config)
@@ -75,27 +92,17 @@ class BertForEmbedding(BertPreTrainedModel):
         self.log_scale = nn.Parameter(torch.zeros(()))
         self.post_init()
 
-    def _init_weights(self, module: nn.Module) -> None:
-        super()._init_weights(module)
-        if module is self:
-            nn.init.zeros_(self.log_scale)
+    @property
+    def output_map(self) -> nn.Linear:
+        return self.bert.pooler.dense
 
     def start_pooler_anew(self) -> None:
         """Make the linear layer the identity: the embedding is then the pooled state itself."""
-        nn.init.eye_(self.bert.pooler.dense.weight)
-        nn.init.zeros_(self.bert.pooler.dense.bias)
-
-    def forward(
-        self, input_ids: Tensor, attention_mask: Tensor | None = None, **inputs: Any
-    ) -> EmbeddingOutput:
-        """Arguments of the library's BERT; returns an EmbeddingOutput."""
-        outputs = self.bert(input_ids, attention_mask=attention_mask, **inputs)
-        pooled = pool(outputs.last_hidden_state, attention_mask, self.config.pooling)
-        embedding = self.bert.pooler.dense(pooled) * self.log_scale.exp()
-        return EmbeddingOutput(embedding=embedding, hidden_states=outputs.hidden_states)
+        nn.init.eye_(self.output_map.weight)
+        nn.init.zeros_(self.output_map.bias)
 
 
-class PackedBertForEmbedding(PackedBertPreTrainedModel):
+class PackedBertForEmbedding(Embedding, PackedBertPreTrainedModel):
     """The packed encoder with its teacher's pooler and scale; the output is H wide as well."""
 
     head = "pooler"
@@ -108,25 +115,15 @@ class PackedBertForEmbedding(PackedBertPreTrainedModel):
         self.log_scale = nn.Parameter(torch.zeros(()))
         self.post_init()
 
-    def _init_weights(self, module: nn.Module) -> None:
-        super()._init_weights(module)
-        if module is self:
-            nn.init.zeros_(self.log_scale)
+    @property
+    def output_map(self) -> nn.Linear:
+        return self.pooler
 
     @torch.no_grad()
     def copy_head(self, teacher: BertForEmbedding) -> None:
         """Take over what reads the last state."""
-        self.pooler.load_state_dict(teacher.bert.pooler.dense.state_dict())
+        self.pooler.load_state_dict(teacher.output_map.state_dict())
         self.log_scale.copy_(teacher.log_scale)
-
-    def forward(
-        self, input_ids: Tensor, attention_mask: Tensor | None = None, **inputs: Any
-    ) -> EmbeddingOutput:
-        """Arguments of `PackedBertModel.forward`; returns an EmbeddingOutput."""
-        outputs = self.bert(input_ids, attention_mask=attention_mask, **inputs)
-        pooled = pool(outputs.last_hidden_state, attention_mask, self.config.pooling)
-        embedding = self.pooler(pooled) * self.log_scale.exp()
-        return EmbeddingOutput(embedding=embedding, hidden_states=outputs.hidden_states)
 
 
 class AutoModelForEmbedding:

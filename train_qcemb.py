@@ -15,7 +15,8 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from cli_utils import ArgumentParser, number, run_main
-from emb_task import EmbLoss, EmbTask, HardNegatives, PairBatches, parse_loss_cfg
+from emb_loss import EmbLoss, HardNegatives, PairBatches, parse_loss_cfg
+from emb_task import EmbTask
 from embedding_model import POOLERS, POOLINGS
 from fine_tuning import Learning, add_fine_tuning_arguments, fine_tune
 from run_arguments import add_data_arguments, add_run_arguments, positive

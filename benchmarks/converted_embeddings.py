@@ -20,7 +20,8 @@ import torch  # noqa: E402
 from torch import Tensor  # noqa: E402
 
 from cli_utils import ArgumentParser, number, run_main  # noqa: E402
-from emb_task import Texts, distance, make_pairs, ranks, retrieval_figures  # noqa: E402
+from emb_loss import distance  # noqa: E402
+from emb_task import Texts, make_pairs, ranks, retrieval_figures  # noqa: E402
 from embedding_model import AutoModelForEmbedding  # noqa: E402
 from model_utils import load_config, load_model, load_tokenizer  # noqa: E402
 from onnx_utils import INPUTS  # noqa: E402

@@ -20,9 +20,11 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import AutoTokenizer, BertModel
 
+import emb_loss
 import emb_task
 from cli_utils import UserError
-from emb_task import EmbLoss, HardNegatives, LossCfg, Pairs, Texts
+from emb_loss import EmbLoss, HardNegatives, LossCfg
+from emb_task import Pairs, Texts
 from embedding_model import AutoModelForEmbedding, pool
 from model_utils import load_model
 from onnx_utils import INPUTS
@@ -310,7 +312,7 @@ def test_softmax_is_over_the_whole_step() -> None:
     for step in range(2):
         mining(model, step, chosen)
     loss = EmbLoss(running, None, cfg, 0.0)
-    batches = emb_task.PairBatches(pairs, mining, 5, 0)
+    batches = emb_loss.PairBatches(pairs, mining, 5, 0)
     found = []
     for some in (chosen[:2], chosen[2:]):
         losses = loss(model, batches.batch(0, some))["in_batch"]
@@ -343,17 +345,17 @@ def test_learned_temperature_fits_vectors_of_any_size() -> None:
     own = torch.arange(40)
     contexts = torch.randn(60, 8)
     questions = contexts[:40] + 0.6 * torch.randn(40, 8)
-    scores = -emb_task.distance(questions, contexts)
-    first = emb_task.fit_temperature(scores, own, None)
+    scores = -emb_loss.distance(questions, contexts)
+    first = emb_loss.fit_temperature(scores, own, None)
 
     def loss(temperature: float) -> float:
         return float(torch.nn.functional.cross_entropy(scores / temperature, own))
 
     assert loss(first) < min(loss(first * 1.3), loss(first / 1.3))
-    assert emb_task.fit_temperature(scores * 1000, own, None) == pytest.approx(1000 * first)
+    assert emb_loss.fit_temperature(scores * 1000, own, None) == pytest.approx(1000 * first)
     now = first * 16
     for _ in range(60):
-        now = emb_task.fit_temperature(scores, own, now)
+        now = emb_loss.fit_temperature(scores, own, now)
     assert now == pytest.approx(first, rel=0.15)
 
 
@@ -393,7 +395,7 @@ def test_the_temperature_is_part_of_the_state() -> None:
 )
 def test_wrong_loss_cfg(text: str, message: str) -> None:
     with pytest.raises(UserError, match="--loss_cfg") as error:
-        emb_task.parse_loss_cfg(text)
+        emb_loss.parse_loss_cfg(text)
     assert message in str(error.value)
 
 
