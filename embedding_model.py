@@ -76,9 +76,14 @@ class Embedding:
     ) -> EmbeddingOutput:
         """Arguments of the encoder's forward; returns an EmbeddingOutput."""
         outputs = self.bert(input_ids, attention_mask=attention_mask, **inputs)
-        pooled = pool(outputs.last_hidden_state, attention_mask, self.config.pooling)
-        embedding = self.output_map(pooled) * self.log_scale.exp()
+        embedding = self.embed(outputs.last_hidden_state, attention_mask)
         return EmbeddingOutput(embedding=embedding, hidden_states=outputs.hidden_states)
+
+    def embed(self, states: Tensor, attention_mask: Tensor | None) -> Tensor:
+        """The embeddings [B, H] of texts with these last states; arguments as those of `pool`."""
+        return self.output_map(pool(states, attention_mask, self.config.pooling)) * (
+            self.log_scale.exp()
+        )
 
 
 class BertForEmbedding(Embedding, BertPreTrainedModel):

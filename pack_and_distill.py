@@ -25,7 +25,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 import bert_pack
 import report_utils
 from bert_pack import HeadImportance, PackCfg, PackedBertConfig
-from cli_utils import ArgumentParser, UserError, is_main_process, run_main
+from cli_utils import ArgumentParser, UserError, is_main_process, number, run_main
 from emb_task import EmbTask
 from model_utils import (
     check_model,
@@ -94,6 +94,12 @@ def parse_arguments() -> argparse.Namespace:
     add("--learning_rate_for_tune", type=rate, default=10e-4, help="of the final one, falling to 0")
     add("--total_train_batch_size_for_tune", type=positive, default=64, help="of the final stage")
     add("--loss_weight_alpha", type=over_0, default=1.5, help="final stage: state i weighs alpha^i")
+    add(
+        "--embedding_weight",
+        type=number(float, 0, 1e6),
+        default=0.0,
+        help="embeddings, final stage: weight of the embedding's own error beside the states'",
+    )
     add_run_arguments(parser)
     return parser.parse_args()
 
@@ -122,6 +128,7 @@ class Distillation:
 
     Attributes:
         weights: of the errors of states 0..k; only the first k layers run.
+        embedding_weight: of the error of the embedding, where that counts as well.
         trains: parts of the names of the parameters that train ...
         except_for: ... without these.
     """
@@ -130,6 +137,7 @@ class Distillation:
     weights: tuple[float, ...]
     trains: tuple[str, ...]
     except_for: tuple[str, ...] = ()
+    embedding_weight: float = 0.0
 
     @property
     def num_layers(self) -> int:
@@ -178,7 +186,8 @@ def plan_stages(args: argparse.Namespace, num_layers: int) -> list[Distillation]
             schedule=functools.partial(warm_up_linear_decay, steps=args.warm_up_steps),
         )
         weights = tuple(weight / sum(growing) for weight in growing)
-        plan.append(Distillation(final, weights, everything))
+        weight = args.embedding_weight
+        plan.append(Distillation(final, weights, everything, embedding_weight=weight))
     return plan
 
 
@@ -218,14 +227,22 @@ def select_trained(student: nn.Module, part: Distillation) -> None:
 class StateLoss:
     """The weighted squared errors of states 0..k, each [B], as `state_0` ... `state_k`.
 
-    Student state i of n layers has teacher state floor(i N / n) of N as its target.
+    Student state i of n layers has teacher state floor(i N / n) of N as its target. With an
+    embedding_weight, `embedding` is the squared error of the embeddings, a mean over H like the
+    states'.
     """
 
     def __init__(
-        self, run: Run, teacher: PreTrainedModel, num_layers: int, weights: tuple[float, ...]
+        self,
+        run: Run,
+        teacher: PreTrainedModel,
+        num_layers: int,
+        weights: tuple[float, ...],
+        embedding_weight: float = 0.0,
     ) -> None:
         """`num_layers` is the student's n; the teacher may have been cut to the layers needed."""
         self.run, self.teacher, self.weights = run, teacher, weights
+        self.embedding_weight = embedding_weight
         depth = teacher.config.num_hidden_layers
         self.targets = [i * depth // num_layers for i in range(len(weights))]
 
@@ -233,11 +250,16 @@ class StateLoss:
         inputs = {name: batch[name] for name in INPUTS}
         with torch.no_grad(), self.run.accelerator.autocast():
             taught = teacher_states(self.teacher.base_model, inputs, self.targets[-1])
-        k = len(self.weights) - 1
-        states = model(**inputs, output_hidden_states=True, num_layers=k).hidden_states
-        targets = [taught[j] for j in self.targets]
-        errors = state_errors(states, targets, batch["attention_mask"])
-        return {f"state_{i}": self.weights[i] * error for i, error in enumerate(errors)}
+        k, mask = len(self.weights) - 1, batch["attention_mask"]
+        outputs = model(**inputs, output_hidden_states=True, num_layers=k)
+        errors = state_errors(outputs.hidden_states, [taught[j] for j in self.targets], mask)
+        losses = {f"state_{i}": self.weights[i] * error for i, error in enumerate(errors)}
+        if self.embedding_weight:
+            with torch.no_grad(), self.run.accelerator.autocast():
+                target = self.teacher.embed(taught[-1], mask)
+            error = (outputs.embedding.float() - target.float()).square().mean(dim=1)
+            losses["embedding"] = self.embedding_weight * error
+        return losses
 
 
 def teacher_states(bert: PreTrainedModel, inputs: dict[str, Tensor], count: int) -> list[Tensor]:
@@ -284,8 +306,9 @@ def check_models(
         raise UserError("--model_student and --model_teacher are of different tasks")
     if isinstance(teacher, PackedBertConfig):
         raise UserError(f"--model_teacher: {args.model_teacher} is packed; give the model it is of")
-    if args.eval_extra_contexts and tasks[0] is not EmbTask:
-        raise UserError("--eval_extra_contexts is for embedding models; leave it out")
+    for flag in ("eval_extra_contexts", "embedding_weight"):
+        if getattr(args, flag) and tasks[0] is not EmbTask:
+            raise UserError(f"--{flag} is for embedding models; leave it out")
     tokenizer = load_tokenizer(student_name, "--model_student", student)
     check_teacher(args.model_teacher, teacher, student, tokenizer)
     if not isinstance(student, PackedBertConfig):
@@ -387,7 +410,7 @@ def distill(
     importance = HeadImportance(student, accelerator.device)
     accelerator.register_for_checkpointing(importance)
     for i, part in enumerate(plan):
-        loss = StateLoss(run, teacher, num_layers, part.weights)
+        loss = StateLoss(run, teacher, num_layers, part.weights, part.embedding_weight)
         if i == pruned_at and student.config.num_attention_heads > heads:
             if i > first and not importance.steps:
                 measure_importance(run, importance, student, loss, task)

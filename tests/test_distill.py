@@ -469,6 +469,8 @@ def wrong(
         ("--total_train_batch_size_for_tune=6", "--total_train_batch_size_for_tune=6"),
         ("--start=nowhere", "--start"),
         ("--eval_extra_contexts=dev.json", "is for embedding models"),
+        ("--embedding_weight=1", "is for embedding models"),
+        ("--embedding_weight=-1", "--embedding_weight"),
     ],
 )
 def test_wrong_flag(wrong: Callable[..., str], flag: str, said: str) -> None:

@@ -18,16 +18,19 @@ from calls import call, error_line, first_questions, records, started, states, w
 from conftest import emb_command, pack_command, run
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from transformers import AutoTokenizer, BertModel
+from transformers import AutoConfig, AutoTokenizer, BertModel
 
 import emb_loss
 import emb_task
+from bert_pack import PackCfg, pack
 from cli_utils import UserError
 from emb_loss import EmbLoss, HardNegatives, LossCfg
 from emb_task import Pairs, Texts
-from embedding_model import AutoModelForEmbedding, pool
+from embedding_model import AutoModelForEmbedding, BertForEmbedding, pool
+from fast_attention import fuse_attention
 from model_utils import load_model
 from onnx_utils import INPUTS
+from pack_and_distill import StateLoss
 from squad_utils import SpecialIds, Tokens, load_squad
 
 LENGTH = 160
@@ -53,8 +56,8 @@ def tuned(base: Path, sample: Path, tmp_path_factory: pytest.TempPathFactory) ->
 def packed(tuned: Path, sample: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The output folder of packing."""
     folder = tmp_path_factory.mktemp("packed") / "out"
-    command = pack_command(tuned, sample, folder, "--max_steps_per_stage=2", "--doc_stride=32")
-    assert call(command) == 0
+    flags = ("--max_steps_per_stage=2", "--log_steps=1", "--embedding_weight=10")
+    assert call(pack_command(tuned, sample, folder, *flags)) == 0
     return folder
 
 
@@ -292,6 +295,29 @@ def test_loss_against_a_slow_one(base: Path, num: int, emb_loss: str) -> None:
         assert float(found["embedding"][i]) == pytest.approx(distances, rel=1e-4)
 
 
+def test_distilled_embeddings_are_compared_each(base: Path) -> None:
+    torch.manual_seed(0)
+    config = AutoConfig.from_pretrained(base)
+    config.pooling = "mean"
+    teacher = fuse_attention(BertForEmbedding(config).eval())
+    student = pack(teacher, PackCfg(2, 2, 4, 16, 1), [])
+    batch, weights = inputs([9, 5, 12]), (0.0, 0.25, 0.75)
+
+    class OneProcess:
+        accelerator = Accelerator(cpu=True)
+
+    found = StateLoss(OneProcess, teacher, 2, weights, 3.0)(student, batch)
+    for row in range(3):
+        one = {name: value[row : row + 1] for name, value in batch.items()}
+        length = int(one["attention_mask"].sum())
+        one = {name: value[:, :length] for name, value in one.items()}
+        error = (student(**one).embedding - teacher(**one).embedding).square().mean()
+        assert float(found["embedding"][row]) == pytest.approx(3 * float(error), rel=1e-4)
+    assert found["embedding"].requires_grad
+    without = StateLoss(OneProcess, teacher, 2, weights)(student, batch)
+    assert set(found) - set(without) == {"embedding"}
+
+
 def test_softmax_is_over_the_whole_step() -> None:
     """The gradient that micro-batches get is that of the loss over all of the step at once."""
     torch.manual_seed(0)
@@ -420,6 +446,8 @@ def test_packed_and_quantized_go_on_from_it(packed: Path, quantized: Path) -> No
     assert rows["merged"]["mrr"] == pytest.approx(rows["unmerged"]["mrr"])
     assert rows["teacher_index"] == {"stage": "teacher_index", **metrics(packed)["teacher_index"]}
     assert json.loads((packed / "config.json").read_text())["merged"]
+    steps = [record for record in records(packed) if "loss" in record]
+    assert {step["stage"] for step in steps if "embedding" in step} == {"final"}
     stages = [row["stage"] for row in metrics(quantized)["stages"]]
     assert stages == ["fp32", "calibrated", "ranges", "weights", "kept", "teacher_index"]
     assert metrics(quantized)["stages"][0]["mrr"] == pytest.approx(rows["merged"]["mrr"])
