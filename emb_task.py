@@ -153,6 +153,7 @@ def encode(
     chosen: np.ndarray,
     batch_size: int,
     precise: bool = False,
+    may_stop: bool = False,
 ) -> Tensor:
     """Vectors of texts[chosen], FP32 [len(chosen), H] on the CPU, shared among all processes.
 
@@ -160,6 +161,7 @@ def encode(
 
     Args:
         precise: compute in FP32 whatever the run's precision is.
+        may_stop: a signal stops the run between two batches, since nothing is to be saved.
     """
     accelerator = run.accelerator
     order = np.argsort(-texts.total_lengths[chosen], kind="stable")
@@ -168,6 +170,8 @@ def encode(
     model.eval()
     vectors = torch.empty(0, 0)
     for rows in batches[accelerator.process_index :: accelerator.num_processes]:
+        if may_stop:
+            run.stop_if_asked()
         arrays = texts.batch(chosen[rows])
         batch = {name: torch.from_numpy(array) for name, array in arrays.items()}
         with contextlib.nullcontext() if precise else accelerator.autocast():
@@ -236,7 +240,7 @@ class EmbEvaluation:
 
         def vectors(of: nn.Module, texts: Texts) -> Tensor:
             every, exact = np.arange(len(texts)), precise and of is model
-            return encode(self.run, of, texts, every, self.batch_size, exact)
+            return encode(self.run, of, texts, every, self.batch_size, exact, may_stop=True)
 
         contexts = vectors(index_model or model, self.contexts)
         questions = vectors(model, self.pairs.questions)[self.pairs.question]

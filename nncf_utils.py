@@ -17,7 +17,7 @@ import re
 import shutil
 import types
 import typing
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import nncf
@@ -303,7 +303,7 @@ def quantize(run: Run, model: PreTrainedModel, config: NncfConfig, task: Any) ->
     if run.main and not is_quantized(folder):
         samples = [to_device(sample, device) for sample in task.calibration(config.subset_size)]
         run.say(f"calibrating quantizers on {len(samples)} windows")
-        quantized = calibrate(model, config, samples).cpu()
+        quantized = calibrate(model, config, samples, run.stop_if_asked).cpu()
         shutil.rmtree(f"{folder}.tmp", ignore_errors=True)
         save_quantized(quantized, f"{folder}.tmp")
         os.replace(f"{folder}.tmp", folder)
@@ -364,17 +364,26 @@ def _matches(key: str, value: str, operation: Operation) -> bool:
 
 
 def calibrate(
-    model: PreTrainedModel, config: NncfConfig, samples: Sequence[dict[str, Tensor]]
+    model: PreTrainedModel,
+    config: NncfConfig,
+    samples: Sequence[dict[str, Tensor]],
+    before_each: Callable[[], None] = lambda: None,
 ) -> PreTrainedModel:
     """A copy of `model` with quantizers whose ranges fit the samples.
 
     Args:
         samples: inputs [1, max_seq_length_c] each, padded as they will be at run time.
+        before_each: called before each of them, in each of NNCF's passes over them.
     """
+
+    def inputs(sample: dict[str, Tensor]) -> dict[str, Tensor]:
+        before_each()
+        return sample
+
     _use_plain_quantizers()
     arguments = {**config.arguments, "subset_size": len(samples)}
     with torch.no_grad():
-        return nncf.quantize(model.eval(), nncf.Dataset(list(samples)), **arguments)
+        return nncf.quantize(model.eval(), nncf.Dataset(list(samples), inputs), **arguments)
 
 
 def _use_plain_quantizers() -> None:

@@ -171,7 +171,7 @@ def test_texts_are_encoded_once(base: Path, sample: Path, monkeypatch: Any) -> N
         assert context == data.contexts[data.context_of[i]]
         assert pairs.questions.strings[pairs.question[i]] == data.questions[i]
     seen: list[int] = []
-    running = SimpleNamespace(accelerator=Accelerator(cpu=True))
+    running = SimpleNamespace(accelerator=Accelerator(cpu=True), stop_if_asked=lambda: None)
     model = load_model(str(base), "--model", AutoModelForEmbedding, quiet=True)
     original = Texts.batch
 

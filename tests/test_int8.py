@@ -25,7 +25,7 @@ from transformers import AutoModelForQuestionAnswering, PreTrainedModel
 import nncf_utils
 import qa_task
 import squad_utils
-from cli_utils import UserError
+from cli_utils import Interrupted, UserError
 from fast_attention import fuse_attention
 from model_utils import load_model
 from onnx_utils import INPUTS, QA_OUTPUTS
@@ -397,6 +397,20 @@ def test_two_processes_are_as_one(teacher: Path, few: Path, settings: Path, tmp_
         assert done.returncode == 0, done.stderr
     logs = [[r["loss"] for r in records(folder) if "loss" in r] for folder in folders]
     assert logs[0] == pytest.approx(logs[1], rel=2e-3)
+
+
+def test_calibration_can_be_stopped(reading: Reading, teacher: Path, few: Path) -> None:
+    first = feeds(dev_windows(teacher, few))[0]
+    sample = {name: torch.from_numpy(array) for name, array in first.items()}
+    called: list[int] = []
+
+    def third() -> None:
+        called.append(1)
+        if len(called) == 3:
+            raise Interrupted("asked", signal.SIGTERM)
+
+    with pytest.raises(Interrupted):
+        nncf_utils.calibrate(small_model(teacher), reading({}), [sample] * 4, third)
 
 
 def test_works_without_a_compiler(teacher: Path, few: Path, settings: Path, tmp_path: Path) -> None:
