@@ -44,9 +44,9 @@ def parse_arguments() -> argparse.Namespace:
     add("--epochs_triplet", type=positive, default=0.2, help="of fine-tuning by the method's loss")
     add("--epochs_in_batch", type=positive, default=0.2, help="of fine-tuning with in_batch")
     add("--learning_rate", type=positive, default=5e-5, help="of all fine-tuning")
-    add("--epochs_packed", type=positive, default=1.0, help="of distillation's stages heads, final")
-    add("--pack_cfg", default="num_hidden_layers:6,ff_iter_num:4,num_attention_heads:6,"
-        "hidden_size:192,pack_emb:1,hidden_act:orig")  # fmt: skip
+    add("--epochs_packed", type=positive, default=1.0, help="of distillation's final stage")
+    add("--pack_cfg", default="num_hidden_layers:6,ff_iter_num:4,num_attention_heads:12,"
+        "hidden_size:288,pack_emb:1,hidden_act:orig")  # fmt: skip
     add("--epochs_int8", type=positive, default=0.1, help="of training in INT8")
     return parser.parse_args()
 
@@ -211,7 +211,8 @@ def main() -> None:
     taught = {"model_student": folder(best), "model_teacher": folder(best)}
     packing = {
         "pack_cfg": args.pack_cfg,
-        "stages": "heads,final",
+        "stages": "final",
+        "embedding_weight": 30,
         "num_train_epochs": args.epochs_packed,
         "warm_up_steps": 40,
         "learning_rate_for_tune": 5e-4,
