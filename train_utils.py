@@ -188,7 +188,8 @@ class Divergence:
 
     Attributes:
         recent: losses of the last RECENT_STEPS steps at most.
-        good: their mean when the last state was saved, or the first loss of all.
+        good: their mean when the last state was saved; before there is one of so many steps, the
+            first such mean of the stage.
         factor: of the learning rate, halved at each return.
     """
 
@@ -199,20 +200,23 @@ class Divergence:
     def found(self, loss: float) -> bool:
         """Take note of a step's loss; True if it is not finite, or if the mean is far over `good`.
 
-        The mean counts once it is over RECENT_STEPS steps: a few are a matter of luck.
+        A mean counts once it is over RECENT_STEPS steps, here and as `good`: a few are a matter of
+        luck, and of whether their texts are short or long.
         """
         if not math.isfinite(loss):
             return True
         self.recent = [*self.recent, loss][-RECENT_STEPS:]
+        if len(self.recent) < RECENT_STEPS:
+            return False
+        mean = sum(self.recent) / RECENT_STEPS
         if self.good is None:
-            self.good = loss
-        mean = sum(self.recent) / len(self.recent)
-        return len(self.recent) == RECENT_STEPS and mean > DIVERGED * self.good
+            self.good = mean
+        return mean > DIVERGED * self.good
 
     def mark_good(self) -> None:
         """Take the present state as the one to compare with from now on."""
-        if self.recent:
-            self.good = sum(self.recent) / len(self.recent)
+        if len(self.recent) == RECENT_STEPS:
+            self.good = sum(self.recent) / RECENT_STEPS
 
 
 def train(
@@ -319,12 +323,14 @@ def train(
         finite = math.isfinite(sums["loss"]) and (scaled or math.isfinite(norm))
         if divergence.found(sums["loss"] if finite else math.nan) and stage.goes_back:
             position = run.position()
-            there = position and position["stage"] == stage.name and divergence.good is not None
+            # Nothing would change at the very step that the state is of.
+            there = position and position["stage"] == stage.name and step > position["step"]
             if there and divergence.factor > LOWEST_FACTOR:
+                good = "" if divergence.good is None else f", after {divergence.good:.4g}"
                 warn(
-                    f"{stage.name}: at step {step + 1} the loss is {sums['loss']:.4g}, after"
-                    f" {divergence.good:.4g} at step {position['step']}; going back there, with"
-                    f" {divergence.factor / 2:g} of the learning rate"
+                    f"{stage.name}: at step {step + 1} the loss is {sums['loss']:.4g}{good}; going"
+                    f" back to step {position['step']}, with {divergence.factor / 2:g} of the"
+                    " learning rate"
                 )
                 divergence = Divergence(
                     **{**position["divergence"], "factor": divergence.factor / 2}

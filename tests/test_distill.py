@@ -332,11 +332,20 @@ def test_diverging_run_goes_back(kind: str, tmp_path: Path, capfd: pytest.Captur
         for number, handler in zip((signal.SIGINT, signal.SIGTERM), handlers, strict=True):
             signal.signal(number, handler)
     warnings = [x for x in capfd.readouterr().err.splitlines() if x.startswith("warning: ")]
-    assert warnings and all("going back there" in line for line in warnings)
+    assert warnings and all("going back to step 0, with" in line for line in warnings)
     log = records(tmp_path)
     assert [r["step"] for r in log] == list(range(1, 61))
     assert log[-1]["learning_rate"] == 1e-2 * 0.5 ** len(warnings)
     assert seen[25 : 25 + 40].count(seen[0]) >= 1  # from the very weights of the start
+
+
+def test_short_and_long_texts_are_no_divergence() -> None:
+    """One batch of short texts first, then ones that are harder; later all get worse."""
+    divergence = train_utils.Divergence()
+    divergence.mark_good()
+    assert not any(divergence.found(loss) for loss in [0.4] + [1.2, 1.3] * 30)
+    divergence.mark_good()
+    assert any(divergence.found(loss) for loss in [2.4] * train_utils.RECENT_STEPS)
 
 
 def test_a_run_that_diverges_for_good_is_an_error(tmp_path: Path) -> None:
