@@ -43,11 +43,12 @@ def parse_arguments() -> argparse.Namespace:
     add("--output_dir", required=True, help="folder of all runs and of retrieval.json")
     add("--epochs_triplet", type=positive, default=0.2, help="of fine-tuning by the method's loss")
     add("--epochs_in_batch", type=positive, default=0.2, help="of fine-tuning with in_batch")
-    add("--learning_rate", type=positive, default=5e-5, help="of all fine-tuning")
+    add("--learning_rate", type=positive, default=5e-5, help="of fine-tuning")
     add("--epochs_packed", type=positive, default=1.0, help="of distillation's final stage")
     add("--pack_cfg", default="num_hidden_layers:6,ff_iter_num:4,num_attention_heads:12,"
         "hidden_size:288,pack_emb:1,hidden_act:orig")  # fmt: skip
-    add("--epochs_int8", type=positive, default=0.1, help="of training in INT8")
+    add("--epochs_int8", type=positive, default=0.15, help="of training in INT8")
+    add("--learning_rate_int8", type=positive, default=2e-4)
     return parser.parse_args()
 
 
@@ -225,7 +226,8 @@ def main() -> None:
         "nncf_config": "nncf_config.json",
         "supervision_weight": 0.02,
         "loss_cfg": f"{in_batch},emb_loss:L2" if best == "in-batch" else "emb_loss:L2",
-        "quantizer_epochs": args.epochs_int8 / 4,
+        "learning_rate": args.learning_rate_int8,
+        "quantizer_epochs": 0.01,
         "num_train_epochs": args.epochs_int8,
     }
     flags = {**tune, **taught, **int8}
