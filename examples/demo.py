@@ -125,7 +125,10 @@ def search(model: str, name: str) -> None:
         f"--output_dir={packed}",
         *SHARED,
         f"--pack_cfg={pack_cfg(tuned)}",
-        "--stages=grow",
+        "--stages=final",
+        "--embedding_weight=30",
+        "--num_train_epochs=3",
+        "--learning_rate_for_tune=5e-4",
         "--warm_up_steps=10",
         "--total_train_batch_size_for_tune=16",
     )
