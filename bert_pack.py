@@ -66,6 +66,7 @@ class PackCfg:
 
 
 _LOWEST = {"num_hidden_layers": 1, "ff_iter_num": 0, "num_attention_heads": 1, "hidden_size": 2}
+_HIGHEST = {"ff_iter_num": 64}  # the others have theirs in the teacher
 
 
 def parse_pack_cfg(text: str) -> PackCfg:
@@ -100,9 +101,12 @@ def parse_pack_cfg(text: str) -> PackCfg:
                 raise UserError(f"--pack_cfg: pack_emb:{value} is neither 0 nor 1")
             values[key] = int(value)
         else:
-            if not value.isascii() or not value.isdigit() or int(value) < _LOWEST[key]:
+            whole = value.isascii() and value.isdigit() and len(value) <= 6
+            if not whole or not _LOWEST[key] <= int(value) <= _HIGHEST.get(key, int(value)):
+                most = f" and at most {_HIGHEST[key]}" if key in _HIGHEST else ""
                 raise UserError(
-                    f"--pack_cfg: {key}:{value} is not a whole number of at least {_LOWEST[key]}"
+                    f"--pack_cfg: {key}:{value[:20]} is not a whole number of at least"
+                    f" {_LOWEST[key]}{most}"
                 )
             values[key] = int(value)
     cfg = PackCfg(**values)

@@ -162,7 +162,7 @@ def fine_tune(
         learn: called with the run, the task (tokenised), the teacher if there is one, and the maps
             of a merged student's states.
     """
-    check_arguments(args, batch_sizes=("total_train_batch_size",))
+    check_arguments(args, ["total_train_batch_size"])
     started = time.time()
 
     # All that a user may have got wrong comes before anything that takes long.

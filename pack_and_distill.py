@@ -93,7 +93,12 @@ def parse_arguments() -> argparse.Namespace:
     add("--learning_rate", type=rate, default=5e-4, help="of all stages but the final one")
     add("--learning_rate_for_tune", type=rate, default=10e-4, help="of the final one, falling to 0")
     add("--total_train_batch_size_for_tune", type=positive, default=64, help="of the final stage")
-    add("--loss_weight_alpha", type=over_0, default=1.5, help="final stage: state i weighs alpha^i")
+    add(
+        "--loss_weight_alpha",
+        type=number(float, 0, 100, True),
+        default=1.5,
+        help="final stage: state i weighs alpha^i",
+    )
     add(
         "--embedding_weight",
         type=number(float, 0, 1e6),
@@ -299,13 +304,15 @@ def check_models(
         if architecture not in TASKS:
             raise UserError(
                 f"{flag}: {getattr(args, flag[2:])} is {architecture}, a model of no task that can"
-                " be distilled; fine-tune it first (train_qa.py)"
+                " be distilled; fine-tune it first (train_qa.py, train_qcemb.py)"
             )
         tasks.append(TASKS[architecture])
     if tasks[0] is not tasks[1]:
         raise UserError("--model_student and --model_teacher are of different tasks")
     if isinstance(teacher, PackedBertConfig):
         raise UserError(f"--model_teacher: {args.model_teacher} is packed; give the model it is of")
+    if args.embedding_weight and "final" not in parse_stages(args.stages):
+        raise UserError("--embedding_weight counts in the final stage, which --stages leaves out")
     for flag in ("eval_extra_contexts", "embedding_weight"):
         if getattr(args, flag) and tasks[0] is not EmbTask:
             raise UserError(f"--{flag} is for embedding models; leave it out")
@@ -314,6 +321,8 @@ def check_models(
     if not isinstance(student, PackedBertConfig):
         bert_pack.check_pack_cfg(cfg, student)
         return student, teacher, tokenizer, tasks[0]
+    if args.start != "teacher":
+        raise UserError(f"--start: {args.model_student} is packed, its weights stay; leave it out")
     differing = [
         f"{key}:{value}, not {key}:{getattr(cfg, key)}"
         for key, value in (student.pack_cfg or {}).items()
@@ -374,10 +383,17 @@ def pack_student(
 
 
 def measure_importance(
-    run: Run, importance: HeadImportance, student: PreTrainedModel, loss: StateLoss, task: QaTask
+    run: Run,
+    importance: HeadImportance,
+    student: PreTrainedModel,
+    teacher: PreTrainedModel,
+    task: QaTask,
 ) -> None:
-    """Measure the importance of heads on a sample, where no stage before has done so."""
+    """Measure the importance of all heads on a sample, where no stage before has done so."""
     run.say(f"measuring the importance of heads on {SAMPLE_WINDOWS} windows")
+    num_layers = student.config.num_hidden_layers
+    mean = (1 / (num_layers + 1),) * (num_layers + 1)
+    loss = StateLoss(run, teacher, num_layers, mean)
     importance.insert(student)
     for batch in task.sample(SAMPLE_WINDOWS):
         with run.accelerator.autocast():
@@ -413,7 +429,7 @@ def distill(
         loss = StateLoss(run, teacher, num_layers, part.weights, part.embedding_weight)
         if i == pruned_at and student.config.num_attention_heads > heads:
             if i > first and not importance.steps:
-                measure_importance(run, importance, student, loss, task)
+                measure_importance(run, importance, student, teacher, task)
             # A run that goes on from here or later takes the weights of its heads from its state.
             student = bert_pack.prune_heads(student, importance.most_important(heads))
         if i < first:
@@ -455,8 +471,11 @@ def grow_seconds(rows: list[dict[str, Any]]) -> dict[str, float]:
 
 def main() -> None:
     args = parse_arguments()
-    check_arguments(args, ("total_train_batch_size", "total_train_batch_size_for_tune"))
-    parse_stages(args.stages)
+    stages = parse_stages(args.stages)
+    batch_sizes = [] if stages == ["final"] else ["total_train_batch_size"]
+    if "final" in stages:
+        batch_sizes.append("total_train_batch_size_for_tune")
+    check_arguments(args, batch_sizes)
     started = time.time()
 
     # All that a user may have got wrong comes before anything that takes long.
@@ -479,6 +498,7 @@ def main() -> None:
     run.evaluate_once("teacher", lambda: evaluation(teacher))
     anew = run.position() is None
     student = pack_student(args, cfg, task, run, anew)
+    student.copy_head(teacher)  # which reads the states that the student learns
     if anew:
         run.evaluate_once("packed", lambda: evaluation(student))
     plan = plan_stages(args, cfg.num_hidden_layers)

@@ -5,12 +5,13 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import os
+from collections.abc import Sequence
 from typing import Any
 
 from accelerate import Accelerator
 
 from cli_utils import ArgumentParser, UserError, is_main_process, number, warn
-from run_utils import Run, check_output_dir
+from run_utils import RUN_FOLDERS, Run, check_output_dir
 from train_utils import PRECISIONS, check_batch_sizes, pick_precision, process_count
 
 positive, not_negative = number(int, 1, 1_000_000), number(float, 0)
@@ -50,7 +51,7 @@ def add_run_arguments(parser: ArgumentParser) -> None:
     add("--overwrite_output_dir", action="store_true", help="give up what output_dir holds")
 
 
-def check_arguments(args: argparse.Namespace, batch_sizes: tuple[str, ...]) -> None:
+def check_arguments(args: argparse.Namespace, batch_sizes: Sequence[str]) -> None:
     """What can be checked before any file is read.
 
     Args:
@@ -79,8 +80,12 @@ def check_arguments(args: argparse.Namespace, batch_sizes: tuple[str, ...]) -> N
     if args.report_to == "tensorboard" and not importlib.util.find_spec("tensorboard"):
         raise UserError("--report_to=tensorboard: pip install tensorboard, or --report_to=none")
     for flag in ("model_student", "model_teacher"):
-        if os.path.realpath(args.output_dir) == os.path.realpath(getattr(args, flag)):
+        output, model = os.path.realpath(args.output_dir), os.path.realpath(getattr(args, flag))
+        if output == model:
             raise UserError(f"--output_dir is the folder of --{flag}; choose another")
+        # What a run removes as it starts.
+        if any(f"{model}/".startswith(os.path.join(output, name, "")) for name in RUN_FOLDERS):
+            raise UserError(f"--output_dir: --{flag} lies in it and would be lost; choose another")
 
 
 def claim_output_dir(args: argparse.Namespace, arguments: dict[str, Any]) -> str:

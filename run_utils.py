@@ -88,7 +88,9 @@ def check_output_dir(output_dir: str, arguments: dict[str, Any], overwrite: bool
         return "new"
     unfinished = os.path.join(output_dir, CHECKPOINTS, "run.json")
     finished = os.path.join(output_dir, "metrics.json")
-    for path, state in ((unfinished, "unfinished"), (finished, "finished")):
+    # A run that starts removes the metrics before it writes run.json; one that was killed while it
+    # removed its states has both.
+    for path, state in ((finished, "finished"), (unfinished, "unfinished")):
         if os.path.exists(path):
             earlier = _read_json(path).get("arguments", {})
             differing = [
@@ -317,9 +319,14 @@ class Run:
     # -- states
 
     def _states(self) -> list[str]:
-        """Complete states, oldest first."""
+        """Complete states, oldest first; a kill may leave parts of one that was being removed."""
         names = os.listdir(self._checkpoints) if os.path.isdir(self._checkpoints) else []
-        return sorted(name for name in names if name.startswith("state-"))
+        return sorted(
+            name
+            for name in names
+            if name.startswith("state-")
+            and os.path.exists(os.path.join(self._checkpoints, name, "position.json"))
+        )
 
     def save(self, position: dict[str, Any]) -> bool:
         """Save weights, optimizer, random generators and `position`; keep the last two states.
@@ -363,12 +370,20 @@ class Run:
         self.accelerator.wait_for_everyone()
         return True
 
-    def position(self) -> dict[str, Any] | None:
-        """The position of the newest state, or None for a run that has none."""
+    def position(self, before: int = 0) -> dict[str, Any] | None:
+        """The position of the newest state, or of one so many before it; None if there is none."""
         states = self._states()
-        if not states:
+        if len(states) <= before:
             return None
-        return _read_json(os.path.join(self._checkpoints, states[-1], "position.json"))
+        return _read_json(os.path.join(self._checkpoints, states[-1 - before], "position.json"))
+
+    def drop_newest(self) -> None:
+        """Remove the newest state: the one before it takes its place."""
+        newest = os.path.join(self._checkpoints, self._states()[-1])
+        self.accelerator.wait_for_everyone()  # until all have seen which that is
+        if self.main:
+            shutil.rmtree(newest)
+        self.accelerator.wait_for_everyone()
 
     def restore(self) -> None:
         """Load the newest state into what the accelerator has prepared."""

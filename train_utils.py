@@ -323,8 +323,12 @@ def train(
         finite = math.isfinite(sums["loss"]) and (scaled or math.isfinite(norm))
         if divergence.found(sums["loss"] if finite else math.nan) and stage.goes_back:
             position = run.position()
-            # Nothing would change at the very step that the state is of.
-            there = position and position["stage"] == stage.name and step > position["step"]
+            if position and position["stage"] == stage.name and position["step"] == step:
+                # The newest state is what has just failed: only one before it can help.
+                position = run.position(before=1)
+                if position and position["stage"] == stage.name:
+                    run.drop_newest()
+            there = position and position["stage"] == stage.name
             if there and divergence.factor > LOWEST_FACTOR:
                 good = "" if divergence.good is None else f", after {divergence.good:.4g}"
                 warn(
@@ -332,9 +336,14 @@ def train(
                     f" back to step {position['step']}, with {divergence.factor / 2:g} of the"
                     " learning rate"
                 )
+                saved = position["divergence"]
                 divergence = Divergence(
-                    **{**position["divergence"], "factor": divergence.factor / 2}
+                    recent=saved["recent"],
+                    good=divergence.good if saved["good"] is None else saved["good"],
+                    factor=divergence.factor / 2,
                 )
+                if accelerator.scaler is not None:
+                    accelerator.scaler.update()  # ends the step for it, as optimizer.step() would
                 run.restore()
                 optimizer.zero_grad()
                 step = position["step"]

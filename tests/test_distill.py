@@ -29,6 +29,7 @@ from conftest import ROOT, pack_command, run, train_qa_command
 from safetensors.torch import load_file
 from transformers import AutoModelForQuestionAnswering, BertForQuestionAnswering, BertModel
 
+import bert_pack
 import pack_and_distill
 import run_utils
 import train_utils
@@ -278,6 +279,7 @@ def test_final_stage_weights_states() -> None:
         total_train_batch_size = per_gpu_train_batch_size = 4
         learning_rate_for_tune, total_train_batch_size_for_tune = 1e-3, 8
         max_steps_per_stage = warm_up_steps = None
+        embedding_weight = 0.0
 
     (part,) = pack_and_distill.plan_stages(Arguments, 2)
     assert part.weights == pytest.approx((1 / 4.75, 1.5 / 4.75, 2.25 / 4.75))
@@ -290,6 +292,36 @@ def test_warm_up_is_the_first_hundredth() -> None:
     assert train_utils.warm_up(0, 50) == 1.0
     assert train_utils.warm_up_linear_decay(500, 1000) == 0.5
     assert train_utils.warm_up(0, 1000, steps=4) == 0.25
+
+
+@pytest.mark.parametrize("stages", ["embeddings", "grow"])
+def test_heads_go_by_importance_without_their_stage(
+    stages: str, teacher: Path, few: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[torch.Tensor] = []
+    choose = bert_pack.HeadImportance.most_important
+
+    def spy(self: bert_pack.HeadImportance, heads: int) -> Any:
+        seen.append(self.mean.clone())
+        return choose(self, heads)
+
+    monkeypatch.setattr(bert_pack.HeadImportance, "most_important", spy)
+    flags = (f"--stages={stages}", "--max_steps_per_stage=1")
+    assert call(pack_command(teacher, few, tmp_path / "out", *flags)) == 0
+    assert seen and (seen[0] > 0).all()
+
+
+def test_head_is_that_of_the_teacher(teacher: Path, few: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    shutil.copytree(teacher, other)
+    model = BertForQuestionAnswering.from_pretrained(teacher)
+    torch.nn.init.normal_(model.qa_outputs.weight)
+    model.save_pretrained(other)
+    out = tmp_path / "out"
+    flags = (f"--model_teacher={other}", "--stages=final", "--max_steps_per_stage=1")
+    assert call(pack_command(teacher, few, out, *flags)) == 0
+    weights = load_file(out / "unmerged" / "model.safetensors")
+    assert torch.equal(weights["qa_outputs.weight"], model.qa_outputs.weight)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -346,6 +378,30 @@ def test_short_and_long_texts_are_no_divergence() -> None:
     assert not any(divergence.found(loss) for loss in [0.4] + [1.2, 1.3] * 30)
     divergence.mark_good()
     assert any(divergence.found(loss) for loss in [2.4] * train_utils.RECENT_STEPS)
+
+
+def test_a_bad_newest_state_is_left_for_the_one_before_it(
+    tmp_path: Path, capfd: pytest.CaptureFixture
+) -> None:
+    """With a state saved after each step, the one that fails is always the newest."""
+
+    def loss(model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        loss.calls += 1
+        value = model(batch["x"])[:, 0].square() + 1.0
+        return {"error": value * math.nan if loss.calls == 10 else value}
+
+    loss.calls = 0
+    handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    running = run_utils.Run(Accelerator(cpu=True), str(tmp_path), {}, "new", 0.0, 1, "none")
+    try:
+        stage = train_utils.Stage("test", 1, 1e-2, 1, 1, train_utils.warm_up, goes_back=True)
+        train_utils.train(running, torch.nn.Linear(1, 1), stage, Line(), loss)
+    finally:
+        for number, handler in zip((signal.SIGINT, signal.SIGTERM), handlers, strict=True):
+            signal.signal(number, handler)
+    assert "at step 10 the loss is nan; going back to step 8" in capfd.readouterr().err
+    assert [r["step"] for r in records(tmp_path)] == list(range(1, 61))
+    assert records(tmp_path)[-1]["learning_rate"] == 0.5e-2
 
 
 def test_a_run_that_diverges_for_good_is_an_error(tmp_path: Path) -> None:
@@ -472,7 +528,10 @@ def wrong(
         ("--stages=embedings", "the stages are embeddings,grow,feed-forward,heads,final"),
         ("--stages=", "the stages are"),
         ("--stages=final,final", "given twice"),
+        ("--pack_cfg=ff_iter_num:1000000", "at least 0 and at most 64"),
+        (f"--pack_cfg=hidden_size:{'9' * 5000}", "whole number"),
         ("--loss_weight_alpha=0", "--loss_weight_alpha"),
+        ("--loss_weight_alpha=1e30", "--loss_weight_alpha"),
         ("--num_train_epochs=0", "--num_train_epochs"),
         ("--max_steps_per_stage=0", "--max_steps_per_stage"),
         ("--total_train_batch_size_for_tune=6", "--total_train_batch_size_for_tune=6"),
@@ -493,6 +552,30 @@ def test_model_of_no_task(wrong: Callable[..., str], teacher: Path, tmp_path: Pa
     for flag in ("--model_student", "--model_teacher"):
         line = wrong(f"{flag}={plain}")
         assert flag in line and "BertModel" in line and "train_qa.py" in line
+
+
+def test_flags_of_stages_that_do_not_run(
+    wrong: Callable[..., str], reference: Path, teacher: Path, few: Path, tmp_path: Path
+) -> None:
+    line = wrong("--stages=heads", "--embedding_weight=1")
+    assert "--embedding_weight counts in the final stage" in line
+    cfg = "--pack_cfg=num_hidden_layers:2,ff_iter_num:2,num_attention_heads:2,hidden_size:16"
+    line = wrong(f"--model_student={reference}", cfg, "--start=random")
+    assert f"--start: {reference} is packed" in line
+    flags = ("--stages=embeddings", "--max_steps_per_stage=1")
+    other = "--total_train_batch_size_for_tune=6"  # of the final stage
+    assert call(pack_command(teacher, few, tmp_path / "heads", *flags, other)) == 0
+
+
+def test_model_inside_the_output_folder(
+    wrong: Callable[..., str], reference: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "packed"
+    shutil.copytree(reference, folder)
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    flags = (f"--model_student={folder / 'unmerged'}", f"--output_dir={folder}")
+    assert "--model_student lies in it" in wrong(*flags, "--overwrite_output_dir")
+    assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
 
 
 def test_another_vocabulary(wrong: Callable[..., str], teacher: Path, tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ from transformers import AutoConfig, AutoTokenizer, BertModel
 
 import emb_loss
 import emb_task
-from bert_pack import PackCfg, pack
+from bert_pack import PackCfg, merge, pack
 from cli_utils import UserError
 from emb_loss import EmbLoss, HardNegatives, LossCfg
 from emb_task import Pairs, Texts
@@ -316,6 +316,22 @@ def test_distilled_embeddings_are_compared_each(base: Path) -> None:
     assert found["embedding"].requires_grad
     without = StateLoss(OneProcess, teacher, 2, weights)(student, batch)
     assert set(found) - set(without) == {"embedding"}
+
+
+@pytest.mark.parametrize("pooling", ["cls", "mean"])
+@pytest.mark.parametrize("pack_emb", [0, 1])
+def test_merging_changes_no_embedding(base: Path, pooling: str, pack_emb: int) -> None:
+    torch.manual_seed(0)
+    config = AutoConfig.from_pretrained(base)
+    config.pooling = pooling
+    student = pack(
+        fuse_attention(BertForEmbedding(config).eval()), PackCfg(2, 2, 4, 16, pack_emb), []
+    )
+    for parameter in student.parameters():
+        parameter.data += 0.1 * torch.randn_like(parameter)
+    batch = inputs([9, 5, 12])
+    wanted, found = student.eval()(**batch).embedding, merge(student).eval()(**batch).embedding
+    assert (wanted - found).abs().max() < 1e-4
 
 
 def test_softmax_is_over_the_whole_step() -> None:
