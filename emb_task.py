@@ -106,10 +106,19 @@ class Pairs:
     def __len__(self) -> int:
         return len(self.question)
 
+    @cached_property
+    def _answering(self) -> dict[int, set[int]]:
+        """The contexts of each question: the same one may be asked of several."""
+        found: dict[int, set[int]] = {}
+        for question, context in zip(self.question.tolist(), self.context.tolist(), strict=True):
+            found.setdefault(question, set()).add(context)
+        return found
+
     def answered_by(self, pair: int, context: int) -> bool:
-        """Whether a context is the pair's own or, of the same article, has one of its answers."""
+        """Whether a context is one that the file gives the pair's question, or is of the same
+        article and has one of its answers."""
         own = self.context[pair]
-        if context == own:
+        if int(context) in self._answering[int(self.question[pair])]:
             return True
         if self.article[context] != self.article[own]:
             return False
@@ -192,6 +201,9 @@ def encode(
 def ranks(questions: Tensor, contexts: Tensor, own: Tensor) -> Tensor:
     """How many contexts are nearer (L2) to each question than its own is: int64 [questions].
 
+    What is as near but for rounding counts as nearer, so that vectors that are all alike find
+    nothing; and so do vectors that are not finite.
+
     As matrix products in blocks: what it needs beside the vectors hardly grows with their number.
 
     Args:
@@ -202,6 +214,7 @@ def ranks(questions: Tensor, contexts: Tensor, own: Tensor) -> Tensor:
     # |q - c|^2 orders contexts as |c|^2 / 2 - q c does.
     blocks = contexts.split(CONTEXT_BLOCK)
     halves = torch.cat([block.square().sum(dim=1) / 2 for block in blocks])
+    rounding = 1e-6 * halves.abs().max()
     found = torch.zeros(len(questions), dtype=torch.int64)
     for first in range(0, len(questions), QUESTION_BLOCK):
         block = slice(first, first + QUESTION_BLOCK)
@@ -209,7 +222,8 @@ def ranks(questions: Tensor, contexts: Tensor, own: Tensor) -> Tensor:
         limit = halves[mine] - (q * contexts[mine]).sum(dim=1)
         for begin in range(0, len(contexts), CONTEXT_BLOCK):
             there = slice(begin, begin + CONTEXT_BLOCK)
-            nearer = torch.addmm(halves[there], q, contexts[there].T, alpha=-1) < limit[:, None]
+            scores = torch.addmm(halves[there], q, contexts[there].T, alpha=-1)
+            nearer = ~(scores > limit[:, None] + rounding)
             inside = (mine >= begin) & (mine < begin + CONTEXT_BLOCK)
             nearer[inside, mine[inside] - begin] = False  # whatever rounding makes of itself
             found[block] += nearer.sum(dim=1)

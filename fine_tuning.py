@@ -186,18 +186,19 @@ def fine_tune(
     task.tokenize(tokenizer)
     run = open_run(accelerator, args, arguments, found)
     evaluation = task.make_evaluation(run)
-    quantized = is_quantized(args.model_student)
-    if settings and quantized:
-        run.say(f"--model_student {args.model_student} is quantized already: training goes on")
-    elif settings:
-        student, quantized = nncf_utils.quantize(run, student, settings, task), True
-    set_dropout(fuse_attention(student), args.dropout)
     frozen = freeze(student, args.freeze_list)
     teacher = None
     if args.supervision_weight > 0:
         teacher = load_teacher(args.model_teacher, task.auto_class, accelerator.device)
         if state_maps is not None:
             state_maps.to(accelerator.device)
+    quantized = is_quantized(args.model_student)
+    if settings and quantized:
+        run.say(f"--model_student {args.model_student} is quantized already: training goes on")
+    elif settings:
+        student, quantized = nncf_utils.quantize(run, student, settings, task), True
+        frozen = freeze(student, args.freeze_list)
+    set_dropout(fuse_attention(student), args.dropout)
     run.say(f"{task.describe()}; {run.machine()}; {frozen / 1e6:.1f} M parameters frozen")
     # What INT8 arithmetic gives is that of FP32 with rounding, not that of bf16.
     evaluate = functools.partial(evaluation, precise=quantized)

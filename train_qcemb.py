@@ -14,7 +14,7 @@ signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends the seconds of impor
 from torch import nn
 from transformers import PreTrainedModel
 
-from cli_utils import ArgumentParser, number, run_main
+from cli_utils import ArgumentParser, UserError, number, run_main
 from emb_loss import EmbLoss, HardNegatives, PairBatches, parse_loss_cfg
 from emb_task import EmbTask
 from embedding_model import POOLERS, POOLINGS
@@ -53,6 +53,10 @@ def parse_arguments() -> argparse.Namespace:
 def main() -> None:
     args = parse_arguments()
     cfg = parse_loss_cfg(args.loss_cfg)
+    if cfg.emb_loss != "none" and not args.supervision_weight:
+        raise UserError(
+            f"--loss_cfg: emb_loss:{cfg.emb_loss} needs a teacher: --supervision_weight over 0"
+        )
 
     def learn(
         run: Run, task: EmbTask, teacher: PreTrainedModel | None, state_maps: nn.ModuleList | None

@@ -8,14 +8,14 @@ import math
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.utils import set_seed
+from accelerate.utils import DistributedDataParallelKwargs, set_seed
 from torch import Tensor, nn
 
 from cli_utils import UserError, warn
@@ -90,7 +90,10 @@ def check_batch_sizes(total: int, per_process: int, processes: int, names: tuple
 
 def make_accelerator(precision: str, no_cuda: bool, seed: int) -> Accelerator:
     """The accelerator of this process, with all random generators seeded."""
-    accelerator = Accelerator(mixed_precision=pick_precision(precision, no_cuda), cpu=no_cuda)
+    # No buffer changes; and passes of a step may differ in number from process to process.
+    ddp = DistributedDataParallelKwargs(broadcast_buffers=False)
+    mixed_precision = pick_precision(precision, no_cuda)
+    accelerator = Accelerator(mixed_precision=mixed_precision, cpu=no_cuda, kwargs_handlers=[ddp])
     set_seed(seed)
     # Denormal numbers slow a CPU down a hundredfold and change no figure.
     torch.set_flush_denormal(True)
@@ -293,7 +296,8 @@ def train(
     while True:
         if evaluate and (step == total_steps or (step > 0 and step % steps_per_epoch == 0)):
             progress.pause()
-            figures = evaluate(model)
+            with _own_forward(model, own_forward):
+                figures = evaluate(model)
             record = {"stage": stage.name, "step": step, "epoch": step / steps_per_epoch}
             run.log({**record, "evaluation": True, **figures})
             if keep:
@@ -379,8 +383,27 @@ def train(
     accelerator.unwrap_model(wrapped, keep_fp32_wrapper=False)
     if own_forward is not None:
         model.forward = own_forward
+    # Else `prepare` would take the model for prepared in the next stage, and not cast it.
+    vars(model).pop("_is_accelerate_prepared", None)
     accelerator.free_memory()
     return figures
+
+
+@contextlib.contextmanager
+def _own_forward(model: nn.Module, own: Any) -> Iterator[None]:
+    """The model without accelerate's casts around its forward: an evaluation has its own precision.
+
+    Args:
+        own: the forward that the model itself had as an attribute, or None.
+    """
+    cast = vars(model).pop("forward", None)
+    if own is not None:
+        model.forward = own
+    try:
+        yield
+    finally:
+        if cast is not None:
+            model.forward = cast
 
 
 def _gradient_of_step(

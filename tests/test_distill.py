@@ -16,6 +16,7 @@ import openvino
 import pytest
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from calls import (
     call,
     error_line,
@@ -322,6 +323,45 @@ def test_head_is_that_of_the_teacher(teacher: Path, few: Path, tmp_path: Path) -
     assert call(pack_command(teacher, few, out, *flags)) == 0
     weights = load_file(out / "unmerged" / "model.safetensors")
     assert torch.equal(weights["qa_outputs.weight"], model.qa_outputs.weight)
+
+
+# ------------------------------------------------------------------------------------------------
+# Precision
+
+
+def test_every_stage_is_cast_and_no_evaluation(tmp_path: Path) -> None:
+    class Model(torch.nn.Linear):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            cast.append(torch.is_autocast_enabled("cpu"))
+            return super().forward(x)
+
+    def loss(model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        return {"error": model(batch["x"])[:, 0].square()}
+
+    def evaluate(model: torch.nn.Module) -> dict[str, float]:
+        before = len(cast)
+        model(torch.ones(1, 1))
+        evaluated.extend(cast[before:])
+        del cast[before:]
+        return {"f1": 0.0}
+
+    cast: list[bool] = []
+    evaluated: list[bool] = []
+    handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    AcceleratorState._reset_state(reset_partial_state=True)  # of tests before, in FP32
+    accelerator = Accelerator(cpu=True, mixed_precision="bf16")
+    running = run_utils.Run(accelerator, str(tmp_path), {}, "new", 60.0, 1, "none")
+    try:
+        model = Model(1, 1)
+        for name in ("first", "second"):
+            stage = train_utils.Stage(name, 1, 1e-3, 1, 1, train_utils.warm_up)
+            train_utils.train(running, model, stage, Line(), loss, evaluate)
+    finally:
+        for number, handler in zip((signal.SIGINT, signal.SIGTERM), handlers, strict=True):
+            signal.signal(number, handler)
+        AcceleratorState._reset_state(reset_partial_state=True)
+    assert cast == [True] * 120
+    assert evaluated == [False, False]
 
 
 # ------------------------------------------------------------------------------------------------

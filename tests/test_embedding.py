@@ -318,6 +318,24 @@ def test_distilled_embeddings_are_compared_each(base: Path) -> None:
     assert set(found) - set(without) == {"embedding"}
 
 
+@pytest.mark.parametrize("value", [0.3, float("nan")])
+def test_vectors_that_say_nothing_find_nothing(value: float) -> None:
+    found = emb_task.ranks(torch.full((7, 5), value), torch.full((9, 5), value), torch.arange(7))
+    assert emb_task.retrieval_figures(found)["top_5"] == 0
+
+
+def test_a_question_of_several_contexts_is_answered_by_all() -> None:
+    pairs = Pairs(
+        questions=few_texts(1, 100),
+        contexts=few_texts(3, 0, ["one", "two", "three"]),
+        question=np.array([0, 0]),
+        context=np.array([0, 2]),
+        article=np.array([0, 1, 2]),
+        answers=[("one",), ("three",)],
+    )
+    assert [pairs.answered_by(0, context) for context in range(3)] == [True, False, True]
+
+
 @pytest.mark.parametrize("pooling", ["cls", "mean"])
 @pytest.mark.parametrize("pack_emb", [0, 1])
 def test_merging_changes_no_embedding(base: Path, pooling: str, pack_emb: int) -> None:
