@@ -48,6 +48,14 @@ HOOKS = "__nncf_hooks."  # what the names of the quantizers' parameters begin wi
 
 nncf.set_log_level(logging.ERROR)
 
+# What nncf.quantize raises for settings that its torch backend does not have.
+REFUSALS = (
+    ValueError,
+    nncf.InternalError,
+    nncf.ParameterNotSupportedError,
+    nncf.ValidationError,
+)
+
 
 # ------------------------------------------------------------------------------------------------
 # The configuration file
@@ -374,6 +382,9 @@ def calibrate(
     Args:
         samples: inputs [1, max_seq_length_c] each, padded as they will be at run time.
         before_each: called before each of them, in each of NNCF's passes over them.
+
+    Raises:
+        UserError: settings that NNCF has, but not for torch models.
     """
 
     def inputs(sample: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -382,8 +393,12 @@ def calibrate(
 
     _use_plain_quantizers()
     arguments = {**config.arguments, "subset_size": len(samples)}
-    with torch.no_grad():
-        return nncf.quantize(model.eval(), nncf.Dataset(list(samples), inputs), **arguments)
+    try:
+        with torch.no_grad():
+            return nncf.quantize(model.eval(), nncf.Dataset(list(samples), inputs), **arguments)
+    except REFUSALS as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(f"--nncf_config: {config.path}: NNCF refuses it: {reason}") from None
 
 
 def _use_plain_quantizers() -> None:

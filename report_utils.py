@@ -247,7 +247,7 @@ tags: [bert, {tag}, squad, onnx, openvino]
 | precision of training | {metrics["precision"]} |
 
 ## Use
-{_use(output_dir, metrics)}
+{_use(output_dir, metrics, script)}
 `model.onnx` is the same model for ONNX Runtime and OpenVINO (`ovc model.onnx`). Inputs
 `input_ids`, `attention_mask`, `token_type_ids`, `position_ids`, int64
 [1, {arguments["max_seq_length_c"]}]; {outputs}
@@ -266,13 +266,13 @@ python3 {script} \\
         file.write(text)
 
 
-def _use(output_dir: str, metrics: dict[str, Any]) -> str:
+def _use(output_dir: str, metrics: dict[str, Any], script: str) -> str:
     """How to load the checkpoint."""
     if "int8" in metrics:
         return (
             "`model.safetensors` holds the weights in FP32, `quantizers.json` and"
             " `quantizers.safetensors`\nwhat rounds them and the activations to INT8 in training:"
-            " `train_qa.py --model_student=<this folder>`\nloads all of it."
+            f" `{script} --model_student=<this folder>`\nloads all of it."
         )
     with open(os.path.join(output_dir, "config.json"), encoding="utf-8") as file:
         config = json.load(file)
@@ -295,5 +295,5 @@ tokenizer = AutoTokenizer.from_pretrained("{output_dir}")
 
 def _difference(metrics: dict[str, Any]) -> str:
     if "int8" in metrics:
-        return f"{metrics['onnx_difference']:.3f} standard deviations of its logits on average"
+        return f"{metrics['onnx_difference']:.3f} standard deviations of its outputs on average"
     return f"at most {metrics['onnx_difference']:.1e}"

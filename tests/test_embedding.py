@@ -486,6 +486,7 @@ def test_packed_and_quantized_go_on_from_it(packed: Path, quantized: Path) -> No
     assert stages == ["fp32", "calibrated", "ranges", "weights", "kept", "teacher_index"]
     assert metrics(quantized)["stages"][0]["mrr"] == pytest.approx(rows["merged"]["mrr"])
     assert (quantized / "state_maps.safetensors").exists()
+    assert "`train_qcemb.py --model_student=<this folder>`" in (quantized / "README.md").read_text()
     linear = next(row for row in metrics(quantized)["int8"] if row["kind"] == "linear")
     assert linear["float"] == 0
 

@@ -413,6 +413,16 @@ def test_calibration_can_be_stopped(reading: Reading, teacher: Path, few: Path) 
         nncf_utils.calibrate(small_model(teacher), reading({}), [sample] * 4, third)
 
 
+def test_settings_that_nncf_has_not_for_torch(reading: Reading, teacher: Path, few: Path) -> None:
+    first = feeds(dev_windows(teacher, few))[0]
+    sample = {name: torch.from_numpy(array) for name, array in first.items()}
+    for settings in ({"fast_bias_correction": False}, {"target_device": "CPU_SPR"}):
+        config = reading(settings)
+        with pytest.raises(UserError, match="NNCF refuses it: ") as error:
+            nncf_utils.calibrate(small_model(teacher), config, [sample])
+        assert config.path in str(error.value) and "\n" not in str(error.value)
+
+
 def test_works_without_a_compiler(teacher: Path, few: Path, settings: Path, tmp_path: Path) -> None:
     out, empty = tmp_path / "out", tmp_path / "bin"
     empty.mkdir()
