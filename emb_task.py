@@ -65,10 +65,13 @@ class Texts:
         for row, text in enumerate(chosen):
             ids = self.tokens.ids[self.tokens.of(text)]
             input_ids[row, : len(ids) + 2] = [self.special.cls, *ids, self.special.sep]
-        position_ids = np.broadcast_to(np.arange(length), input_ids.shape).copy()
+        places = np.arange(length)
+        # What pads beyond the longest may be beyond the model's positions.
+        position_ids = np.minimum(places, (pad_to or int(total.max())) - 1)
+        position_ids = np.broadcast_to(position_ids, input_ids.shape).copy()
         return {
             "input_ids": input_ids,
-            "attention_mask": (position_ids < total[:, None]).astype(np.int64),
+            "attention_mask": (places < total[:, None]).astype(np.int64),
             "token_type_ids": np.zeros_like(input_ids),
             "position_ids": position_ids,
         }

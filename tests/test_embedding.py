@@ -206,6 +206,14 @@ def few_texts(count: int, offset: int, strings: list[str] | None = None) -> Text
     return Texts(strings, tokens, SpecialIds(0, 1, 2))
 
 
+def test_positions_end_with_the_longest() -> None:
+    batch = few_texts(3, 10).batch(np.array([0, 2]))
+    length = int(few_texts(3, 10).total_lengths.max())
+    assert batch["input_ids"].shape == (2, 8) and length < 8
+    assert batch["position_ids"].max() == length - 1
+    assert batch["attention_mask"].sum() == 2 * length
+
+
 def test_mining_against_a_slow_one() -> None:
     torch.manual_seed(0)
     count = 12
