@@ -197,7 +197,7 @@ def fine_tune(
         run.say(f"--model_student {args.model_student} is quantized already: training goes on")
     elif settings:
         student, quantized = nncf_utils.quantize(run, student, settings, task), True
-        frozen = freeze(student, args.freeze_list)
+        frozen = freeze(student, args.freeze_list)  # another model, which quantizers belong to
     set_dropout(fuse_attention(student), args.dropout)
     run.say(f"{task.describe()}; {run.machine()}; {frozen / 1e6:.1f} M parameters frozen")
     # What INT8 arithmetic gives is that of FP32 with rounding, not that of bf16.

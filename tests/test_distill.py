@@ -8,7 +8,8 @@ import os
 import shutil
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -325,6 +326,18 @@ def test_head_is_that_of_the_teacher(teacher: Path, few: Path, tmp_path: Path) -
     assert torch.equal(weights["qa_outputs.weight"], model.qa_outputs.weight)
 
 
+@contextmanager
+def a_run(accelerator: Accelerator, folder: Path, save_minutes: float) -> Iterator[run_utils.Run]:
+    """A new run that logs each step; what it does with signals ends with it."""
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    handlers = [signal.getsignal(number) for number in numbers]
+    try:
+        yield run_utils.Run(accelerator, str(folder), {}, "new", save_minutes, 1, "none")
+    finally:
+        for number, handler in zip(numbers, handlers, strict=True):
+            signal.signal(number, handler)
+
+
 # ------------------------------------------------------------------------------------------------
 # Precision
 
@@ -347,18 +360,15 @@ def test_every_stage_is_cast_and_no_evaluation(tmp_path: Path) -> None:
 
     cast: list[bool] = []
     evaluated: list[bool] = []
-    handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
     AcceleratorState._reset_state(reset_partial_state=True)  # of tests before, in FP32
     accelerator = Accelerator(cpu=True, mixed_precision="bf16")
-    running = run_utils.Run(accelerator, str(tmp_path), {}, "new", 60.0, 1, "none")
     try:
-        model = Model(1, 1)
-        for name in ("first", "second"):
-            stage = train_utils.Stage(name, 1, 1e-3, 1, 1, train_utils.warm_up)
-            train_utils.train(running, model, stage, Line(), loss, evaluate)
+        with a_run(accelerator, tmp_path, save_minutes=60.0) as running:
+            model = Model(1, 1)
+            for name in ("first", "second"):
+                stage = train_utils.Stage(name, 1, 1e-3, 1, 1, train_utils.warm_up)
+                train_utils.train(running, model, stage, Line(), loss, evaluate)
     finally:
-        for number, handler in zip((signal.SIGINT, signal.SIGTERM), handlers, strict=True):
-            signal.signal(number, handler)
         AcceleratorState._reset_state(reset_partial_state=True)
     assert cast == [True] * 120
     assert evaluated == [False, False]
@@ -395,14 +405,9 @@ def test_diverging_run_goes_back(kind: str, tmp_path: Path, capfd: pytest.Captur
         return {"error": value}
 
     accelerator = Accelerator(cpu=True)
-    handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
-    running = run_utils.Run(accelerator, str(tmp_path), {}, "new", 60.0, 1, "none")
-    try:
+    with a_run(accelerator, tmp_path, save_minutes=60.0) as running:
         stage = train_utils.Stage("test", 1, 1e-2, 1, 1, train_utils.warm_up, goes_back=True)
         train_utils.train(running, model, stage, Line(), loss)
-    finally:
-        for number, handler in zip((signal.SIGINT, signal.SIGTERM), handlers, strict=True):
-            signal.signal(number, handler)
     warnings = [x for x in capfd.readouterr().err.splitlines() if x.startswith("warning: ")]
     assert warnings and all("going back to step 0, with" in line for line in warnings)
     log = records(tmp_path)
@@ -431,14 +436,9 @@ def test_a_bad_newest_state_is_left_for_the_one_before_it(
         return {"error": value * math.nan if loss.calls == 10 else value}
 
     loss.calls = 0
-    handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
-    running = run_utils.Run(Accelerator(cpu=True), str(tmp_path), {}, "new", 0.0, 1, "none")
-    try:
+    with a_run(Accelerator(cpu=True), tmp_path, save_minutes=0.0) as running:
         stage = train_utils.Stage("test", 1, 1e-2, 1, 1, train_utils.warm_up, goes_back=True)
         train_utils.train(running, torch.nn.Linear(1, 1), stage, Line(), loss)
-    finally:
-        for number, handler in zip((signal.SIGINT, signal.SIGTERM), handlers, strict=True):
-            signal.signal(number, handler)
     assert "at step 10 the loss is nan; going back to step 8" in capfd.readouterr().err
     assert [r["step"] for r in records(tmp_path)] == list(range(1, 61))
     assert records(tmp_path)[-1]["learning_rate"] == 0.5e-2
@@ -453,15 +453,10 @@ def test_a_run_that_diverges_for_good_is_an_error(tmp_path: Path) -> None:
         return {"error": value if loss.calls < 5 else value * math.nan}
 
     loss.calls = 0
-    handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
-    running = run_utils.Run(Accelerator(cpu=True), str(tmp_path), {}, "new", 60.0, 1, "none")
-    try:
+    with a_run(Accelerator(cpu=True), tmp_path, save_minutes=60.0) as running:
         stage = train_utils.Stage("test", 1, 1e-2, 1, 1, goes_back=True)
         with pytest.raises(UserError, match="the loss is nan"):
             train_utils.train(running, torch.nn.Linear(1, 1), stage, Line(), loss)
-    finally:
-        for number, handler in zip((signal.SIGINT, signal.SIGTERM), handlers, strict=True):
-            signal.signal(number, handler)
 
 
 # ------------------------------------------------------------------------------------------------

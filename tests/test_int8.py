@@ -399,9 +399,14 @@ def test_two_processes_are_as_one(teacher: Path, few: Path, settings: Path, tmp_
     assert logs[0] == pytest.approx(logs[1], rel=2e-3)
 
 
-def test_calibration_can_be_stopped(reading: Reading, teacher: Path, few: Path) -> None:
+def first_sample(teacher: Path, few: Path) -> dict[str, torch.Tensor]:
+    """The first window of the dev file, as calibration takes it."""
     first = feeds(dev_windows(teacher, few))[0]
-    sample = {name: torch.from_numpy(array) for name, array in first.items()}
+    return {name: torch.from_numpy(array) for name, array in first.items()}
+
+
+def test_calibration_can_be_stopped(reading: Reading, teacher: Path, few: Path) -> None:
+    sample = first_sample(teacher, few)
     called: list[int] = []
 
     def third() -> None:
@@ -414,8 +419,7 @@ def test_calibration_can_be_stopped(reading: Reading, teacher: Path, few: Path) 
 
 
 def test_settings_that_nncf_has_not_for_torch(reading: Reading, teacher: Path, few: Path) -> None:
-    first = feeds(dev_windows(teacher, few))[0]
-    sample = {name: torch.from_numpy(array) for name, array in first.items()}
+    sample = first_sample(teacher, few)
     for settings in ({"fast_bias_correction": False}, {"target_device": "CPU_SPR"}):
         config = reading(settings)
         with pytest.raises(UserError, match="NNCF refuses it: ") as error:
