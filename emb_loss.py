@@ -87,6 +87,8 @@ def parse_loss_cfg(text: str) -> LossCfg:
     cfg = LossCfg(**values)
     if not cfg.triplet_num and not cfg.in_batch:
         raise UserError("--loss_cfg: triplet_num:0 leaves no loss without in_batch:1")
+    if "temperature" in values and not cfg.in_batch:
+        raise UserError("--loss_cfg: temperature is of in_batch:1, which is not there")
     return cfg
 
 

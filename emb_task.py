@@ -322,8 +322,19 @@ class EmbTask:
         """Read the files that args names.
 
         Raises:
-            UserError: one of them is not what it should be.
+            UserError: one of them is not what it should be, or a length leaves no room for a text.
         """
+        for name in ("max_seq_length_q", "max_seq_length_c"):
+            if getattr(args, name) < 3:
+                raise UserError(
+                    f"--{name}={getattr(args, name)} leaves nothing between [CLS] and [SEP]; it"
+                    " must be 3 or more"
+                )
+        if args.max_seq_length_q > args.max_seq_length_c:
+            raise UserError(
+                f"--max_seq_length_q={args.max_seq_length_q} is over"
+                f" --max_seq_length_c={args.max_seq_length_c}, the longest that the model is for"
+            )
         self.args = args
         self.train_data = load_squad(args.squad_train_data, "--squad_train_data")
         self.dev_data = load_squad(args.squad_dev_data, "--squad_dev_data")
@@ -467,6 +478,5 @@ def export(output_dir: str, texts: Texts, max_seq_length_c: int) -> float:
         onnx_utils.EmbeddingGraph(model),
         os.path.join(output_dir, "model.onnx"),
         [texts.batch(text[None], pad_to=max_seq_length_c) for text in chosen],
-        onnx_utils.EMBEDDING_OUTPUTS,
         quantized,
     )

@@ -265,22 +265,28 @@ def is_quantized(name: str) -> bool:
 
 def load_state_maps(name: str, config: PretrainedConfig) -> nn.ModuleList | None:
     """The maps from the states of a merged model to its teacher's hidden size, which only losses
-    need; None where the folder does not have them."""
+    need; None where the folder does not have them.
+
+    Raises:
+        UserError: the file that has them is damaged.
+    """
     maps = nn.ModuleList(
         nn.Linear(config.hidden_size, config.state_size)
         for _ in range(config.num_hidden_layers + 1)
     )
-    path = os.path.join(name, STATE_MAPS)
-    if os.path.isfile(path):
-        maps.load_state_dict(load_file(path))
-        return maps.requires_grad_(False)
-    if unmerged_folder(name) == name:
-        return None
-    prefix = "bert.state_maps."
-    weights = load_file(os.path.join(unmerged_folder(name), "model.safetensors"))
-    maps.load_state_dict(
-        {key.removeprefix(prefix): value for key, value in weights.items() if prefix in key}
-    )
+    path, prefix = os.path.join(name, STATE_MAPS), ""
+    if not os.path.isfile(path):
+        if unmerged_folder(name) == name:
+            return None
+        path, prefix = os.path.join(unmerged_folder(name), "model.safetensors"), "bert.state_maps."
+    try:
+        weights = load_file(path)
+        maps.load_state_dict(
+            {key.removeprefix(prefix): value for key, value in weights.items() if prefix in key}
+        )
+    except Exception as error:
+        reason = (str(error).strip() or repr(error)).splitlines()[0]
+        raise UserError(f"--model_student: {path} does not load: {reason}") from None
     return maps.requires_grad_(False)
 
 

@@ -7,6 +7,7 @@ train like anything else. `onnx_utils` turns them into QuantizeLinear / Dequanti
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import difflib
 import enum
@@ -25,6 +26,7 @@ import nncf.torch
 import torch
 from nncf.common.quantization.structs import QuantizationPreset
 from nncf.quantization.advanced_parameters import AdvancedQuantizationParameters
+from nncf.scopes import get_ignored_node_names_from_subgraph
 from nncf.torch.function_hook.hook_storage import decode_hook_name
 from nncf.torch.function_hook.nncf_graph.nncf_graph_builder import build_nncf_graph
 from nncf.torch.function_hook.wrapper import get_hook_storage, wrap_model
@@ -33,7 +35,7 @@ from nncf.torch.quantization.layers import BaseQuantizer
 from nncf.torch.quantization.reference import ReferenceBackendType, ReferenceQuantize
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import BertConfig, BertForQuestionAnswering, PreTrainedModel
 
 from cli_utils import UserError, is_main_process, warn
 from fast_attention import fuse_attention
@@ -212,7 +214,7 @@ def _of_before_3(raw: dict[str, Any], path: str) -> tuple[dict[str, Any], tuple[
         if key == "preset":
             settings["preset"] = value
         elif key == "ignored_scopes":
-            scopes = [value] if isinstance(value, str) else value
+            scopes = _build(list[str], [value] if isinstance(value, str) else value, path, where)
             patterns = [s[len("{re}") :] for s in scopes if s.startswith("{re}")]
             if patterns:
                 settings["ignored_scope"] = {"patterns": patterns}
@@ -225,7 +227,7 @@ def _of_before_3(raw: dict[str, Any], path: str) -> tuple[dict[str, Any], tuple[
                 advanced[f"{key}_quantization_params"] = known
             left_out += [f"{where}.{k}" for k in value if k not in names]
         elif key == "initializer" and isinstance(value, dict):
-            samples = value.get("range", {})
+            samples = _build(dict, value.get("range", {}), path, f"{where}.range")
             if "num_init_samples" in samples:
                 settings["subset_size"] = samples["num_init_samples"]
             left_out += [f"{where}.range.{k}" for k in samples if k != "num_init_samples"]
@@ -284,7 +286,7 @@ def check_nncf_config(path: str, model_name: str, auto_class: Any) -> NncfConfig
     """The settings of --nncf_config, checked against --model_student; says what is left out.
 
     Raises:
-        UserError: as `read_nncf_config` and `check_scope`.
+        UserError: as `read_nncf_config`, `check_scope` and `calibrate`.
     """
     config = read_nncf_config(path)
     if config.left_out and is_main_process():
@@ -295,7 +297,24 @@ def check_nncf_config(path: str, model_name: str, auto_class: Any) -> NncfConfig
     if not is_quantized(model_name):
         model = load_model(model_name, "--model_student", auto_class, quiet=True)
         check_scope(config, fuse_attention(model, plain=True).eval())
+        _try_settings(config)
     return config
+
+
+def _try_settings(config: NncfConfig) -> None:
+    """Quantize a BERT of no size: NNCF tells what it refuses only then.
+
+    Raises:
+        UserError: as `calibrate`.
+    """
+    tiny = BertConfig(
+        hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8, vocab_size=8
+    )
+    arguments = {**config.arguments, "ignored_scope": None}  # which is of another model
+    sample = dict.fromkeys(INPUTS, torch.zeros(1, 8, dtype=torch.long))
+    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
+        model = fuse_attention(BertForQuestionAnswering(tiny), plain=True)
+        calibrate(model, dataclasses.replace(config, arguments=arguments), [sample])
 
 
 def quantize(run: Run, model: PreTrainedModel, config: NncfConfig, task: Any) -> PreTrainedModel:
@@ -331,7 +350,7 @@ def _graph(model: nn.Module) -> Any:
 def check_scope(config: NncfConfig, model: nn.Module) -> None:
     """Check that every part of ignored_scope is something in the model.
 
-    Names and patterns may be those of modules; they become NNCF's.
+    Names and patterns may be those of modules; they become NNCF's, as do types and subgraphs.
 
     Raises:
         UserError: one of them matches nothing.
@@ -358,8 +377,21 @@ def check_scope(config: NncfConfig, model: nn.Module) -> None:
                     f" in this model; it has {', '.join(dict.fromkeys(close))}"
                 )
             names.update(o.node for o in matched)
+    nodes = {o.name: o.node for o in all_operations}
+    for i, part in enumerate(scope.subgraphs):
+        ends = [[nodes.get(n, n) for n in given] for given in (part.inputs, part.outputs)]
+        try:
+            inside = get_ignored_node_names_from_subgraph(_graph(model), nncf.Subgraph(*ends))
+        except REFUSALS:
+            inside = []
+        if not inside:
+            raise UserError(
+                f"--nncf_config: {config.path}: ignored_scope.subgraphs[{i}]: no way leads from its"
+                " inputs to its outputs in this model"
+            )
+        names.update(inside)
     config.arguments["ignored_scope"] = dataclasses.replace(
-        scope, names=sorted(names), patterns=[], types=[], validate=False
+        scope, names=sorted(names), patterns=[], types=[], subgraphs=[], validate=False
     )
 
 

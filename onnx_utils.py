@@ -22,7 +22,6 @@ from cli_utils import UserError
 
 INPUTS = ("input_ids", "attention_mask", "token_type_ids", "position_ids")
 QA_OUTPUTS = ("output_s", "output_e")
-EMBEDDING_OUTPUTS = ("embedding",)
 OPSET = 17  # the first with LayerNormalization, and one that openvino-dev 2024.6 still reads
 MAX_NOISE = 0.1  # of an INT8 file, in standard deviations; see `compare`
 MAX_DIFFERENCE = 1e-3  # of the outputs, between the file and PyTorch in FP32
@@ -30,9 +29,16 @@ MASKED = -1e4  # added to the scores of padding: 0 after softmax, and a number i
 
 
 class ExportedGraph(nn.Module):
-    """What a file computes: four int64 [B, L] inputs to the outputs of a model in `fields`."""
+    """What a file computes: four int64 [B, L] inputs to the outputs of a model in `fields`.
+
+    Attributes:
+        names: those of the outputs in the file.
+        per_token: whether they are [B, L]; a shape alone does not tell, where L is the width too.
+    """
 
     fields: tuple[str, ...]
+    names: tuple[str, ...]
+    per_token: bool
 
     def __init__(self, model: PreTrainedModel) -> None:
         super().__init__()
@@ -58,12 +64,16 @@ class QaGraph(ExportedGraph):
     """The QA file: start and end logits, [B, L] each."""
 
     fields = ("start_logits", "end_logits")
+    names = QA_OUTPUTS
+    per_token = True
 
 
 class EmbeddingGraph(ExportedGraph):
     """The embedding file: embeddings, [B, H]."""
 
     fields = ("embedding",)
+    names = ("embedding",)
+    per_token = False
 
 
 def added_mask(attention_mask: Tensor) -> Tensor:
@@ -76,16 +86,15 @@ def added_mask(attention_mask: Tensor) -> Tensor:
 
 
 def export_onnx(
-    graph: nn.Module,
+    graph: ExportedGraph,
     path: str,
     batches: Sequence[dict[str, np.ndarray]],
-    output_names: Sequence[str],
     int8: bool = False,
 ) -> float:
     """Write `graph` to `path`, declared [1, max_seq_length], and compare it with PyTorch.
 
     Args:
-        graph: a module in FP32 on the CPU from the four INPUTS to the outputs, [B, L] or [B, H].
+        graph: of a model in FP32 on the CPU.
         batches: real inputs [1, max_seq_length] to compare on; they give the declared shapes.
         int8: whether the graph has quantizers.
 
@@ -99,7 +108,7 @@ def export_onnx(
     graph.eval()
     temporary = f"{path}.tmp"
     try:
-        _trace(graph, temporary, batches[0], output_names)
+        _trace(graph, temporary, batches[0])
         onnx.checker.check_model(temporary)
         difference = compare(graph, temporary, batches, int8)
         limit = MAX_NOISE if int8 else MAX_DIFFERENCE
@@ -117,18 +126,13 @@ def export_onnx(
     return difference
 
 
-def _trace(
-    graph: nn.Module,
-    path: str,
-    example: dict[str, np.ndarray],
-    output_names: Sequence[str],
-) -> None:
+def _trace(graph: ExportedGraph, path: str, example: dict[str, np.ndarray]) -> None:
     """Write the graph, traced with dynamic axes, with static shapes declared."""
     inputs = tuple(torch.from_numpy(example[name]) for name in INPUTS)
     shapes = {name: inputs[0].shape for name in INPUTS}
     with torch.no_grad():
-        shapes |= {n: o.shape for n, o in zip(output_names, graph(*inputs), strict=True)}
-    lengthy = [name for name, shape in shapes.items() if shape == inputs[0].shape]
+        shapes |= {n: o.shape for n, o in zip(graph.names, graph(*inputs), strict=True)}
+    lengthy = INPUTS + graph.names if graph.per_token else INPUTS
     axes = {name: {0: "batch", **({1: "length"} if name in lengthy else {})} for name in shapes}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of tracing: `compare` runs it on other inputs
@@ -139,7 +143,7 @@ def _trace(
             dynamo=False,  # its graphs keep OpenVINO's attention pattern
             opset_version=OPSET,
             input_names=list(INPUTS),
-            output_names=list(output_names),
+            output_names=list(graph.names),
             dynamic_axes=axes,
         )
     model = onnx.load(path)
@@ -283,7 +287,7 @@ def _look_up(
 
 
 def compare(
-    graph: nn.Module, path: str, batches: Sequence[dict[str, np.ndarray]], int8: bool = False
+    graph: ExportedGraph, path: str, batches: Sequence[dict[str, np.ndarray]], int8: bool = False
 ) -> float:
     """Difference between the outputs of PyTorch and of ONNX Runtime, the worst of all batches.
 
@@ -300,8 +304,9 @@ def compare(
         for mine, theirs in zip(expected, session.run(None, feed), strict=True):
             mine, gap = mine.numpy(), np.abs(mine.numpy() - theirs)
             if int8:
-                real = feed["attention_mask"].astype(bool)
-                real = real if real.shape == mine.shape else np.ones(mine.shape, bool)
+                real = np.ones(mine.shape, bool)
+                if graph.per_token:
+                    real = feed["attention_mask"].astype(bool)
                 deviation = mine[real].std()
                 gap = gap[real].mean() / (deviation or 1.0)  # 0: a constant output
             gap = gap.max()

@@ -19,7 +19,7 @@ from transformers import AutoModelForQuestionAnswering
 import onnx_utils
 import report_utils
 import squad_utils
-from cli_utils import UserError
+from cli_utils import UserError, warn
 from model_utils import load_for_export, special_ids, state_errors
 from run_utils import Run, write_json
 from squad_scores import Scorer, load_scorer
@@ -31,6 +31,26 @@ CHECKED_WINDOWS = 8  # on which the exported file is compared with PyTorch
 
 # ------------------------------------------------------------------------------------------------
 # The task as the scripts see it
+
+
+def check_lengths(args: argparse.Namespace) -> None:
+    """Check that a context has room beside the longest question; warn of a stride that does not.
+
+    Raises:
+        UserError: it has none.
+    """
+    room = args.max_seq_length_c - args.max_seq_length_q - 3
+    if room < 1:
+        raise UserError(
+            f"--max_seq_length_c={args.max_seq_length_c} is too short: a question of"
+            f" --max_seq_length_q={args.max_seq_length_q}, 3 special tokens and a context need at"
+            f" least {args.max_seq_length_q + 4}"
+        )
+    if room < args.doc_stride:
+        warn(
+            f"--doc_stride={args.doc_stride} is more than the {room} context tokens beside a long"
+            " question: such windows start closer, so that they leave no gap"
+        )
 
 
 class QaTask:
@@ -53,8 +73,9 @@ class QaTask:
         """Read the files that args names.
 
         Raises:
-            UserError: one of them is not what it should be.
+            UserError: one of them is not what it should be, or a window has no room for a context.
         """
+        check_lengths(args)
         self.args = args
         self.train_data = load_squad(args.squad_train_data, "--squad_train_data")
         self.dev_data = load_squad(args.squad_dev_data, "--squad_dev_data")
@@ -349,6 +370,5 @@ def export(output_dir: str, windows: Windows, max_seq_length_c: int) -> float:
         onnx_utils.QaGraph(model),
         os.path.join(output_dir, "model.onnx"),
         [squad_utils.make_batch(windows, w[None], pad_to=max_seq_length_c) for w in chosen],
-        onnx_utils.QA_OUTPUTS,
         quantized,
     )

@@ -10,7 +10,7 @@ from typing import Any
 
 from accelerate import Accelerator
 
-from cli_utils import ArgumentParser, UserError, is_main_process, number, warn
+from cli_utils import ArgumentParser, UserError, is_main_process, number
 from run_utils import RUN_FOLDERS, Run, check_output_dir
 from train_utils import PRECISIONS, check_batch_sizes, pick_precision, process_count
 
@@ -65,18 +65,6 @@ def check_arguments(args: argparse.Namespace, batch_sizes: Sequence[str]) -> Non
     for name in batch_sizes:
         names = (name, "per_gpu_train_batch_size")
         check_batch_sizes(getattr(args, name), args.per_gpu_train_batch_size, processes, names)
-    room = args.max_seq_length_c - args.max_seq_length_q - 3
-    if room < 1:
-        raise UserError(
-            f"--max_seq_length_c={args.max_seq_length_c} is too short: a question of"
-            f" --max_seq_length_q={args.max_seq_length_q}, 3 special tokens and a context need at"
-            f" least {args.max_seq_length_q + 4}"
-        )
-    if room < args.doc_stride:
-        warn(
-            f"--doc_stride={args.doc_stride} is more than the {room} context tokens beside a long"
-            " question: such windows start closer, so that they leave no gap"
-        )
     if args.report_to == "tensorboard" and not importlib.util.find_spec("tensorboard"):
         raise UserError("--report_to=tensorboard: pip install tensorboard, or --report_to=none")
     for flag in ("model_student", "model_teacher"):

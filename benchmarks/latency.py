@@ -106,7 +106,7 @@ def export_random(folder: str) -> dict[str, str]:
             nncf_utils.make_exportable(model)
         paths[name] = os.path.join(folder, f"{name}.onnx")
         graph = onnx_utils.QaGraph(model)
-        onnx_utils.export_onnx(graph, paths[name], [batch], onnx_utils.QA_OUTPUTS, int8)
+        onnx_utils.export_onnx(graph, paths[name], [batch], int8)
         print(f"  {os.path.getsize(paths[name]) / 1e6:.1f} MB", flush=True)
     return paths
 

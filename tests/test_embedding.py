@@ -22,6 +22,7 @@ from transformers import AutoConfig, AutoTokenizer, BertModel
 
 import emb_loss
 import emb_task
+import onnx_utils
 from bert_pack import PackCfg, merge, pack
 from cli_utils import UserError
 from emb_loss import EmbLoss, HardNegatives, LossCfg
@@ -457,6 +458,7 @@ def test_the_temperature_is_part_of_the_state() -> None:
         ("triplet_num:3", "triplet_num:3 is not one of 0, 1, 2"),
         ("triplet_num:0", "leaves no loss"),
         ("in_batch:1,temperature:0", "temperature:0 is neither learned nor a number over 0"),
+        ("temperature:0.1", "temperature is of in_batch:1, which is not there"),
         ("emb_loss:l2", "emb_loss:l2 is not one of none, L1, L2"),
         ("triplet_num:1,triplet_num:2", "given twice"),
     ],
@@ -525,6 +527,25 @@ def test_file_reshapes_and_is_as_pytorch(
     assert np.abs(got - expected).mean() < limit
 
 
+@pytest.mark.parametrize("pooling", ["cls", "mean"])
+def test_width_may_be_the_length(base: Path, tmp_path: Path, pooling: str) -> None:
+    """An embedding as wide as the file's texts are long is no output per token."""
+    config = AutoConfig.from_pretrained(base, pooling=pooling)
+    model = BertForEmbedding(config).eval()
+    model.set_attn_implementation("eager")
+    width, path = config.hidden_size, str(tmp_path / "model.onnx")
+    batch = {name: value.numpy() for name, value in inputs([width]).items()}
+    onnx_utils.export_onnx(onnx_utils.EmbeddingGraph(model), path, [batch])
+    network = openvino.Core().read_model(path)
+    network.reshape({name: [2, 16] for name in INPUTS})
+    assert list(network.output("embedding").shape) == [2, width]
+    short = inputs([16, 9])
+    compiled = openvino.Core().compile_model(network, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    got = compiled({name: value.numpy() for name, value in short.items()})["embedding"]
+    with torch.no_grad():
+        assert np.abs(got - model(**short).embedding.numpy()).max() < 1e-5
+
+
 def test_two_instances_of_one_converted_file_rank_as_pytorch(tuned: Path, tmp_path: Path) -> None:
     """The contract of the Open Model Zoo's embedding demo: one file that `ovc` has made, an
     instance of it reshaped for questions and one for contexts, L2 distances between them."""
@@ -566,11 +587,13 @@ def test_killed_run_goes_on(base: Path, sample: Path, tuned: Path, tmp_path: Pat
     assert metrics(out)["mrr"] == metrics(tuned)["mrr"]
 
 
-def test_two_processes_are_as_one(base: Path, sample: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("loss", ["triplet_num:1", "triplet_num:0,in_batch:1"])
+def test_two_processes_are_as_one(loss: str, base: Path, sample: Path, tmp_path: Path) -> None:
     logs = []
     for count in (1, 2):
         out = tmp_path / str(count)
-        command = emb_command(base, sample, out, "--hnm_hist_alpha=1.2")
+        flags = ("--hnm_hist_alpha=1.2", f"--loss_cfg={loss}")
+        command = emb_command(base, sample, out, *flags)
         if count == 2:
             launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
             command = [sys.executable, *launch, *command[1:]]
@@ -604,6 +627,8 @@ def test_extra_contexts_make_it_harder(
         (("--hnm_batch_size=-1",), "--hnm_batch_size"),
         (("--loss_cfg=triplet_num:1,in_batch:2",), "in_batch:2 is not one of 0, 1"),
         (("--pooling=max",), "--pooling"),
+        (("--max_seq_length_q=2",), "--max_seq_length_q=2 leaves nothing between"),
+        (("--max_seq_length_q=200",), "--max_seq_length_q=200 is over --max_seq_length_c="),
         (("--eval_extra_contexts=nowhere.json",), "nowhere.json"),
     ],
 )

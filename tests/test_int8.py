@@ -20,9 +20,15 @@ import torch
 from calls import call, error_line, records, started, states, wait_for
 from conftest import ROOT, pack_command, run, train_qa_command
 from safetensors.torch import load_file
-from transformers import AutoModelForQuestionAnswering, PreTrainedModel
+from transformers import (
+    AutoModelForQuestionAnswering,
+    BertConfig,
+    BertForQuestionAnswering,
+    PreTrainedModel,
+)
 
 import nncf_utils
+import onnx_utils
 import qa_task
 import squad_utils
 from cli_utils import Interrupted, UserError
@@ -233,6 +239,41 @@ def test_file_is_int8_and_standard(quantized: Path) -> None:
     assert shapes == [[1, LENGTH]] * 4
 
 
+def test_file_is_a_quarter_of_the_fp32_one(reading: Reading, tmp_path: Path) -> None:
+    """Of a model of which weights are the most, as they are of any real one."""
+    config = BertConfig(
+        vocab_size=4096,
+        hidden_size=256,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        intermediate_size=1024,
+    )
+    model = BertForQuestionAnswering(config).eval()
+    sample = random_inputs(1, 64)
+    sizes = []
+    for int8 in (False, True):
+        exported = fuse_attention(model, plain=True)
+        if int8:
+            inputs = {name: torch.from_numpy(array) for name, array in sample.items()}
+            exported = nncf_utils.calibrate(exported, reading(SETTINGS), [inputs])
+            nncf_utils.make_exportable(exported)
+        path = tmp_path / f"{int8}.onnx"
+        onnx_utils.export_onnx(onnx_utils.QaGraph(exported), str(path), [sample], int8)
+        sizes.append(path.stat().st_size)
+    assert sizes[1] <= 0.3 * sizes[0]
+
+
+def random_inputs(batch: int, length: int) -> dict[str, np.ndarray]:
+    """Random tokens, without padding."""
+    shape, rng = (batch, length), np.random.default_rng(length)
+    return {
+        "input_ids": rng.integers(5, 200, shape),
+        "attention_mask": np.ones(shape, np.int64),
+        "token_type_ids": np.zeros(shape, np.int64),
+        "position_ids": np.broadcast_to(np.arange(length), shape).copy(),
+    }
+
+
 def pytorch_answers(folder: Path, batches: list[dict[str, np.ndarray]]) -> list[np.ndarray]:
     """Logits [2, L] of each window by the fake-quantized model."""
     model = load_model(str(folder), "--model", AutoModelForQuestionAnswering, quiet=True).eval()
@@ -251,12 +292,16 @@ def test_both_runtimes_agree_with_pytorch(quantized: Path, windows: Windows) -> 
     compiled = openvino.Core().compile_model(
         quantized / "model.onnx", "CPU", {"INFERENCE_PRECISION_HINT": "f32"}
     )
-    agree: dict[str, list[bool]] = {"onnxruntime": [], "openvino": []}
+    converted = openvino.compile_model(  # as `ovc` does it, given nothing but the file
+        openvino.convert_model(quantized / "model.onnx"), "CPU", {"INFERENCE_PRECISION_HINT": "f32"}
+    )
+    agree: dict[str, list[bool]] = {"onnxruntime": [], "openvino": [], "ovc": []}
     for batch, logits in zip(batches, expected, strict=True):
         real = batch["attention_mask"][0].astype(bool)
         for name, got in (
             ("onnxruntime", np.concatenate(session.run(list(QA_OUTPUTS), batch))),
             ("openvino", np.concatenate([compiled(batch)[each] for each in QA_OUTPUTS])),
+            ("ovc", np.concatenate([converted(batch)[each] for each in QA_OUTPUTS])),
         ):
             assert np.abs(got - logits)[:, real].mean() < 0.05 * logits[:, real].std(), name
             agree[name].append((got[:, real].argmax(1) == logits[:, real].argmax(1)).all())
@@ -296,13 +341,7 @@ def test_file_reshapes(quantized: Path, windows: Windows) -> None:
         model = core.read_model(quantized / "model.onnx")
         model.reshape({name: list(shape) for name in INPUTS})
         compiled = core.compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
-        rng = np.random.default_rng(shape[1])
-        batch = {
-            "input_ids": rng.integers(5, 200, shape),
-            "attention_mask": np.ones(shape, np.int64),
-            "token_type_ids": np.zeros(shape, np.int64),
-            "position_ids": np.broadcast_to(np.arange(shape[1]), shape).copy(),
-        }
+        batch = random_inputs(*shape)
         with torch.no_grad():
             outputs = expected.eval()(**{k: torch.from_numpy(v) for k, v in batch.items()})
         got = compiled(batch)["output_s"]
@@ -490,6 +529,12 @@ def test_the_projects_own_file(reading: Reading) -> None:
         ),
         ({"compression": {"algorithm": "filter_pruning"}}, "'filter_pruning', not 'quantization'"),
         ({"compression": {"preset": "fast"}}, 'preset is "fast"'),
+        ({"compression": {"ignored_scopes": 1}}, "compression.ignored_scopes is 1, not a list"),
+        ({"compression": {"ignored_scopes": [1]}}, "ignored_scopes[0] is 1, not a string"),
+        (
+            {"compression": {"initializer": {"range": [{"type": "mean"}]}}},
+            'compression.initializer.range is [{"type": "mean"}], not an object',
+        ),
     ],
 )
 def test_wrong_settings(reading: Reading, value: Any, message: str) -> None:
@@ -568,6 +613,17 @@ def small_model(teacher: Path) -> PreTrainedModel:
         ({"names": ["qa_outputs"]}, 1),
         ({"patterns": [r"bert\.encoder\.layer\.\d+\.intermediate\.dense"]}, 2),
         ({"types": ["matmul"]}, 4),
+        (
+            {
+                "subgraphs": [
+                    {
+                        "inputs": ["bert.encoder.layer.0.intermediate.dense"],
+                        "outputs": ["bert.encoder.layer.0.output.dense"],
+                    }
+                ]
+            },
+            3,
+        ),
     ],
 )
 def test_scope_names_modules(reading: Reading, teacher: Path, scope: Any, found: int) -> None:
@@ -582,6 +638,8 @@ def test_scope_names_modules(reading: Reading, teacher: Path, scope: Any, found:
         ({"names": ["qa_output"]}, "'qa_output' matches nothing in this model; it has qa_outputs"),
         ({"patterns": ["layer.*"]}, "'layer.*' matches nothing"),
         ({"types": ["MatMul"]}, "'MatMul' matches nothing in this model; it has matmul"),
+        ({"subgraphs": [{"inputs": ["a"], "outputs": ["b"]}]}, "subgraphs[0]: no way leads"),
+        ({"subgraphs": [{"inputs": ["qa_outputs"]}]}, "subgraphs[0]: no way leads"),
     ],
 )
 def test_scope_of_nothing(reading: Reading, teacher: Path, scope: Any, message: str) -> None:
@@ -606,6 +664,8 @@ def test_wrong_input_comes_first(
     scope = tmp_path / "scope.json"
     scope.write_text(json.dumps({**SETTINGS, "ignored_scope": {"names": ["pooler"]}}))
     assert "'pooler' matches nothing" in message(teacher, f"--nncf_config={scope}")
+    scope.write_text(json.dumps({**SETTINGS, "target_device": "CPU_SPR"}))
+    assert "NNCF refuses it: " in message(teacher, f"--nncf_config={scope}")
     unmerged = message(packed / "unmerged", f"--nncf_config={settings}")
     assert "packed but not merged" in unmerged
     alone = tmp_path / "alone"

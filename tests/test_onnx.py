@@ -228,7 +228,7 @@ def test_a_file_that_cannot_be_written_is_a_user_error(exported: Path, tmp_path:
     graph = onnx_utils.QaGraph(BertForQuestionAnswering.from_pretrained(exported))
     path = str(tmp_path / "none" / "model.onnx")
     with pytest.raises(UserError, match="none"):
-        onnx_utils.export_onnx(graph, path, [random_inputs(1, LENGTH)], onnx_utils.QA_OUTPUTS)
+        onnx_utils.export_onnx(graph, path, [random_inputs(1, LENGTH)])
 
 
 def test_dropout_does_not_disturb_the_export(windows: Windows, tmp_path: Path) -> None:
@@ -248,7 +248,7 @@ def test_dropout_does_not_disturb_the_export(windows: Windows, tmp_path: Path) -
     graph = onnx_utils.QaGraph(model)
     path = str(tmp_path / "again.onnx")
     batches = [squad_utils.make_batch(windows, np.array([0]), pad_to=LENGTH)]
-    assert onnx_utils.export_onnx(graph, path, batches, onnx_utils.QA_OUTPUTS) < 1e-5
+    assert onnx_utils.export_onnx(graph, path, batches) < 1e-5
     assert not any(module.training for module in graph.modules())
     kinds = {node.op_type for node in onnx.load(path).graph.node}
     assert not kinds & {"Dropout", "RandomUniformLike", "Bernoulli"}
