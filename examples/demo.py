@@ -106,7 +106,7 @@ def search(model: str, name: str) -> None:
     """Embeddings in their three stages."""
     kinds = ("emb", "emb-packed", "emb-int8")
     tuned, packed, int8 = (f"models/demo-{what}{name}" for what in kinds)
-    mining = ("--hnm_num=32", "--hnm_batch_size=32", "--loss_cfg=triplet_num:0,in_batch:1")
+    mining = ("--hnm_num=16", "--hnm_batch_size=16", "--loss_cfg=triplet_num:0,in_batch:1")
     step(
         "train_qcemb.py",
         f"--model_student={model}",
@@ -116,7 +116,7 @@ def search(model: str, name: str) -> None:
         "--pooling=mean",
         "--pooler=identity",
         "--learning_rate=1e-4",
-        "--num_train_epochs=1",
+        "--num_train_epochs=0.35",
     )
     step(
         "pack_and_distill.py",
@@ -142,8 +142,8 @@ def search(model: str, name: str) -> None:
         "--nncf_config=nncf_config.json",
         "--supervision_weight=0.02",
         "--learning_rate=3e-5",
-        "--quantizer_epochs=0.05",
-        "--num_train_epochs=0.25",
+        "--quantizer_epochs=0.03",
+        "--num_train_epochs=0.1",
     )
     texts = write_texts()
     reader = f"models/demo-int8{name}"
