@@ -70,12 +70,14 @@ def read_paragraphs(paths: Sequence[str]) -> list[Paragraph]:
     paragraphs = []
     for path in dict.fromkeys(files):
         text, begin = read_text(path, "--context"), 0
+        line, counted = 1, 0
         for gap in [*BLANK_LINES.finditer(text), None]:
             part = text[begin : gap.start() if gap else len(text)]
             stripped = part.strip()
             if stripped:
                 first = begin + part.index(stripped[0])
-                paragraphs.append(Paragraph(stripped, path, text.count("\n", 0, first) + 1))
+                line, counted = line + text.count("\n", counted, first), first
+                paragraphs.append(Paragraph(stripped, path, line))
             begin = gap.end() if gap else begin
     if not paragraphs:
         raise UserError(f"--context: {', '.join(paths)} has no text to index")
