@@ -49,6 +49,8 @@ CALIBRATED = "calibrated"  # in CHECKPOINTS: the quantized model as calibration 
 HOOKS = "__nncf_hooks."  # what the names of the quantizers' parameters begin with
 
 nncf.set_log_level(logging.ERROR)
+# It warns at each saved state that ranges which several inputs share are stored once.
+logging.getLogger("accelerate.utils.other").setLevel(logging.ERROR)
 
 # What nncf.quantize raises for settings that its torch backend does not have.
 REFUSALS = (
