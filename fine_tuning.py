@@ -225,7 +225,7 @@ def fine_tune(
                 **others,
             }
             if quantized:
-                stages = ("fp32", "calibrated", "ranges", "weights")
+                stages = ("fp32", "calibrated", "ranges", "weights", "fine-tuning")
                 metrics["stages"] = report_utils.stage_table(
                     run, stages, {"kept": figures, **others}
                 )

@@ -86,7 +86,7 @@ def parse_arguments() -> argparse.Namespace:
         help="the packed model, key:value,...",
     )
     add("--start", choices=("teacher", "random"), default="teacher", help="of the packed weights")
-    add("--stages", default=",".join(STAGES), help="which of them, in this order")
+    add("--stages", type=stages, default=",".join(STAGES), help="which of them, in this order")
     add("--num_train_epochs", type=over_0, default=16.0, help="of each of the last three stages")
     add("--max_steps_per_stage", type=positive, help="end each stage after so many steps")
     add("--warm_up_steps", type=positive, help="of each stage; 1%% of its steps if left out")
@@ -109,17 +109,14 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def parse_stages(text: str) -> list[str]:
-    """The stages that --stages names, in the order of the method.
-
-    Raises:
-        UserError: one is unknown or named twice, or none is left.
-    """
+def stages(text: str) -> list[str]:
+    """An argparse type: the stages that a text names, in the order of the method."""
     names = [name.strip() for name in text.split(",")]
     for name in names:
         if name not in STAGES or names.count(name) > 1:
             what = "given twice" if name in STAGES else "not a stage"
-            raise UserError(f"--stages: {name!r} is {what}; the stages are {','.join(STAGES)}")
+            message = f"{name!r} is {what}; the stages are {','.join(STAGES)}"
+            raise argparse.ArgumentTypeError(message)
     return [name for name in STAGES if name in names]
 
 
@@ -151,7 +148,7 @@ class Distillation:
 
 def plan_stages(args: argparse.Namespace, num_layers: int) -> list[Distillation]:
     """The stages of --stages, of a student of so many layers."""
-    chosen, n = parse_stages(args.stages), num_layers
+    chosen, n = args.stages, num_layers
     mean = (1 / (n + 1),) * (n + 1)
     growing = [args.loss_weight_alpha**i for i in range(n + 1)]
     stage = Stage(
@@ -311,7 +308,7 @@ def check_models(
         raise UserError("--model_student and --model_teacher are of different tasks")
     if isinstance(teacher, PackedBertConfig):
         raise UserError(f"--model_teacher: {args.model_teacher} is packed; give the model it is of")
-    if args.embedding_weight and "final" not in parse_stages(args.stages):
+    if args.embedding_weight and "final" not in args.stages:
         raise UserError("--embedding_weight counts in the final stage, which --stages leaves out")
     for flag in ("eval_extra_contexts", "embedding_weight"):
         if getattr(args, flag) and tasks[0] is not EmbTask:
@@ -471,9 +468,8 @@ def grow_seconds(rows: list[dict[str, Any]]) -> dict[str, float]:
 
 def main() -> None:
     args = parse_arguments()
-    stages = parse_stages(args.stages)
-    batch_sizes = [] if stages == ["final"] else ["total_train_batch_size"]
-    if "final" in stages:
+    batch_sizes = [] if args.stages == ["final"] else ["total_train_batch_size"]
+    if "final" in args.stages:
         batch_sizes.append("total_train_batch_size_for_tune")
     check_arguments(args, batch_sizes)
     started = time.time()

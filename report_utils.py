@@ -210,6 +210,13 @@ def write_emb_card(output_dir: str, metrics: dict[str, Any], script: str, made: 
     )
 
 
+def _flag(key: str, value: Any) -> str:
+    """A line of the command."""
+    if value is True:
+        return f"  --{key}"
+    return f"  --{key}={','.join(value) if isinstance(value, list) else value}"
+
+
 def _write_card(
     output_dir: str,
     metrics: dict[str, Any],
@@ -224,7 +231,7 @@ def _write_card(
     arguments = metrics["arguments"]
     name = os.path.basename(os.path.abspath(output_dir))
     command = " \\\n".join(
-        f"  --{key}" if value is True else f"  --{key}={value}"
+        _flag(key, value)
         for key, value in arguments.items()
         if value not in (None, False) and key != "nncf" and not key.startswith("sha256")
     )

@@ -109,6 +109,8 @@ def test_folder(reference: Path, teacher: Path) -> None:
     assert (merged["model_type"], merged["merged"]) == ("packed_bert", True)
     assert (unmerged["model_type"], unmerged["merged"]) == ("packed_bert", False)
     assert merged["num_attention_heads"] == unmerged["num_attention_heads"] == 2
+    card = (reference / "README.md").read_text()
+    assert "  --stages=embeddings,grow,feed-forward,heads,final \\\n" in card
     # What no stage trains is the teacher's still.
     weights, originals = (
         load_file(folder / "model.safetensors") for folder in (reference / "unmerged", teacher)
@@ -276,7 +278,7 @@ def test_only_the_first_layers_run(teacher: Path) -> None:
 
 def test_final_stage_weights_states() -> None:
     class Arguments:
-        stages = "final"
+        stages = ("final",)
         loss_weight_alpha, num_train_epochs, learning_rate = 1.5, 1, 1e-3
         total_train_batch_size = per_gpu_train_batch_size = 4
         learning_rate_for_tune, total_train_batch_size_for_tune = 1e-3, 8

@@ -199,6 +199,7 @@ def test_folder_gives_the_same_model_again(
     before, after = (load_file(folder / "model.safetensors") for folder in (quantized, on))
     assert not torch.equal(before["qa_outputs.weight"], after["qa_outputs.weight"])
     assert (on / "quantizers.json").exists()
+    assert [row["stage"] for row in metrics(on)["stages"]] == ["fine-tuning", "kept"]
 
 
 def test_the_best_is_kept(
