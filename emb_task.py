@@ -252,12 +252,12 @@ class EmbEvaluation:
         """`top_1` ... `top_200` and `mrr`, in percent; each text is encoded once.
 
         Args:
-            index_model: what embeds the contexts in the place of `model`, in the run's precision.
+            index_model: what embeds the contexts in the place of `model`.
         """
 
         def vectors(of: nn.Module, texts: Texts) -> Tensor:
-            every, exact = np.arange(len(texts)), precise and of is model
-            return encode(self.run, of, texts, every, self.batch_size, exact, may_stop=True)
+            every = np.arange(len(texts))
+            return encode(self.run, of, texts, every, self.batch_size, precise, may_stop=True)
 
         contexts = vectors(index_model or model, self.contexts)
         questions = vectors(model, self.pairs.questions)[self.pairs.question]

@@ -203,8 +203,9 @@ def fine_tune(
     # What INT8 arithmetic gives is that of FP32 with rounding, not that of bf16.
     evaluate = functools.partial(evaluation, precise=quantized)
     learning = learn(run, task, teacher, state_maps)
-    figures = train_stages(run, args, task, student, learning, evaluate)
-    figures = figures or evaluation(student.to(accelerator.device), precise=True)
+    train_stages(run, args, task, student, learning, evaluate)
+    # Of the weights that are delivered, in FP32 as the exported file computes.
+    figures = evaluation(student.to(accelerator.device), precise=True)
     others = task.with_teacher(student, teacher) if teacher is not None else {}
 
     if run.main:
@@ -247,23 +248,18 @@ def train_stages(
     student: PreTrainedModel,
     learning: Learning,
     evaluate: Callable[[nn.Module], dict[str, float]],
-) -> dict[str, Any]:
-    """Train the student through the stages, from where the newest state is; keep the best.
-
-    Returns:
-        the figures of the last evaluation, if it is of the weights that the student now has.
-    """
+) -> None:
+    """Train the student through the stages, from where the newest state is; keep the best."""
     plan, position = plan_stages(args), run.position()
     if position:
         names = [stage.name for stage in plan]
         plan = plan[names.index(position["stage"]) :]
-    figures: dict[str, Any] = {}
     for stage in plan:
         if stage.name == "ranges":
             nncf_utils.select_ranges(student)
         else:
             freeze(student, args.freeze_list)
-        figures = train(
+        train(
             run,
             student,
             stage,
@@ -273,5 +269,5 @@ def train_stages(
             before_step=learning.before_step,
             keep=task.best_by if args.keep == "best" else None,
         )
-    best = run.load_best(student) if args.keep == "best" else None
-    return figures if best is None or run.is_last(best) else {}
+    if args.keep == "best":
+        run.load_best(student)

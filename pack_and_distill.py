@@ -491,12 +491,12 @@ def main() -> None:
     run = open_run(accelerator, args, arguments, found)
     run.say(f"{task.describe()}; {run.machine()}")
     evaluation = task.make_evaluation(run)
-    run.evaluate_once("teacher", lambda: evaluation(teacher))
+    run.evaluate_once("teacher", lambda: evaluation(teacher, precise=True))
     anew = run.position() is None
     student = pack_student(args, cfg, task, run, anew)
     student.copy_head(teacher)  # which reads the states that the student learns
     if anew:
-        run.evaluate_once("packed", lambda: evaluation(student))
+        run.evaluate_once("packed", lambda: evaluation(student, precise=True))
     plan = plan_stages(args, cfg.num_hidden_layers)
     plan = number_stages(plan, task.num_examples)
     student = distill(run, task, student, teacher, plan, cfg.num_attention_heads, args.keep).eval()

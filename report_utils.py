@@ -7,9 +7,11 @@ import os
 import platform
 import time
 from collections.abc import Sequence
+from dataclasses import asdict
 from importlib import metadata
 from typing import Any
 
+from deploy.cpu import this_cpu
 from run_utils import Run, read_log
 
 PACKAGES = ("torch", "transformers", "accelerate", "onnx", "onnxruntime", "numpy")
@@ -30,9 +32,11 @@ def describe_run(run: Run, arguments: dict[str, Any], started: float) -> dict[st
     return {
         "train_seconds": sum(seconds.values()),
         "total_seconds": time.time() - started,
-        "precision": run.precision,
+        "precision": run.precision,  # of training
+        "evaluated_in": "fp32",
         "processes": run.accelerator.num_processes,
         "device": run.accelerator.device.type,
+        "cpu": asdict(this_cpu()),
         "arguments": arguments,
         "versions": versions(),
     }

@@ -301,11 +301,6 @@ class Run:
         """`stage`, `step` and `score` of the best weights kept so far, or None."""
         return _read_json(os.path.join(self._checkpoints, BEST, "position.json")) or None
 
-    def is_last(self, best: dict[str, Any]) -> bool:
-        """Whether the best weights are those at the end of training."""
-        position = self.position()
-        return bool(position) and all(best[key] == position[key] for key in ("stage", "step"))
-
     def load_best(self, model: nn.Module) -> dict[str, Any] | None:
         """Give a model the weights of the best checkpoint, and say which that is."""
         self.accelerator.wait_for_everyone()

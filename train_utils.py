@@ -19,6 +19,7 @@ from accelerate.utils import DistributedDataParallelKwargs, set_seed
 from torch import Tensor, nn
 
 from cli_utils import UserError, warn
+from deploy.cpu import this_cpu
 from run_utils import Progress, Run, summary
 
 RECENT_STEPS = 20  # whose mean loss tells a divergence from a hard batch
@@ -40,8 +41,7 @@ def pick_precision(precision: str, no_cuda: bool) -> str:
     if torch.cuda.is_available() and not no_cuda:
         has_bf16, where = torch.cuda.is_bf16_supported(including_emulation=False), "this GPU"
     else:
-        features, where = torch.cpu.get_capabilities(), "this CPU"
-        has_bf16 = bool(features.get("avx512_bf16") or features.get("amx_bf16"))
+        has_bf16, where = this_cpu().has_bf16, "this CPU"
         if precision == "fp16":
             raise UserError("--precision=fp16 needs a GPU; fp32 or auto is right on a CPU")
     if precision == "bf16" and not has_bf16:
