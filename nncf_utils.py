@@ -11,6 +11,7 @@ import contextlib
 import dataclasses
 import difflib
 import enum
+import functools
 import json
 import logging
 import os
@@ -20,18 +21,20 @@ import types
 import typing
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
+from unittest import mock
 
 import nncf
 import nncf.torch
 import torch
-from nncf.common.quantization.structs import QuantizationPreset
+from nncf.common.quantization.structs import QuantizationPreset, QuantizationScheme
 from nncf.quantization.advanced_parameters import AdvancedQuantizationParameters
+from nncf.quantization.algorithms.post_training import algorithm as post_training
 from nncf.scopes import get_ignored_node_names_from_subgraph
 from nncf.torch.function_hook.hook_storage import decode_hook_name
 from nncf.torch.function_hook.nncf_graph.nncf_graph_builder import build_nncf_graph
 from nncf.torch.function_hook.wrapper import get_hook_storage, wrap_model
 from nncf.torch.quantization import extensions
-from nncf.torch.quantization.layers import BaseQuantizer
+from nncf.torch.quantization.layers import BaseQuantizer, SymmetricQuantizer
 from nncf.torch.quantization.reference import ReferenceBackendType, ReferenceQuantize
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -39,6 +42,7 @@ from transformers import BertConfig, BertForQuestionAnswering, PreTrainedModel
 
 from cli_utils import UserError, is_main_process, warn
 from fast_attention import fuse_attention
+from int8.weight_range import HoldWeightRange, WeightRange, hold_in_use, use_seven_bits
 from model_utils import QUANTIZERS, is_quantized, load_model
 from onnx_utils import INPUTS
 from run_utils import CHECKPOINTS, Run
@@ -47,6 +51,7 @@ from train_utils import to_device
 QUANTIZER_WEIGHTS = "quantizers.safetensors"  # beside model_utils.QUANTIZERS: their ranges
 CALIBRATED = "calibrated"  # in CHECKPOINTS: the quantized model as calibration leaves it
 HOOKS = "__nncf_hooks."  # what the names of the quantizers' parameters begin with
+WEIGHT_RANGE = "weight_range"  # in model_utils.QUANTIZERS, beside NNCF's own keys
 
 nncf.set_log_level(logging.ERROR)
 # It warns at each saved state that ranges which several inputs share are stored once.
@@ -64,8 +69,10 @@ REFUSALS = (
 # ------------------------------------------------------------------------------------------------
 # The configuration file
 
-# The arguments of nncf.quantize that the file may give. `mode` is not among them: it is for FP8.
+# What the file may give: the arguments of nncf.quantize (without `mode`, which is for FP8), and a
+# key of our own.
 SETTINGS: dict[str, Any] = {
+    "weight_range": WeightRange,
     "preset": QuantizationPreset | None,
     "target_device": nncf.TargetDevice,
     "subset_size": int,
@@ -83,12 +90,14 @@ class NncfConfig:
     Attributes:
         path, raw: the file, and what it holds.
         arguments: of nncf.quantize.
+        weight_range: which integers the weights of linear layers may be.
         left_out: keys of a file in the format of NNCF before 3.0 that have no meaning any more.
     """
 
     path: str
     raw: dict[str, Any]
     arguments: dict[str, Any]
+    weight_range: WeightRange = WeightRange.PAIRS
     left_out: tuple[str, ...] = ()
 
     @property
@@ -138,7 +147,30 @@ def read_nncf_config(path: str) -> NncfConfig:
                 f"--nncf_config: {path}: ignored_scope.patterns[{i}], {pattern!r}, is not a"
                 f" regular expression: {error}"
             ) from None
-    return NncfConfig(path, raw, arguments, left_out)
+    return NncfConfig(path, raw, arguments, _weight_range(arguments, path), left_out)
+
+
+def _weight_range(arguments: dict[str, Any], path: str) -> WeightRange:
+    """Take weight_range out of the arguments; NNCF's overflow_fix asks for half of the range too.
+
+    Raises:
+        UserError: the two differ, or the weights' quantizers cannot hold the range.
+    """
+    advanced = arguments.get("advanced_parameters")
+    halved = getattr(advanced, "overflow_fix", None) == nncf.OverflowFix.ENABLE
+    chosen = arguments.pop("weight_range", WeightRange.HALF if halved else WeightRange.PAIRS)
+    if halved and chosen != WeightRange.HALF:
+        raise UserError(
+            f"--nncf_config: {path}: overflow_fix: enable means weight_range: half, and"
+            f" weight_range is {chosen}; leave one of them out"
+        )
+    weights = getattr(advanced, "weights_quantization_params", None)
+    if weights and weights.mode == QuantizationScheme.ASYMMETRIC and chosen != WeightRange.FULL:
+        raise UserError(
+            f"--nncf_config: {path}: weights_quantization_params.mode is asymmetric, which cannot"
+            f" hold weight_range: {chosen}; use symmetric, or weight_range: full for CPUs with VNNI"
+        )
+    return chosen
 
 
 def _check_keys(raw: dict[str, Any], known: typing.Iterable[str], path: str, where: str) -> None:
@@ -428,11 +460,27 @@ def calibrate(
     _use_plain_quantizers()
     arguments = {**config.arguments, "subset_size": len(samples)}
     try:
-        with torch.no_grad():
-            return nncf.quantize(model.eval(), nncf.Dataset(list(samples), inputs), **arguments)
+        with torch.no_grad(), _holding(config.weight_range):
+            model = nncf.quantize(model.eval(), nncf.Dataset(list(samples), inputs), **arguments)
+            return hold_weight_range(model, config.weight_range)
     except REFUSALS as error:
         reason = str(error).strip().splitlines()[0]
         raise UserError(f"--nncf_config: {config.path}: NNCF refuses it: {reason}") from None
+
+
+@contextlib.contextmanager
+def _holding(weight_range: WeightRange) -> Iterator[None]:
+    """Let nncf.quantize hold the range of weights before it corrects biases."""
+    make_pipeline = post_training.create_ptq_pipeline
+
+    def with_range(**arguments: Any) -> Any:
+        pipeline = make_pipeline(**arguments)
+        hold_all = functools.partial(hold_weight_range, weight_range=weight_range)
+        pipeline.pipeline_steps[-1].insert(1, HoldWeightRange(hold_all))  # 0 fits the ranges
+        return pipeline
+
+    with mock.patch.object(post_training, "create_ptq_pipeline", with_range):
+        yield
 
 
 def _use_plain_quantizers() -> None:
@@ -478,15 +526,57 @@ def weight_quantizer(name: str) -> bool:
     return port == 1 and operation.split("/")[-2] in ("linear", "embedding")
 
 
+def second_factors(model: nn.Module) -> Iterator[tuple[SymmetricQuantizer, Tensor | None]]:
+    """The quantizer of each second factor of a matrix product that is INT8.
+
+    Yields:
+        the quantizer, and the weight [N, K] of a linear layer; None in its place for a product of
+        two activations.
+    """
+    parameters, storage, graph = (
+        dict(model.named_parameters()),
+        get_hook_storage(model),
+        _graph(model),
+    )
+    for node in graph.get_all_nodes():
+        if node.node_type not in ("linear", "matmul"):
+            continue
+        inputs = {edge.input_port_id: edge.from_node for edge in graph.get_input_edges(node)}
+        sources = [_source(graph, inputs[port]) for port in (0, 1)]
+        (_, first), (source, second) = sources
+        if second is None or (node.node_type == "matmul" and first is None):
+            continue
+        weight = parameters.get(source.node_name)
+        quantizer = storage.get_submodule(second)
+        if isinstance(quantizer, SymmetricQuantizer):
+            yield quantizer, weight
+
+
+def hold_weight_range(model: nn.Module, weight_range: WeightRange) -> nn.Module:
+    """Hold the range of all weights of linear layers from now on, and return the model.
+
+    The second factor of a product of two activations, such as the keys', has 7 bits then, for the
+    same reason as weights.
+    """
+    for quantizer, weight in list(second_factors(model)):
+        if weight is not None:
+            hold_in_use(quantizer, weight, weight_range)
+        elif weight_range != WeightRange.FULL:
+            use_seven_bits(quantizer)
+    model.weight_range = weight_range
+    return model
+
+
 def save_quantized(model: PreTrainedModel, folder: str) -> None:
     """Save a model so that its weights load as any checkpoint's: quantizers in their own files."""
+    hold_weight_range(model, model.weight_range)  # the last step may have moved weights since
     # Cloned, since a range that several inputs share may be stored only once in a file.
     state = {name: value.clone().contiguous() for name, value in model.state_dict().items()}
     ranges = {name: state.pop(name) for name in list(state) if name.startswith(HOOKS)}
     model.save_pretrained(folder, state_dict=state)
     save_file(ranges, os.path.join(folder, QUANTIZER_WEIGHTS))
     with open(os.path.join(folder, QUANTIZERS), "w", encoding="utf-8") as file:
-        json.dump(nncf.torch.get_config(model), file)
+        json.dump({**nncf.torch.get_config(model), WEIGHT_RANGE: model.weight_range}, file)
 
 
 def load_quantizers(model: PreTrainedModel, folder: str, flag: str) -> PreTrainedModel:
@@ -498,7 +588,9 @@ def load_quantizers(model: PreTrainedModel, folder: str, flag: str) -> PreTraine
     _use_plain_quantizers()
     try:
         with open(os.path.join(folder, QUANTIZERS), encoding="utf-8") as file:
-            model = nncf.torch.load_from_config(model, json.load(file))
+            config = json.load(file)
+        weight_range = WeightRange(config.pop(WEIGHT_RANGE, WeightRange.FULL))
+        model = nncf.torch.load_from_config(model, config)
         state = load_file(os.path.join(folder, QUANTIZER_WEIGHTS))
         missing = [
             name
@@ -510,7 +602,7 @@ def load_quantizers(model: PreTrainedModel, folder: str, flag: str) -> PreTraine
         raise UserError(f"{flag}: the quantizers of {folder} do not load: {reason}") from None
     if missing:
         raise UserError(f"{flag}: {folder}/{QUANTIZER_WEIGHTS} lacks {missing[0]}")
-    return model
+    return hold_weight_range(model, weight_range)
 
 
 def what_is_int8(model: nn.Module) -> list[dict[str, Any]]:
@@ -521,7 +613,7 @@ def what_is_int8(model: nn.Module) -> list[dict[str, Any]]:
         if node.node_type not in KINDS:
             continue
         for edge in graph.get_input_edges(node):
-            if _source(graph, edge.from_node)[1]:
+            if _source(graph, edge.from_node)[1] is not None:
                 inputs.setdefault(node.node_name, set()).add(edge.input_port_id)
     counts: dict[str, list[list[str]]] = {}
     for operation in operations(model):
@@ -565,16 +657,19 @@ MOVING = (
 )
 
 
-def _source(graph: Any, node: Any) -> tuple[Any, bool]:
-    """Where numbers come from, seen through quantizers and what only moves them; and whether a
-    quantizer was on the way."""
-    quantized = False
+def _source(graph: Any, node: Any) -> tuple[Any, str | None]:
+    """Where numbers come from, seen through quantizers and what only moves them; and the name of
+    the last quantizer on the way, or None."""
+    quantizer = None
     while True:
         is_quantizer = node.node_type in ("symmetric_quantize", "asymmetric_quantize")
-        quantized = quantized or is_quantizer
-        edges = graph.get_input_edges(node)
+        edges = sorted(graph.get_input_edges(node), key=lambda edge: edge.input_port_id)
+        if is_quantizer and quantizer is None:
+            names = [edge.from_node.node_name for edge in edges]  # its own parameters among them
+            parameter = next(name for name in names if name.startswith(HOOKS))
+            quantizer = parameter.removeprefix(HOOKS).rpartition(".")[0]
         if not edges or not (is_quantizer or node.node_type in MOVING):
-            return node, quantized
+            return node, quantizer
         node = edges[0].from_node
 
 
@@ -589,12 +684,17 @@ class _FakeQuantize(nn.Module):
         super().__init__()
         quantizer.set_levels()
         self.low, self.high, scale, zero_point = quantizer.get_parameters_for_torch_fq()
+        self.cut_off = None
+        if quantizer.is_half_range:  # QuantizeLinear knows none but all of INT8
+            self.cut_off = [float(limit) for limit in quantizer.get_input_low_input_high()]
         self.per_channel = quantizer.per_channel
         self.axis = next((i for i, n in enumerate(quantizer.scale_shape) if n > 1), 0)
         self.register_buffer("scale", scale if self.per_channel else scale[0])
         self.register_buffer("zero_point", zero_point if self.per_channel else zero_point[0])
 
     def forward(self, values: Tensor) -> Tensor:
+        if self.cut_off:
+            values = values.clamp(*self.cut_off)
         limits = (self.low, self.high)
         if self.per_channel:
             return torch.fake_quantize_per_channel_affine(
@@ -607,8 +707,7 @@ class _FakeQuantize(nn.Module):
 def make_exportable(model: PreTrainedModel) -> None:
     """Put operations that export to ONNX in the place of NNCF's quantizers, in place.
 
-    Weights of a range that is not all of INT8 are rounded to it, since QuantizeLinear knows none
-    but all of it.
+    Weights of a narrow range are rounded to it, since QuantizeLinear knows none but all of INT8.
     """
     parameters = dict(model.named_parameters())
     storage = get_hook_storage(model)
@@ -618,7 +717,7 @@ def make_exportable(model: PreTrainedModel) -> None:
         assert operation in known, f"{operation} has a quantizer, but is not in the model"
     weights = {operation.node: operation.name for operation in operations(model)}
     for name, quantizer in list(quantizers(model)):
-        if weight_quantizer(name) and (quantizer.narrow_range or quantizer.is_half_range):
+        if weight_quantizer(name) and quantizer.narrow_range:
             weight = parameters[f"{weights[decode_hook_name(name)[1]]}.weight"]
             low, high = quantizer.get_input_low_input_high()
             weight.copy_(quantizer.quantize(weight.clamp(low, high)))

@@ -1,0 +1,120 @@
+"""How much of INT8's range the weights use, so that no processor's integer sums overflow.
+
+Without VNNI, integer kernels add two products of u8 and s8 in 16 bits, with saturation. The two
+are neighbours along the input: 2i and 2i + 1. 255 x 127 x 2 does not fit; 255 x 128 does. So an
+output channel is safe for any activations if |w(2i)| + |w(2i+1)| <= 128 holds for its integers.
+
+A range is held by the scale of the weights' quantizer: `hold` raises a scale that is too small for
+the weights at hand. It does so in calibration, before each use, and so in what is saved.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from nncf.common.tensor_statistics.statistic_point import StatisticPointsContainer
+from nncf.common.utils.backend import BackendType
+from nncf.quantization.algorithms.algorithm import Algorithm
+from nncf.torch.quantization.layers import SymmetricQuantizer
+from torch import Tensor, nn
+
+
+class WeightRange(enum.StrEnum):
+    """Which integers the weights of linear layers may be.
+
+    PAIRS: two neighbours sum to at most 128, without their signs. HALF: each is at most 64. FULL:
+    each is at most 127, which overflows on CPUs without VNNI.
+    """
+
+    PAIRS = "pairs"
+    HALF = "half"
+    FULL = "full"
+
+
+LARGEST = 127  # the integer of a weight as large as its quantizer's scale
+LARGEST_HALF = 64
+# A pair that sums to 127 before it is rounded sums to 128 at most after that.
+LARGEST_PAIR = 127
+
+
+@torch.no_grad()
+def least_scale(weight: Tensor, weight_range: WeightRange) -> Tensor:
+    """The least scale of each output channel at which the weights' integers are allowed, [N, 1].
+
+    Args:
+        weight: [N, K], of a linear layer with K inputs.
+    """
+    sizes = weight.abs()
+    if weight_range == WeightRange.FULL:
+        return sizes.new_zeros(len(sizes), 1)
+    if weight_range == WeightRange.HALF:
+        return sizes.amax(dim=1, keepdim=True) * (LARGEST / LARGEST_HALF)
+    if sizes.shape[1] % 2:  # the last input has no neighbour
+        sizes = nn.functional.pad(sizes, (0, 1))
+    sums = sizes.unflatten(1, (-1, 2)).sum(dim=2)
+    return sums.amax(dim=1, keepdim=True) * (LARGEST / LARGEST_PAIR)
+
+
+@torch.no_grad()
+def hold(quantizer: SymmetricQuantizer, weight: Tensor) -> None:
+    """Raise the scale of a weights' quantizer, in place, to the least that its range allows.
+
+    To hold twice is to hold once. It changes `.data`, since the graph of an earlier use, whose
+    scale was the same, may still wait for its backward pass.
+    """
+    if quantizer.weight_range == WeightRange.FULL:
+        return
+    with torch._C.DisableTorchFunction():  # NNCF would take this for a part of the model
+        scale = quantizer._scale_param_storage.data
+        least = least_scale(weight.detach(), quantizer.weight_range)
+        if scale.numel() == 1:  # one scale for all channels
+            least = least.amax()
+        scale.copy_(torch.maximum(scale.abs(), least.reshape(scale.shape).to(scale)))
+
+
+def hold_in_use(quantizer: SymmetricQuantizer, weight: Tensor, weight_range: WeightRange) -> None:
+    """Hold the range of a weights' quantizer now, and each time before it rounds its weight."""
+    if not quantizer.signed:  # all weights are positive, and would be rounded to u8
+        quantizer.signed = True
+    if not hasattr(quantizer, "weight_range"):
+        quantizer.register_forward_pre_hook(lambda module, inputs: hold(module, inputs[0]))
+    quantizer.weight_range = weight_range
+    hold(quantizer, weight)
+
+
+def use_seven_bits(quantizer: SymmetricQuantizer) -> None:
+    """Let a quantizer of activations round to -64 .. 63; the pair rule holds for any two of these.
+
+    Values beyond its range are cut off.
+    """
+    quantizer.signed = True
+    quantizer._half_range = quantizer._qspec.half_range = True
+    quantizer.set_levels()
+
+
+class HoldWeightRange(Algorithm):
+    """A step of NNCF's calibration, between fitting ranges and correcting biases.
+
+    The correction makes up for the rounding of weights, so it has to see the rounding that stays.
+    """
+
+    def __init__(self, hold_all: Callable[[nn.Module], None]) -> None:
+        """`hold_all` is called with the model that has just got its quantizers."""
+        self.hold_all = hold_all
+
+    @property
+    def available_backends(self) -> list[BackendType]:
+        return [BackendType.TORCH]
+
+    def get_statistic_points(self, model: Any, graph: Any) -> StatisticPointsContainer:
+        return StatisticPointsContainer()
+
+    def apply(
+        self, model: Any, graph: Any, statistic_points: Any = None, dataset: Any = None
+    ) -> Any:
+        """`model` is NNCF's wrapper around the model and a sample."""
+        self.hold_all(model.model)
+        return model
