@@ -1,0 +1,117 @@
+"""What an INT8 ONNX file multiplies as integers, and whether the sums can overflow. No torch.
+
+Integer kernels without VNNI (AVX2, early AVX-512) multiply u8 activations by s8 weights and add
+two neighbouring products in 16 bits, with saturation: vpmaddubsw, Intel 64 and IA-32
+Architectures Software Developer's Manual, volume 2. Neighbours lie along the input axis.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import onnx
+from onnx import numpy_helper
+
+# |w(2i)| + |w(2i+1)| up to which no activation can overflow: 255 x 128 = 32640 < 2^15.
+PAIR_LIMIT = 128
+# Operators that move numbers and do not change them; runtimes carry INT8 through them.
+MOVES = ("Identity", "Transpose", "Reshape")
+
+
+def largest_pair(model: onnx.ModelProto) -> int | None:
+    """The largest |w(2i)| + |w(2i+1)| of all INT8 weights that the file multiplies with.
+
+    Args:
+        model: its INT8 weights are constants behind DequantizeLinear, and a factor of MatMul
+            ([in, out] as the second one) or Gemm, with or without a Transpose between.
+
+    Returns:
+        the largest sum over all output channels, in steps of the integers (0 to 256); pairs are
+        neighbours along `in`, and an odd last input counts alone. None for a file without such
+        weights. Embedding tables are looked up, never multiplied: they do not count.
+    """
+    sums = [
+        _largest_pair_along_last(factor.weight)
+        for factors in _products(model)
+        for factor in factors
+        if factor is not None and factor.weight is not None
+    ]
+    return max(sums, default=None)
+
+
+def multiplies_activations(model: onnx.ModelProto) -> bool:
+    """Whether a MatMul takes two INT8 activations, as queries x keys may be.
+
+    The rule for pairs of weights does not protect such products: they can overflow by themselves.
+    """
+    return any(
+        all(factor is not None and factor.weight is None for factor in factors)
+        for factors in _products(model)
+    )
+
+
+def may_saturate(model: onnx.ModelProto) -> bool:
+    """Whether integer kernels that add two products in 16 bits can give other numbers."""
+    return (largest_pair(model) or 0) > PAIR_LIMIT or multiplies_activations(model)
+
+
+@dataclass(frozen=True)
+class _Factor:
+    """A factor in INT8: `weight` is int [out, in] (more axes before), None of activations."""
+
+    weight: np.ndarray | None
+
+
+def _products(model: onnx.ModelProto) -> Iterator[tuple[_Factor | None, _Factor | None]]:
+    """The two factors of every MatMul and Gemm; None for a factor in floating point."""
+    constants = {tensor.name: tensor for tensor in model.graph.initializer}
+    makers: dict[str, onnx.NodeProto] = {}
+    for node in model.graph.node:
+        if node.op_type == "Constant":
+            constants[node.output[0]] = node.attribute[0].t
+        makers.update(dict.fromkeys(node.output, node))
+
+    def factor(name: str, sums_over: int) -> _Factor | None:
+        """What the input `name` holds; the product sums over its axis `sums_over`."""
+        moves: list[onnx.NodeProto] = []
+        dequantized = False
+        while (maker := makers.get(name)) is not None and name not in constants:
+            if maker.op_type == "DequantizeLinear":
+                dequantized = True
+            elif maker.op_type in MOVES:
+                moves.append(maker)
+            else:
+                break
+            name = maker.input[0]
+        if not dequantized:
+            return None
+        if name not in constants:
+            return _Factor(None)
+        weight = numpy_helper.to_array(constants[name]).astype(np.int32)
+        if constants[name].data_type == onnx.TensorProto.UINT8:
+            weight -= 128  # the same weights as INT8, of another zero point
+        for move in reversed(moves):
+            if move.op_type == "Transpose":
+                order = next((list(each.ints) for each in move.attribute), None)
+                weight = weight.transpose(order)
+        return _Factor(np.moveaxis(weight, max(sums_over, -weight.ndim), -1))
+
+    for node in model.graph.node:
+        if node.op_type in ("MatMul", "Gemm"):
+            flags = {
+                each.name for each in node.attribute if each.name.startswith("trans") and each.i
+            }
+            yield (
+                factor(node.input[0], -2 if "transA" in flags else -1),
+                factor(node.input[1], -1 if "transB" in flags else -2),
+            )
+
+
+def _largest_pair_along_last(weight: np.ndarray) -> int:
+    """The largest |w(2i)| + |w(2i+1)| along the last axis, at which an odd last counts alone."""
+    sizes = np.abs(weight)
+    sums = sizes[..., ::2].copy()
+    sums[..., : sizes.shape[-1] // 2] += sizes[..., 1::2]
+    return int(sums.max())
