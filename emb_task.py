@@ -19,6 +19,7 @@ import onnx_utils
 import report_utils
 import squad_utils
 from cli_utils import UserError, is_main_process
+from deploy.onnx_check import Check
 from embedding_model import AutoModelForEmbedding
 from model_utils import load_for_export, special_ids
 from onnx_utils import INPUTS
@@ -460,13 +461,13 @@ class EmbTask:
         """Write the model card."""
         report_utils.write_emb_card(self.args.output_dir, metrics, script, made)
 
-    def export(self) -> float:
+    def export(self) -> Check:
         """Export the checkpoint in the output folder to model.onnx; see `export`."""
         folder, length = self.args.output_dir, self.args.max_seq_length_c
         return export(folder, self.dev_pairs.contexts, length)
 
 
-def export(output_dir: str, texts: Texts, max_seq_length_c: int) -> float:
+def export(output_dir: str, texts: Texts, max_seq_length_c: int) -> Check:
     """Export the checkpoint in output_dir to model.onnx beside it; see `onnx_utils.export_onnx`.
 
     It is the saved checkpoint that is exported, so the check covers saving and loading too.

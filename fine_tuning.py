@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import functools
-import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -19,6 +18,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 import nncf_utils
+import onnx_utils
 import report_utils
 from cli_utils import ArgumentParser, UserError, number
 from fast_attention import fuse_attention
@@ -194,7 +194,11 @@ def fine_tune(
             state_maps.to(accelerator.device)
     quantized = is_quantized(args.model_student)
     if settings and quantized:
-        run.say(f"--model_student {args.model_student} is quantized already: training goes on")
+        nncf_utils.hold_weight_range(student, settings.weight_range)
+        run.say(
+            f"--model_student {args.model_student} is quantized already: training goes on, with"
+            f" weight_range {settings.weight_range}"
+        )
     elif settings:
         student, quantized = nncf_utils.quantize(run, student, settings, task), True
         frozen = freeze(student, args.freeze_list)  # another model, which quantizers belong to
@@ -214,15 +218,14 @@ def fine_tune(
             if quantized and state_maps is not None:
                 save_state_maps(state_maps, args.output_dir)
             task.write_answers()
-            difference = task.export()
+            check = task.export()
             run.stop_if_asked()
             metrics = {
                 **figures,
                 **report_utils.describe_run(run, arguments, started),
                 "counts": task.counts(),
                 "parameters": count_parameters(student),
-                "onnx_bytes": os.path.getsize(os.path.join(args.output_dir, "model.onnx")),
-                "onnx_difference": difference,
+                **onnx_utils.describe_check(check, args.output_dir),
                 **others,
             }
             if quantized:
@@ -237,6 +240,7 @@ def fine_tune(
             run.finish(metrics)
             if quantized:
                 report_utils.show_table(metrics["stages"], task.score_names)
+        onnx_utils.require(check, args.output_dir)
     accelerator.end_training()
     run.say(f"{args.output_dir}: {summary(figures)}; model.onnx checked")
 

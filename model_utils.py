@@ -193,6 +193,8 @@ def load_model(name: str, flag: str, auto_class: Any, quiet: bool = False) -> Pr
         import nncf_utils  # which imports this module
 
         model = nncf_utils.load_quantizers(fuse_attention(model, plain=True), name, flag)
+        if not quiet:
+            nncf_utils.warn_of_overflow(model, f"{flag} {name}")
     if is_main_process() and not quiet:
         count = sum(p.numel() for p in model.parameters())
         anew = sorted(info["missing_keys"])

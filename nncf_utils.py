@@ -25,6 +25,7 @@ from unittest import mock
 
 import nncf
 import nncf.torch
+import numpy as np
 import torch
 from nncf.common.quantization.structs import QuantizationPreset, QuantizationScheme
 from nncf.quantization.advanced_parameters import AdvancedQuantizationParameters
@@ -41,6 +42,7 @@ from torch import Tensor, nn
 from transformers import BertConfig, BertForQuestionAnswering, PreTrainedModel
 
 from cli_utils import UserError, is_main_process, warn
+from deploy.cpu import this_cpu
 from fast_attention import fuse_attention
 from int8.weight_range import HoldWeightRange, WeightRange, hold_in_use, use_seven_bits
 from model_utils import QUANTIZERS, is_quantized, load_model
@@ -567,6 +569,17 @@ def hold_weight_range(model: nn.Module, weight_range: WeightRange) -> nn.Module:
     return model
 
 
+def warn_of_overflow(model: nn.Module, what: str) -> None:
+    """Say that a model's weights are no integers for this CPU, where that is so."""
+    cpu = this_cpu()
+    if model.weight_range == WeightRange.FULL and not cpu.sums_exactly:
+        here = f"this one, {cpu.name}" if cpu.features else "this one may be"
+        warn(
+            f"{what}: its INT8 weights use the full range: integer kernels overflow on CPUs without"
+            f" VNNI, such as {here}. Train it on with --nncf_config and weight_range: pairs"
+        )
+
+
 def save_quantized(model: PreTrainedModel, folder: str) -> None:
     """Save a model so that its weights load as any checkpoint's: quantizers in their own files."""
     hold_weight_range(model, model.weight_range)  # the last step may have moved weights since
@@ -701,6 +714,12 @@ class _FakeQuantize(nn.Module):
                 values, self.scale, self.zero_point, self.axis, *limits
             )
         return torch.fake_quantize_per_tensor_affine(values, self.scale, self.zero_point, *limits)
+
+    def integers_of(self, rounded: Tensor) -> np.ndarray:
+        """The integers behind activations that `forward` has rounded, as QuantizeLinear gives
+        them: int8 or uint8."""
+        integers = torch.round(rounded / self.scale) + self.zero_point
+        return integers.numpy().astype(np.int8 if self.low < 0 else np.uint8)
 
 
 @torch.no_grad()

@@ -1,4 +1,4 @@
-"""Export to one ONNX file that OpenVINO and ONNX Runtime take as it is, and its check.
+"""Export to one ONNX file that OpenVINO and ONNX Runtime take as it is.
 
 The file declares static shapes [1, max_seq_length], as the model converters want them, but
 nothing inside depends on them: it is traced with dynamic axes and the shapes are declared after.
@@ -10,21 +10,23 @@ import contextlib
 import os
 import warnings
 from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Any
 
 import numpy as np
 import onnx
-import onnxruntime
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from cli_utils import UserError
+from cli_utils import UserError, warn
+from deploy import onnx_check
+from deploy.cpu import this_cpu
+from deploy.onnx_check import Check
 
 INPUTS = ("input_ids", "attention_mask", "token_type_ids", "position_ids")
 QA_OUTPUTS = ("output_s", "output_e")
 OPSET = 17  # the first with LayerNormalization, and one that openvino-dev 2024.6 still reads
-MAX_NOISE = 0.1  # of an INT8 file, in standard deviations; see `compare`
-MAX_DIFFERENCE = 1e-3  # of the outputs, between the file and PyTorch in FP32
 MASKED = -1e4  # added to the scores of padding: 0 after softmax, and a number in FP16 too
 
 
@@ -90,8 +92,10 @@ def export_onnx(
     path: str,
     batches: Sequence[dict[str, np.ndarray]],
     int8: bool = False,
-) -> float:
+) -> Check:
     """Write `graph` to `path`, declared [1, max_seq_length], and compare it with PyTorch.
+
+    A file that does not pass is kept beside the path, as `failed_path` names it.
 
     Args:
         graph: of a model in FP32 on the CPU.
@@ -99,10 +103,10 @@ def export_onnx(
         int8: whether the graph has quantizers.
 
     Returns:
-        the difference of the outputs over `batches`, as `compare` has it.
+        what the check has found.
 
     Raises:
-        UserError: the file cannot be written; the difference is too large.
+        UserError: the file cannot be written.
     """
     # The wrapper's own mode counts: the exporter restores it, and with it all modules' dropout.
     graph.eval()
@@ -110,20 +114,64 @@ def export_onnx(
     try:
         _trace(graph, temporary, batches[0])
         onnx.checker.check_model(temporary)
-        difference = compare(graph, temporary, batches, int8)
-        limit = MAX_NOISE if int8 else MAX_DIFFERENCE
-        if not difference <= limit:
-            raise UserError(
-                f"the exported {path} differs from the PyTorch model by {difference:.2g} on real"
-                f" windows, over {limit:g}; it was not kept"
-            )
-        os.replace(temporary, path)
+        feeds = [{name: batch[name] for name in INPUTS} for batch in batches]
+        check = onnx_check.check_file(temporary, graph, feeds, int8)
+        kept, other = (path, failed_path(path))[:: 1 if check.passed else -1]
+        os.replace(temporary, kept)
+        with contextlib.suppress(FileNotFoundError):  # of an earlier export
+            os.remove(other)
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror or error}") from None
     finally:
         with contextlib.suppress(OSError):
             os.remove(temporary)
-    return difference
+    for name, deviation in onnx_check.strays(check):
+        warn(
+            f"{name} on this machine ({check.cpu}) is {deviation:.2g} standard deviations off the"
+            f" PyTorch model: {_remedy(name, int8)}"
+        )
+    return check
+
+
+def failed_path(path: str) -> str:
+    """Where a file is kept that does not pass its check: model.failed.onnx."""
+    base, extension = os.path.splitext(path)
+    return f"{base}.failed{extension}"
+
+
+def describe_check(check: Check, output_dir: str) -> dict[str, Any]:
+    """What metrics.json tells of the file in an output folder and of its check."""
+    path = os.path.join(output_dir, "model.onnx")
+    return {
+        "onnx_bytes": os.path.getsize(path if check.passed else failed_path(path)),
+        "onnx_check": {"passed": check.passed, **asdict(check)},
+    }
+
+
+def require(check: Check, output_dir: str) -> None:
+    """To be called when all results are written.
+
+    Raises:
+        UserError: the check has failed.
+    """
+    if check.passed:
+        return
+    path = os.path.join(output_dir, "model.onnx")
+    flipped = f", and {check.flipped:.1%} of its roundings differ" if check.flipped else ""
+    raise UserError(
+        f"the exported file differs from the PyTorch model by {check.difference:.2g} on real"
+        f" inputs, where {check.limit:g} is allowed{flipped}; it is kept as {failed_path(path)},"
+        " and the same command exports again without training"
+    )
+
+
+def _remedy(runtime: str, int8: bool) -> str:
+    """What helps where a runtime strays."""
+    if runtime == "OpenVINO" and this_cpu().has_bf16:
+        return "INFERENCE_PRECISION_HINT=f32 keeps it from computing in bf16"
+    if int8 and not this_cpu().sums_exactly:
+        return "quantize with weight_range pairs, or run it in ONNX Runtime without integer kernels"
+    return "another runtime may be nearer; metrics.json has all"
 
 
 def _trace(graph: ExportedGraph, path: str, example: dict[str, np.ndarray]) -> None:
@@ -135,7 +183,7 @@ def _trace(graph: ExportedGraph, path: str, example: dict[str, np.ndarray]) -> N
     lengthy = INPUTS + graph.names if graph.per_token else INPUTS
     axes = {name: {0: "batch", **({1: "length"} if name in lengthy else {})} for name in shapes}
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of tracing: `compare` runs it on other inputs
+        warnings.simplefilter("ignore")  # of tracing: the check runs it on other inputs
         torch.onnx.export(
             graph,
             inputs,
@@ -284,31 +332,3 @@ def _look_up(
         make("Gather", [scales, ids], [f"{base}.scale"], f"{base}.scale"),
         make("Mul", [f"{base}.cast", f"{base}.scale"], [result], f"{base}.multiply"),
     ]
-
-
-def compare(
-    graph: ExportedGraph, path: str, batches: Sequence[dict[str, np.ndarray]], int8: bool = False
-) -> float:
-    """Difference between the outputs of PyTorch and of ONNX Runtime, the worst of all batches.
-
-    In FP32 it is the largest absolute difference. Of INT8, sums that differ in the last digit may
-    round to neighbouring values, which the layers after them multiply: there it is the mean
-    absolute difference over real tokens, in standard deviations of the output.
-    """
-    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
-    worst = 0.0
-    for batch in batches:
-        feed = {name: batch[name] for name in INPUTS}
-        with torch.no_grad():
-            expected = graph(*(torch.from_numpy(feed[name]) for name in INPUTS))
-        for mine, theirs in zip(expected, session.run(None, feed), strict=True):
-            mine, gap = mine.numpy(), np.abs(mine.numpy() - theirs)
-            if int8:
-                real = np.ones(mine.shape, bool)
-                if graph.per_token:
-                    real = feed["attention_mask"].astype(bool)
-                deviation = mine[real].std()
-                gap = gap[real].mean() / (deviation or 1.0)  # 0: a constant output
-            gap = gap.max()
-            worst = max(worst, float("inf") if np.isnan(gap) else float(gap))
-    return worst

@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import copy
 import functools
-import os
 import signal
 import time
 from dataclasses import dataclass, replace
@@ -23,6 +22,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 import bert_pack
+import onnx_utils
 import report_utils
 from bert_pack import HeadImportance, PackCfg, PackedBertConfig
 from cli_utils import ArgumentParser, UserError, is_main_process, number, run_main
@@ -511,14 +511,13 @@ def main() -> None:
         with run.writing_results():
             save_model(student, tokenizer, args.output_dir)
             task.write_answers()
-            difference = task.export()
+            check = task.export()
             run.stop_if_asked()
             names = ("teacher", "packed", *(part.stage.name for part in plan))
             kept = {"unmerged": unmerged, "merged": figures, **others}
             table = report_utils.stage_table(run, names, kept)
-            sizes["student"]["onnx_bytes"] = os.path.getsize(
-                os.path.join(args.output_dir, "model.onnx")
-            )
+            export = onnx_utils.describe_check(check, args.output_dir)
+            sizes["student"]["onnx_bytes"] = export["onnx_bytes"]
             metrics = {
                 **figures,
                 **report_utils.describe_run(run, arguments, started),
@@ -527,7 +526,7 @@ def main() -> None:
                 "sizes": sizes,
                 "stages": table,
                 **grow_seconds(table),
-                "onnx_difference": difference,
+                **export,
                 **others,
             }
             report_utils.draw_curves(args.output_dir, task.score_names)
@@ -540,6 +539,7 @@ def main() -> None:
                     f"the grow stages took {metrics['grow_seconds']:,.0f} s; with all layers"
                     f" running they would have taken {metrics['grow_seconds_of_all_layers']:,.0f} s"
                 )
+        onnx_utils.require(check, args.output_dir)
     accelerator.end_training()
     run.say(f"{args.output_dir}: {summary(figures)}; model.onnx checked")
 

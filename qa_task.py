@@ -20,6 +20,7 @@ import onnx_utils
 import report_utils
 import squad_utils
 from cli_utils import UserError, warn
+from deploy.onnx_check import Check
 from model_utils import load_for_export, special_ids, state_errors
 from run_utils import Run, write_json
 from squad_scores import Scorer, load_scorer
@@ -174,7 +175,7 @@ class QaTask:
         """Write the model card."""
         report_utils.write_qa_card(self.args.output_dir, metrics, script, made)
 
-    def export(self) -> float:
+    def export(self) -> Check:
         """Export the checkpoint in the output folder to model.onnx; see `export`."""
         return export(self.args.output_dir, self.dev_windows, self.args.max_seq_length_c)
 
@@ -357,7 +358,7 @@ class QaEvaluation:
         return figures
 
 
-def export(output_dir: str, windows: Windows, max_seq_length_c: int) -> float:
+def export(output_dir: str, windows: Windows, max_seq_length_c: int) -> Check:
     """Export the checkpoint in output_dir to model.onnx beside it; see `onnx_utils.export_onnx`.
 
     It is the saved checkpoint that is exported, so the check covers saving and loading too.

@@ -259,7 +259,7 @@ tags: [bert, {tag}, squad, onnx, openvino]
 
 ## Use
 {_use(output_dir, metrics, script)}
-`model.onnx` is the same model for ONNX Runtime and OpenVINO (`ovc model.onnx`). Inputs
+{_file(metrics)}. Inputs
 `input_ids`, `attention_mask`, `token_type_ids`, `position_ids`, int64
 [1, {arguments["max_seq_length_c"]}]; {outputs}
 On the windows it was checked on it differs from the PyTorch model by {_difference(metrics)}. In
@@ -304,7 +304,15 @@ tokenizer = AutoTokenizer.from_pretrained("{output_dir}")
 ```"""
 
 
+def _file(metrics: dict[str, Any]) -> str:
+    """What the exported file is."""
+    if metrics["onnx_check"]["passed"]:
+        return "`model.onnx` is the same model for ONNX Runtime and OpenVINO (`ovc model.onnx`)"
+    return "`model.failed.onnx` is NOT the same model: it has failed its check"
+
+
 def _difference(metrics: dict[str, Any]) -> str:
+    difference = metrics["onnx_check"]["difference"]
     if "int8" in metrics:
-        return f"{metrics['onnx_difference']:.3f} standard deviations of its outputs on average"
-    return f"at most {metrics['onnx_difference']:.1e}"
+        return f"{difference:.1e} standard deviations of its outputs on average, layer by layer"
+    return f"at most {difference:.1e}"

@@ -51,6 +51,7 @@ RUN_FILES = (
     "config.json",
     "model.safetensors",
     "model.onnx",
+    "model.failed.onnx",
     "quantizers.json",
     "quantizers.safetensors",
     "state_maps.safetensors",
@@ -92,12 +93,15 @@ def check_output_dir(output_dir: str, arguments: dict[str, Any], overwrite: bool
     # removed its states has both.
     for path, state in ((finished, "finished"), (unfinished, "unfinished")):
         if os.path.exists(path):
-            earlier = _read_json(path).get("arguments", {})
+            written = _read_json(path)
+            earlier = written.get("arguments", {})
             differing = [
                 f"{key} was {earlier.get(key)!r}, now {arguments.get(key)!r}"
                 for key in sorted(earlier.keys() | arguments.keys())
                 if key not in FREE_ARGUMENTS and earlier.get(key) != arguments.get(key)
             ]
+            if not differing and state == "finished" and not _passed(written):
+                continue  # its states are still there
             if not differing:
                 return state
             raise UserError(
@@ -111,6 +115,11 @@ def check_output_dir(output_dir: str, arguments: dict[str, Any], overwrite: bool
             f" ({', '.join(present[:3])}); choose another folder or add --overwrite_output_dir"
         )
     return "new"
+
+
+def _passed(metrics: dict[str, Any]) -> bool:
+    """Whether the exported file has passed its check, by what metrics.json tells."""
+    return bool(metrics.get("onnx_check", {}).get("passed", True))
 
 
 def _read_json(path: str) -> dict[str, Any]:
@@ -410,10 +419,14 @@ class Run:
             ) from None
 
     def finish(self, metrics: dict[str, Any]) -> None:
-        """Write metrics.json, which marks the run as finished, and remove its states."""
+        """Write metrics.json, which marks the run as finished, and remove its states.
+
+        Where the exported file has not passed its check the states stay, to export it again.
+        """
         if self.main:
             write_json(os.path.join(self.output_dir, "metrics.json"), metrics)
-            shutil.rmtree(self._checkpoints)
+            if _passed(metrics):
+                shutil.rmtree(self._checkpoints)
             if self._board:
                 self._board.close()
             self._lock_file.close()

@@ -98,7 +98,7 @@ def main() -> None:
     print(f"peak memory         {peak:.2f} GB")
     print(f"training            {metrics['train_seconds']:.0f} s")
     print(f"model.onnx          {os.path.getsize(onnx) / 1e6:.1f} MB, one file: {onnx}")
-    print(f"largest difference  {metrics['onnx_difference']:.1e}")
+    print(f"largest difference  {metrics['onnx_check']['difference']:.1e}")
 
 
 if __name__ == "__main__":

@@ -42,12 +42,15 @@ def largest_pair(model: onnx.ModelProto) -> int | None:
 
 
 def multiplies_activations(model: onnx.ModelProto) -> bool:
-    """Whether a MatMul takes two INT8 activations, as queries x keys may be.
+    """Whether a MatMul takes two INT8 activations, as queries x keys may be, of 8 bits each.
 
     The rule for pairs of weights does not protect such products: they can overflow by themselves.
+    Where the second factor is cut off at integers of 64, as that of 7 bits is, any pair of these
+    is allowed.
     """
     return any(
         all(factor is not None and factor.weight is None for factor in factors)
+        and 2 * factors[1].largest > PAIR_LIMIT
         for factors in _products(model)
     )
 
@@ -59,9 +62,11 @@ def may_saturate(model: onnx.ModelProto) -> bool:
 
 @dataclass(frozen=True)
 class _Factor:
-    """A factor in INT8: `weight` is int [out, in] (more axes before), None of activations."""
+    """A factor in INT8: `weight` is int [out, in] (more axes before), None of activations, of
+    which `largest` is the largest integer, without its sign."""
 
     weight: np.ndarray | None
+    largest: int = 255
 
 
 def _products(model: onnx.ModelProto) -> Iterator[tuple[_Factor | None, _Factor | None]]:
@@ -72,6 +77,23 @@ def _products(model: onnx.ModelProto) -> Iterator[tuple[_Factor | None, _Factor 
         if node.op_type == "Constant":
             constants[node.output[0]] = node.attribute[0].t
         makers.update(dict.fromkeys(node.output, node))
+
+    def constant(name: str) -> np.ndarray | None:
+        """A constant's value, however the file writes it."""
+        while name not in constants and name in makers and makers[name].op_type == "Identity":
+            name = makers[name].input[0]
+        return numpy_helper.to_array(constants[name]) if name in constants else None
+
+    def largest(quantize: onnx.NodeProto | None) -> int:
+        """The largest integer that a QuantizeLinear gives, by the limits of a Clip before it."""
+        clip = makers.get(quantize.input[0]) if quantize is not None else None
+        if quantize is None or clip is None or clip.op_type != "Clip" or len(clip.input) < 3:
+            return 255
+        low, high, scale = map(constant, (*clip.input[1:3], quantize.input[1]))
+        zero = constant(quantize.input[2]) if len(quantize.input) > 2 else np.zeros(1)
+        if low is None or high is None or scale is None or zero is None or np.any(zero):
+            return 255
+        return int(np.rint(max(abs(low.min()), abs(high.max())) / scale.min()))
 
     def factor(name: str, sums_over: int) -> _Factor | None:
         """What the input `name` holds; the product sums over its axis `sums_over`."""
@@ -88,7 +110,7 @@ def _products(model: onnx.ModelProto) -> Iterator[tuple[_Factor | None, _Factor 
         if not dequantized:
             return None
         if name not in constants:
-            return _Factor(None)
+            return _Factor(None, largest(maker))
         weight = numpy_helper.to_array(constants[name]).astype(np.int32)
         if constants[name].data_type == onnx.TensorProto.UINT8:
             weight -= 128  # the same weights as INT8, of another zero point

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 from pathlib import Path
@@ -13,6 +14,8 @@ import onnxruntime
 import openvino
 import pytest
 import torch
+from calls import call, error_line, records
+from conftest import pack_command, train_qa_command
 from torch import nn
 from transformers import BertConfig, BertForQuestionAnswering, BertTokenizerFast
 
@@ -20,6 +23,7 @@ import onnx_utils
 import qa_task
 import squad_utils
 from cli_utils import UserError
+from deploy import onnx_check
 from squad_utils import Windows
 
 LENGTH = 100  # max_seq_length_c; no multiple of 8
@@ -53,7 +57,7 @@ def exported(tmp_path_factory: pytest.TempPathFactory, windows: Windows) -> Path
     """A folder with a checkpoint of hidden size 128 (2 heads of 64) and its model.onnx."""
     folder = tmp_path_factory.mktemp("exported")
     save_model(folder, hidden_size=128, num_attention_heads=2, intermediate_size=256)
-    assert 0 <= qa_task.export(str(folder), windows, LENGTH) < 1e-5
+    assert 0 <= qa_task.export(str(folder), windows, LENGTH).difference < 1e-5
     return folder
 
 
@@ -190,10 +194,10 @@ def test_openvino_fuses_attention(exported: Path, shape: tuple[int, int]) -> Non
 # What can go wrong
 
 
-def test_a_mismatch_is_a_user_error(
+def test_a_mismatch_is_kept_under_another_name(
     exported: Path, windows: Windows, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A file with other weights than the model's is not kept, nor anything beside it."""
+    """A file with other weights than the model's is no model.onnx, until an export is right."""
     for name in ("config.json", "model.safetensors"):
         shutil.copy(exported / name, tmp_path)
     export = torch.onnx.export
@@ -203,24 +207,71 @@ def test_a_mismatch_is_a_user_error(
         with torch.no_grad():
             graph.model.qa_outputs.bias.add_(0.01)
 
-    monkeypatch.setattr(torch.onnx, "export", export_then_change)
-    with pytest.raises(UserError, match=r"model\.onnx differs .* by 0\.01 .* 0\.001") as error:
-        qa_task.export(str(tmp_path), windows, LENGTH)
+    model = {"config.json", "model.safetensors"}
+    (tmp_path / "model.onnx").write_bytes(b"of an earlier export")
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.onnx, "export", export_then_change)
+        check = qa_task.export(str(tmp_path), windows, LENGTH)
+    assert not check.passed
+    assert {file.name for file in tmp_path.iterdir()} == {*model, "model.failed.onnx"}
+    with pytest.raises(
+        UserError, match=r"differs .* by 0\.01 .* 0\.001 .*model\.failed\.onnx"
+    ) as error:
+        onnx_utils.require(check, str(tmp_path))
     assert "\n" not in str(error.value)
-    assert {file.name for file in tmp_path.iterdir()} == {"config.json", "model.safetensors"}
+    onnx_utils.require(qa_task.export(str(tmp_path), windows, LENGTH), str(tmp_path))
+    assert {file.name for file in tmp_path.iterdir()} == {*model, "model.onnx"}
 
 
-def test_outputs_that_are_no_numbers_are_a_user_error(
+def test_outputs_that_are_no_numbers_fail_the_check(
     exported: Path, windows: Windows, tmp_path: Path
 ) -> None:
-    """Weights that are not finite compare with nothing: no file."""
+    """Weights that are not finite compare with nothing."""
     model = BertForQuestionAnswering.from_pretrained(exported)
     with torch.no_grad():
         model.qa_outputs.weight[0, 0] = float("nan")
     model.save_pretrained(tmp_path)
+    check = qa_task.export(str(tmp_path), windows, LENGTH)
     with pytest.raises(UserError, match="differs"):
-        qa_task.export(str(tmp_path), windows, LENGTH)
+        onnx_utils.require(check, str(tmp_path))
     assert not list(tmp_path.glob("model.onnx*"))
+
+
+@pytest.mark.parametrize("script", ["train_qa", "pack_and_distill"])
+def test_a_failed_check_throws_nothing_away(
+    script: str,
+    teacher: Path,
+    few: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture,
+) -> None:
+    """All results are there, and the same command exports again without training."""
+    if script == "train_qa":
+        command = train_qa_command(teacher, few, tmp_path)
+    else:
+        command = pack_command(teacher, few, tmp_path, "--max_steps_per_stage=1")
+    with monkeypatch.context() as patch:
+        patch.setattr(onnx_check, "MAX_DIFFERENCE", 0.0)
+        assert call(command) == 2
+    assert "model.failed.onnx" in error_line(capfd.readouterr().err)
+    results = {"metrics.json", "predictions.json", "curves.png", "README.md", "model.safetensors"}
+    assert results <= {file.name for file in tmp_path.iterdir()}
+    assert "has failed its check" in (tmp_path / "README.md").read_text()
+    metrics = json.loads((tmp_path / "metrics.json").read_text())
+    assert not metrics["onnx_check"]["passed"]
+    log = [record for record in records(tmp_path) if "loss" in record]
+    weights = (tmp_path / "model.safetensors").read_bytes()
+
+    assert call(command) == 0, capfd.readouterr().err
+    assert [record for record in records(tmp_path) if "loss" in record] == log
+    assert (tmp_path / "model.safetensors").read_bytes() == weights
+    assert (tmp_path / "model.onnx").exists() and not (tmp_path / "model.failed.onnx").exists()
+    again = json.loads((tmp_path / "metrics.json").read_text())
+    assert again["onnx_check"]["passed"] and again["f1"] == metrics["f1"]
+    assert not (tmp_path / "checkpoints").exists()
+    assert call(command) == 0
+    assert "is finished" in capfd.readouterr().out
 
 
 def test_a_file_that_cannot_be_written_is_a_user_error(exported: Path, tmp_path: Path) -> None:
@@ -242,13 +293,13 @@ def test_dropout_does_not_disturb_the_export(windows: Windows, tmp_path: Path) -
         attention_probs_dropout_prob=0.5,
         classifier_dropout=0.5,
     )
-    assert qa_task.export(str(folder), windows, LENGTH) < 1e-5
+    assert qa_task.export(str(folder), windows, LENGTH).difference < 1e-5
     model = BertForQuestionAnswering.from_pretrained(folder).train()
     model.set_attn_implementation("eager")
     graph = onnx_utils.QaGraph(model)
     path = str(tmp_path / "again.onnx")
     batches = [squad_utils.make_batch(windows, np.array([0]), pad_to=LENGTH)]
-    assert onnx_utils.export_onnx(graph, path, batches) < 1e-5
+    assert onnx_utils.export_onnx(graph, path, batches).difference < 1e-5
     assert not any(module.training for module in graph.modules())
     kinds = {node.op_type for node in onnx.load(path).graph.node}
     assert not kinds & {"Dropout", "RandomUniformLike", "Bernoulli"}

@@ -1,0 +1,288 @@
+"""INT8 with each weight_range: what the file gives computed exactly, and in each runtime here.
+
+    python benchmarks/weight_ranges.py --model=FP32_DIR --squad_train_data=TRAIN \
+        --squad_dev_data=DEV --output_dir=DIR [--epochs=0.1 --learning_rate=5e-5] \
+        [--questions=600] [--nncf_config=nncf_config.json]
+
+For each range it calibrates (train_qa.py or train_qcemb.py, by what the model is), trains on from
+there, and runs both files over dev. Scores are F1, or the share of questions whose own context is
+among the 5 nearest. "Same" is the share of questions to which a file gives the answer (the nearest
+context) that it gives when computed exactly. The model itself, its first LayerNorm's gains moved
+by 1e-6, tells what can be expected: no two programs add in the same order.
+
+`ONEDNN_MAX_CPU_ISA=AVX2` in the environment shows what OpenVINO gives on a CPU without VNNI.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+sys.path.insert(0, ROOT)
+
+from cli_utils import ArgumentParser, number, run_main  # noqa: E402
+
+RANGES = ("full", "half", "pairs")
+MOVED = 1e-6  # relative change of LayerNorm's gains; FP32 resolves 1.2e-7
+
+Infer = Callable[[dict[str, np.ndarray]], Sequence[np.ndarray]]
+
+
+def quantize(args: Any, script: str, weight_range: str) -> dict[str, str]:
+    """Folders of the model calibrated and trained with a range; made once."""
+    os.makedirs(args.output_dir, exist_ok=True)
+    with open(args.nncf_config, encoding="utf-8") as file:
+        settings = {**json.load(file), "weight_range": weight_range}
+    path = os.path.join(args.output_dir, f"{weight_range}.json")
+    with open(path, "w", encoding="utf-8") as file:
+        json.dump(settings, file)
+    folders = {
+        kind: os.path.join(args.output_dir, f"{weight_range}-{kind}")
+        for kind in ("calibrated", "trained")
+    }
+    shared = [
+        f"--squad_train_data={args.squad_train_data}",
+        f"--squad_dev_data={args.squad_dev_data}",
+        "--per_gpu_train_batch_size=32",
+        "--per_gpu_eval_batch_size=32",
+        "--keep=last",
+    ]
+    if script == "train_qcemb.py":
+        shared += ["--loss_cfg=triplet_num:0,in_batch:1", "--hnm_num=32", "--hnm_batch_size=32"]
+    calibrate = ["--quantizer_epochs=0", "--num_train_epochs=0", f"--nncf_config={path}"]
+    train = [f"--num_train_epochs={args.epochs}", f"--learning_rate={args.learning_rate}"]
+    for model, kind, flags in (
+        (args.model, "calibrated", calibrate),
+        (folders["calibrated"], "trained", train),
+    ):
+        command = [f"--model_student={model}", f"--output_dir={folders[kind]}", *shared, *flags]
+        subprocess.run([sys.executable, os.path.join(ROOT, script), *command], check=True)
+    return folders
+
+
+# ------------------------------------------------------------------------------------------------
+# Ways to run a model
+
+
+def in_pytorch(folder: str, moved: float = 0.0) -> Infer:
+    """The checkpoint with its quantizers; gains after the embeddings moved by so much."""
+    import torch
+
+    import onnx_utils
+    from model_utils import load_config, load_model
+
+    embeds = "Embedding" in load_config(folder, "--model").architectures[0]
+    model = load_model(folder, "--model", auto_class(embeds), quiet=True).eval()
+    gains = model.bert.embeddings.LayerNorm.weight.data
+    gains.mul_(1 + moved * torch.randn(gains.shape, generator=torch.Generator().manual_seed(0)))
+    graph = (onnx_utils.EmbeddingGraph if embeds else onnx_utils.QaGraph)(model)
+
+    def run(feed: dict[str, np.ndarray]) -> Sequence[np.ndarray]:
+        with torch.no_grad():
+            return [each.numpy() for each in graph(*map(torch.from_numpy, feed.values()))]
+
+    return run
+
+
+def in_onnxruntime(path: str, exact: bool) -> Infer:
+    """The file at any length; exact: without integer kernels."""
+    import onnx
+    import onnxruntime
+
+    model = onnx.load(path)
+    length = model.graph.input[0].type.tensor_type.shape.dim[1].dim_value
+    for value in (*model.graph.input, *model.graph.output):
+        for dim in value.type.tensor_type.shape.dim[1:]:
+            if dim.dim_value == length:
+                dim.dim_param = "length"
+    options = onnxruntime.SessionOptions()
+    options.add_session_config_entry("session.disable_quant_qdq", "1" if exact else "0")
+    session = onnxruntime.InferenceSession(
+        model.SerializeToString(), options, providers=["CPUExecutionProvider"]
+    )
+    return lambda feed: session.run(None, feed)
+
+
+def in_openvino(path: str, precision: str | None) -> Infer:
+    """The file at any length; `precision` is INFERENCE_PRECISION_HINT, None for the default."""
+    import openvino
+
+    core = openvino.Core()
+    model = core.read_model(path)
+    model.reshape({each.any_name: [1, -1] for each in model.inputs})
+    settings = {"INFERENCE_PRECISION_HINT": precision} if precision else {}
+    compiled = core.compile_model(model, "CPU", settings)
+    return lambda feed: list(compiled(feed).values())
+
+
+def auto_class(embeds: bool) -> Any:
+    """The class that loads a model."""
+    if embeds:
+        from embedding_model import AutoModelForEmbedding
+
+        return AutoModelForEmbedding
+    from transformers import AutoModelForQuestionAnswering
+
+    return AutoModelForQuestionAnswering
+
+
+# ------------------------------------------------------------------------------------------------
+# What a model finds on dev
+
+
+class Reading:
+    """Dev questions for a reader: F1, and whether two sets of answers are the same."""
+
+    score = "F1"
+
+    def __init__(self, folder: str, dev: str, questions: int) -> None:
+        import qa_task
+        import squad_utils
+        from model_utils import load_config, load_tokenizer
+        from squad_scores import load_scorer
+
+        self.utils = squad_utils
+        self.data = squad_utils.load_squad(dev, "--squad_dev_data")
+        tokenizer = load_tokenizer(folder, "--model", load_config(folder, "--model"))
+        self.windows = qa_task.make_windows(self.data, tokenizer, 64, 384, 128, for_training=False)
+        self.count = questions
+        self.scorer = load_scorer(None, self.data)
+
+    def __call__(self, infer: Infer) -> dict[str, str]:
+        """Question id -> answer."""
+        from onnx_utils import INPUTS
+
+        answers = self.utils.Answers(self.data, self.windows)
+        for window in np.flatnonzero(self.windows.question < self.count):
+            chosen = np.array([window])
+            length = -(-int(self.windows.total_lengths[window]) // 64) * 64
+            arrays = self.utils.make_batch(self.windows, chosen, pad_to=min(length, 384))
+            answers.add(chosen, *infer({name: arrays[name] for name in INPUTS}))
+        texts = answers.texts()
+        return {name: texts.get(name, "") for name in self.data.ids[: self.count]}
+
+    def figure(self, found: dict[str, str]) -> float:
+        """F1 over the questions that were asked."""
+        from squad_scores import f1
+
+        golds = dict(zip(self.data.ids, self.data.answers, strict=True))
+        scores = [max(f1(text, gold) for _, gold in golds[name]) for name, text in found.items()]
+        return 100 * float(np.mean(scores))
+
+    def same(self, found: dict[str, str], reference: dict[str, str]) -> float:
+        """Share of questions, in percent."""
+        from squad_scores import exact_match
+
+        return 100 * float(np.mean([exact_match(found[key], reference[key]) for key in reference]))
+
+
+class Searching:
+    """Dev questions for an embedder: top 5, and whether the nearest contexts are the same."""
+
+    score = "top 5"
+
+    def __init__(self, folder: str, dev: str, questions: int) -> None:
+        import emb_task
+        import squad_utils
+        from model_utils import load_config, load_tokenizer
+
+        data = squad_utils.load_squad(dev, "--squad_dev_data")
+        tokenizer = load_tokenizer(folder, "--model", load_config(folder, "--model"))
+        self.pairs = emb_task.make_pairs(data, tokenizer, 32, 384)
+        self.count = questions
+
+    def __call__(self, infer: Infer) -> np.ndarray:
+        """Distances [questions, contexts]."""
+        from onnx_utils import INPUTS
+
+        def vectors(texts: Any) -> np.ndarray:
+            rows = []
+            for i in range(len(texts)):
+                length = -(-int(texts.total_lengths[i]) // 32) * 32
+                arrays = texts.batch(np.array([i]), pad_to=min(length, 384))
+                rows.append(np.asarray(infer({name: arrays[name] for name in INPUTS})[0])[0])
+            return np.stack(rows).astype(np.float64)
+
+        q, c = vectors(self.pairs.questions), vectors(self.pairs.contexts)
+        q = q[self.pairs.question[: self.count]]
+        return np.sqrt(np.maximum((q * q).sum(1)[:, None] + (c * c).sum(1) - 2 * q @ c.T, 0))
+
+    def figure(self, distances: np.ndarray) -> float:
+        """Share of questions whose own context is among the 5 nearest, in percent."""
+        own = distances[np.arange(len(distances)), self.pairs.context[: self.count]]
+        return 100 * float(np.mean((distances < own[:, None]).sum(1) < 5))
+
+    def same(self, found: np.ndarray, reference: np.ndarray) -> float:
+        """Share of questions with the same nearest context, in percent."""
+        return 100 * float(np.mean(found.argmin(1) == reference.argmin(1)))
+
+
+def main() -> None:
+    parser = ArgumentParser(description=__doc__.splitlines()[0])
+    add = parser.add_argument
+    add("--model", required=True, help="output folder of an FP32 model")
+    add("--squad_train_data", required=True)
+    add("--squad_dev_data", required=True)
+    add("--output_dir", required=True)
+    add("--nncf_config", default=os.path.join(ROOT, "nncf_config.json"))
+    add("--epochs", type=number(float, 0), default=0.1, help="of training after calibration")
+    add("--learning_rate", type=number(float, 0), default=5e-5)
+    add("--questions", type=number(int, 1), default=10**9, help="of dev, the first")
+    add("--ranges", default=",".join(RANGES))
+    args = parser.parse_args()
+
+    from deploy.cpu import this_cpu
+    from model_utils import load_config
+
+    embeds = "Embedding" in load_config(args.model, "--model").architectures[0]
+    dev = (Searching if embeds else Reading)(args.model, args.squad_dev_data, args.questions)
+    path = os.path.join(args.output_dir, "results.json")
+    rows: dict[str, Any] = {}
+    if os.path.exists(path):
+        with open(path, encoding="utf-8") as file:
+            rows = json.load(file)
+    isa = os.environ.get("ONEDNN_MAX_CPU_ISA", "")
+    for weight_range in args.ranges.split(","):
+        script = "train_qcemb.py" if embeds else "train_qa.py"
+        for kind, folder in quantize(args, script, weight_range).items():
+            file = os.path.join(folder, "model.onnx")
+            exact = dev(in_onnxruntime(file, exact=True))
+            ways: dict[str, Callable[[], Infer]] = {
+                "PyTorch": lambda folder=folder: in_pytorch(folder),
+                "PyTorch, moved": lambda folder=folder: in_pytorch(folder, MOVED),
+                "ONNX Runtime": lambda file=file: in_onnxruntime(file, exact=False),
+                "OpenVINO f32": lambda file=file: in_openvino(file, "f32"),
+                "OpenVINO": lambda file=file: in_openvino(file, None),
+            }
+            if isa:  # of the others nothing changes
+                ways = {"OpenVINO f32": ways["OpenVINO f32"]}
+            row = rows.setdefault(
+                f"{weight_range} {kind}", {"exact": {dev.score: dev.figure(exact)}}
+            )
+            for name, make in ways.items():
+                found = dev(make())
+                key = f"{name}, {isa}" if isa else name
+                row[key] = {dev.score: dev.figure(found), "same": dev.same(found, exact)}
+                if name == "PyTorch":
+                    reference = found
+                if name == "PyTorch, moved":
+                    row[key]["same"] = dev.same(found, reference)
+            print(f"{weight_range} {kind}: {row}", flush=True)
+            with open(path, "w", encoding="utf-8") as out:
+                json.dump(rows, out, indent=1)
+    print(f"\n{this_cpu()}; {dev.score}, and answers as those of exact arithmetic in %")
+    for name, row in rows.items():
+        cells = [f"{way} {e[dev.score]:.2f}" + (f" / {e['same']:.1f}" if "same" in e else "")
+                 for way, e in row.items()]  # fmt: skip
+        print(f"{name:18} " + "; ".join(cells))
+
+
+if __name__ == "__main__":
+    run_main(main)
