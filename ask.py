@@ -25,7 +25,7 @@ from tokenizers import Tokenizer
 import squad_utils
 from cli_utils import ArgumentParser, UserError, number, read_text, run_main, warn
 from context_index import Paragraph, build_index, load_embedder
-from exported import RUNTIMES, Infer, load_exported
+from deploy.runtime import PRECISIONS, RUNTIMES, Infer, Runtime, load_exported
 from squad_utils import SpecialIds, SquadData, Tokens
 
 SPANS_A_WINDOW = 20  # candidates from each window ...
@@ -52,7 +52,13 @@ def parse_arguments() -> argparse.Namespace:
         "--runtime",
         choices=RUNTIMES,
         default="auto",
-        help="auto: OpenVINO where it is installed",
+        help="auto: OpenVINO where it is installed and computes exactly",
+    )
+    add(
+        "--runtime_precision",
+        choices=PRECISIONS,
+        default="f32",
+        help="default: OpenVINO takes bf16 where the CPU has it, faster and less exact",
     )
     add("--json", action="store_true", help="print one JSON object a question, a line each")
     return parser.parse_args()
@@ -83,7 +89,7 @@ class QaModel:
     threshold: float | None
 
 
-def load(folder: str, runtime: str) -> QaModel:
+def load(folder: str, runtime: Runtime) -> QaModel:
     """Load the output folder of a QA model.
 
     Raises:
@@ -316,7 +322,7 @@ def ask_text(args: argparse.Namespace) -> Callable[[str], None]:
     if len(args.context) > 1:
         raise UserError("--context: several files need --model_emb, which finds what to read")
     context = read_text(args.context[0], "--context")
-    model = load(args.model, args.runtime)
+    model = load(args.model, Runtime(args.runtime, args.runtime_precision))
     tokens = squad_utils.tokenize(model.tokenizer, [context], True, "")
     if not len(tokens.ids):
         raise UserError(f"--context: {args.context[0]} has no text")
@@ -334,8 +340,9 @@ def ask_text(args: argparse.Namespace) -> Callable[[str], None]:
 def ask_texts(args: argparse.Namespace) -> Callable[[str], None]:
     """Answers from many texts, or with no --model their paragraphs: what prints those to a
     question."""
-    embedder = load_embedder(args.model_emb, args.runtime)
-    model = load(args.model, args.runtime) if args.model else None
+    runtime = Runtime(args.runtime, args.runtime_precision)
+    embedder = load_embedder(args.model_emb, runtime)
+    model = load(args.model, runtime) if args.model else None
     index = build_index(embedder, args.context)
 
     def ask(question: str) -> None:

@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 import squad_utils
 from cli_utils import UserError, read_text, warn
-from exported import Infer, load_exported
+from deploy.runtime import Infer, Runtime, load_exported
 from squad_utils import SpecialIds
 
 SUFFIXES = (".txt", ".md")  # of the files of a folder that are read
@@ -94,7 +94,7 @@ class Embedder:
 
     Attributes:
         compile: gives the function that runs it at a length.
-        key: what tells it from other models.
+        key: what tells its vectors from those of other models and other arithmetic.
     """
 
     compile: Callable[[int], Infer]
@@ -134,7 +134,7 @@ class Embedder:
         return np.stack(found).astype(np.float32)
 
 
-def load_embedder(folder: str, runtime: str) -> Embedder:
+def load_embedder(folder: str, runtime: Runtime) -> Embedder:
     """Load the output folder of an embedding model.
 
     Raises:
@@ -151,7 +151,7 @@ def load_embedder(folder: str, runtime: str) -> Embedder:
         model.tokenizer,
         model.special,
         *lengths,
-        key=f"{digest} {lengths[1]}",
+        key=f"{digest} {lengths[1]} {model.arithmetic}",
     )
 
 

@@ -19,6 +19,7 @@ sys.path.insert(0, ROOT)
 
 from cli_utils import ArgumentParser, UserError, number, run_main  # noqa: E402
 from context_index import build_index, load_embedder  # noqa: E402
+from deploy.runtime import PRECISIONS, Runtime  # noqa: E402
 from squad_utils import load_squad  # noqa: E402
 
 
@@ -27,7 +28,7 @@ def peak_gb() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
 
 
-def index_and_ask(folder: str, path: str, count: int, runtime: str) -> None:
+def index_and_ask(folder: str, path: str, count: int, runtime: Runtime) -> None:
     """Seconds to index `count` paragraphs, to open the index again, and to search it."""
     data = load_squad(path, "--squad_data")
     contexts = [" ".join(text.split()) for text in dict.fromkeys(data.contexts)]
@@ -83,11 +84,13 @@ def main() -> None:
     add("--squad_data", required=True, help="SQuAD JSON")
     add("--paragraphs", type=positive, default=10_000)
     add("--runtime", choices=("openvino", "onnxruntime"), default="openvino")
+    add("--runtime_precision", choices=PRECISIONS, default="f32")
     add("--questions", type=positive, default=2048, help="of the memory measurement")
     add("--contexts", type=positive, default=1_000_000)
     add("--width", type=positive, default=1024)
     args = parser.parse_args()
-    index_and_ask(args.model_emb, args.squad_data, args.paragraphs, args.runtime)
+    runtime = Runtime(args.runtime, args.runtime_precision)
+    index_and_ask(args.model_emb, args.squad_data, args.paragraphs, runtime)
     metrics_memory(args.questions, args.contexts, args.width)
 
 

@@ -14,6 +14,8 @@ import numpy as np
 import onnx
 from onnx import numpy_helper
 
+from deploy.cpu import Cpu
+
 # |w(2i)| + |w(2i+1)| up to which no activation can overflow: 255 x 128 = 32640 < 2^15.
 PAIR_LIMIT = 128
 # Operators that move numbers and do not change them; runtimes carry INT8 through them.
@@ -58,6 +60,47 @@ def multiplies_activations(model: onnx.ModelProto) -> bool:
 def may_saturate(model: onnx.ModelProto) -> bool:
     """Whether integer kernels that add two products in 16 bits can give other numbers."""
     return (largest_pair(model) or 0) > PAIR_LIMIT or multiplies_activations(model)
+
+
+def overflow(model: onnx.ModelProto, cpu: Cpu) -> tuple[str, str]:
+    """Why the numbers of a file may not hold on a CPU, and what helps; two "" where they hold.
+
+    Nothing is claimed of other CPUs than x86, or of one that is not known: they may be right.
+    """
+    if cpu.sums_exactly or not may_saturate(model):
+        return "", ""
+    causes, cures = [], []
+    if (largest_pair(model) or 0) > PAIR_LIMIT:
+        causes.append("its INT8 weights use the full range")
+        cures.append("weight_range pairs")
+    if multiplies_activations(model):
+        causes.append("it multiplies activations in INT8")
+        cures.append("matmul in ignored_scope")
+    where = f"some integer kernels, and this CPU ({cpu.name}) has not been tried"
+    if "avx2" in cpu.features:
+        where = f"integer kernels without VNNI, and this CPU ({cpu.name}) has none"
+    why = f"{' and '.join(causes)}, which can overflow in {where}"
+    return why, f"quantize again with {' and '.join(cures)}"
+
+
+def with_float_weights(model: onnx.ModelProto) -> onnx.ModelProto:
+    """The same model with FP32 constants for its INT8 weights: 4 times the size, no integer sums.
+
+    OpenVINO then finds only activations in INT8 and computes the product in floating point. Two
+    activations it still multiplies as integers.
+    """
+    from onnx.reference import ReferenceEvaluator  # 0.1 s that most files do not need
+
+    result = onnx.ModelProto()
+    result.CopyFrom(model)
+    values = {tensor.name: tensor for tensor in result.graph.initializer}
+    for node in [each for each in result.graph.node if each.op_type == "DequantizeLinear"]:
+        if all(name in values for name in node.input):
+            feed = {name: numpy_helper.to_array(values[name]) for name in node.input}
+            (weight,) = ReferenceEvaluator(node).run(None, feed)
+            result.graph.initializer.append(numpy_helper.from_array(weight, node.output[0]))
+            result.graph.node.remove(node)
+    return result
 
 
 @dataclass(frozen=True)

@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
 import numpy as np
 import onnx
+import onnxruntime
 import pytest
+from conftest import ROOT, run
 from onnx import TensorProto, helper, numpy_helper
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
 
-from deploy import int8_file
+from deploy import int8_file, runtime
+from deploy.cpu import Cpu, this_cpu
 
 node = helper.make_node
 
@@ -139,3 +150,240 @@ def test_a_product_of_two_activations_is_told_from_one_of_weights(
 
 def test_weights_are_no_activations() -> None:
     assert not int8_file.multiplies_activations(linear(np.ones((2, 2), np.int8)))
+
+
+# ------------------------------------------------------------------------------------------------
+# What runs a file
+
+LENGTH = 16
+VOCABULARY = ("[PAD]", "[CLS]", "[SEP]", "[UNK]", "alpha", "beta")
+TEXT = "x alpha x x beta x"
+# In exact sums alpha is first. Sums in 16 bits hold two of its products at 32767 of 64770, and
+# then beta is, whose products lie apart.
+STATES = np.tile(
+    np.array([[0] * 4] * 4 + [[255, 255, 0, 0], [255, 0, 255, 0]], np.float32), (1, 16)
+)
+WEIGHT = np.tile(np.array([[127], [127], [20], [0]], np.int8), (16, 2))  # [64, 2]
+PAIRS_WEIGHT = np.minimum(WEIGHT, 64)
+LOGITS = STATES.astype(np.int64) @ WEIGHT[:, 0].astype(np.int64)  # of each token, exact
+
+OLD = Cpu("Old CPU", ("avx2",))
+NEW = Cpu("New CPU", ("avx2", "avx512", "vnni", "bf16"))
+ARM = Cpu("Arm CPU", ("arm_dot_product",))
+UNKNOWN = Cpu("Unknown CPU", ())
+
+
+def qa_folder(folder: Path, weight: np.ndarray, *, of_activations: bool = False) -> str:
+    """A QA model whose logits are rows of STATES times a weight [64, 2], INT8 or FP32.
+
+    With `of_activations` the end's logits are products of those rows by one another.
+    """
+    folder.mkdir()
+    tensors = {"table": STATES, "w": weight, "axes": np.array([2]), "no": np.array(0)}
+    nodes = [
+        node("Add", ["attention_mask", "token_type_ids"], ["some"]),
+        node("Add", ["some", "position_ids"], ["others"]),
+        node("Mul", ["others", "no"], ["nothing"]),  # a graph that uses all of its inputs
+        node("Add", ["input_ids", "nothing"], ["ids"]),
+        node("Gather", ["table", "ids"], ["x"]),
+    ]
+    factors = ["x", "w"]
+    if weight.dtype == np.int8:
+        tensors |= {"one": np.float32(1), "zero": np.uint8(0)}
+        nodes += [
+            node("QuantizeLinear", ["x", "one", "zero"], ["x_q"]),
+            node("DequantizeLinear", ["x_q", "one", "zero"], ["x_d"]),
+            node("DequantizeLinear", ["w", "one"], ["w_d"]),
+        ]
+        factors = ["x_d", "w_d"]
+    nodes.append(node("MatMul", factors, ["logits"]))
+    nodes.append(node("Split", ["logits"], ["s", "e"], axis=2))
+    nodes.append(node("Squeeze", ["s", "axes"], ["output_s"]))
+    if of_activations:
+        nodes.append(node("Transpose", ["x_d"], ["x_t"], perm=[0, 2, 1]))
+        nodes.append(node("MatMul", ["x_d", "x_t"], ["products"]))
+        nodes.append(node("ReduceMax", ["products"], ["output_e"], axes=[2], keepdims=0))
+    else:
+        nodes.append(node("Squeeze", ["e", "axes"], ["output_e"]))
+    names = ("input_ids", "attention_mask", "token_type_ids", "position_ids")
+    inputs = {name: (TensorProto.INT64, [1, LENGTH]) for name in names}
+    outputs = {name: [1, LENGTH] for name in ("output_s", "output_e")}
+    onnx.save(model_of(nodes, tensors, inputs, outputs), folder / "model.onnx")
+    words = WordLevel({word: i for i, word in enumerate(VOCABULARY)}, unk_token="[UNK]")
+    tokenizer = Tokenizer(words)
+    tokenizer.pre_tokenizer = WhitespaceSplit()
+    tokenizer.save(str(folder / "tokenizer.json"))
+    arguments = {"max_seq_length_q": 4, "doc_stride": 4}
+    (folder / "metrics.json").write_text(json.dumps({"arguments": arguments}))
+    return str(folder)
+
+
+@pytest.fixture
+def full(tmp_path: Path) -> str:
+    """A folder whose INT8 weights use the full range."""
+    return qa_folder(tmp_path / "full", WEIGHT)
+
+
+def load(folder: str, *asked: str) -> runtime.Exported:
+    outputs = ["output_s", "output_e"]
+    wanted = runtime.Runtime(*asked)
+    return runtime.load_exported(folder, "--model", "a QA model", "train_qa.py", outputs, wanted)
+
+
+def logits(model: runtime.Exported) -> np.ndarray:
+    """The start's logits of each token of the vocabulary."""
+    ids = np.zeros((1, LENGTH), np.int64)
+    ids[0, : len(VOCABULARY)] = np.arange(len(VOCABULARY))
+    feed = {name: ids for name in ("input_ids", "attention_mask", "token_type_ids", "position_ids")}
+    return model.compile(LENGTH)(feed)[0][0, : len(VOCABULARY)]
+
+
+@pytest.fixture
+def picked(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
+    """What has been opened: the runtime and its options."""
+    calls: list[tuple[Any, ...]] = []
+    for name in ("_openvino", "_onnxruntime"):
+        original = getattr(runtime, name)
+
+        def opened(path: str, *options: Any, name: str = name, original: Any = original) -> Any:
+            calls.append((name, *options))
+            return original(path, *options)
+
+        monkeypatch.setattr(runtime, name, opened)
+    return calls
+
+
+@pytest.mark.parametrize("cpu", [OLD, NEW, ARM, UNKNOWN], ids=str)
+@pytest.mark.parametrize("weight", [PAIRS_WEIGHT, WEIGHT.astype(np.float32)], ids=["pairs", "fp32"])
+def test_a_file_that_cannot_overflow_runs_in_openvino_in_f32_on_every_cpu(
+    cpu: Cpu, weight: np.ndarray, tmp_path: Path, picked: list, monkeypatch: Any, capfd: Any
+) -> None:
+    monkeypatch.setattr(runtime, "this_cpu", lambda: cpu)
+    model = load(qa_folder(tmp_path / "qa", weight))
+    assert picked == [("_openvino", "f32", False)]
+    assert model.arithmetic == "f32"
+    assert capfd.readouterr().err == ""
+    assert logits(model).tolist() == (STATES @ weight[:, 0].astype(np.float32)).tolist()
+
+
+@pytest.mark.parametrize("asked", ["auto", "onnxruntime"])
+@pytest.mark.parametrize(
+    "cpu,claim",
+    [
+        (OLD, "integer kernels without VNNI, and this CPU (Old CPU) has none; "),
+        (ARM, "some integer kernels, and this CPU (Arm CPU) has not been tried; "),
+        (UNKNOWN, "some integer kernels, and this CPU (Unknown CPU) has not been tried; "),
+    ],
+    ids=str,
+)
+def test_full_range_without_vnni_is_computed_in_floating_point_and_says_so_in_a_line(
+    cpu: Cpu, claim: str, asked: str, full: str, picked: list, monkeypatch: Any, capfd: Any
+) -> None:
+    options: list[str] = []
+    original = onnxruntime.InferenceSession
+
+    def session(model: bytes, given: onnxruntime.SessionOptions, **others: Any) -> Any:
+        options.append(given.get_session_config_entry("session.disable_quant_qdq"))
+        return original(model, given, **others)
+
+    monkeypatch.setattr(onnxruntime, "InferenceSession", session)
+    monkeypatch.setattr(runtime, "this_cpu", lambda: cpu)
+    model = load(full, asked)
+    assert picked == [("_onnxruntime", True)]
+    assert options == ["1"]
+    assert logits(model).tolist() == LOGITS.tolist()
+    assert capfd.readouterr().err == (
+        f"warning: --model {full}: its INT8 weights use the full range, which can overflow in"
+        f" {claim}it runs in floating point, which is slower; quantize again with weight_range"
+        " pairs\n"
+    )
+
+
+def test_full_range_with_vnni_runs_as_it_is(
+    full: str, picked: list, monkeypatch: Any, capfd: Any
+) -> None:
+    monkeypatch.setattr(runtime, "this_cpu", lambda: NEW)
+    load(full), load(full, "onnxruntime")
+    assert picked == [("_openvino", "f32", False), ("_onnxruntime", False)]
+    assert capfd.readouterr().err == ""
+
+
+def test_without_openvino_onnx_runtime_is_taken(
+    full: str, picked: list, monkeypatch: Any, capfd: Any
+) -> None:
+    monkeypatch.setattr(runtime.importlib.util, "find_spec", lambda _: None)
+    monkeypatch.setattr(runtime, "this_cpu", lambda: NEW)
+    load(full)
+    assert picked == [("_onnxruntime", False)]
+
+
+def test_openvino_where_it_is_asked_for_multiplies_full_range_weights_in_floating_point(
+    full: str, picked: list, monkeypatch: Any, capfd: Any
+) -> None:
+    monkeypatch.setattr(runtime, "this_cpu", lambda: OLD)
+    model = load(full, "openvino")
+    assert picked == [("_openvino", "f32", True)]
+    assert model.arithmetic == "f32"
+    assert logits(model).tolist() == LOGITS.tolist()
+    assert "it runs in floating point, which is slower" in capfd.readouterr().err
+
+
+def test_openvino_says_that_products_of_activations_may_be_wrong(
+    tmp_path: Path, picked: list, monkeypatch: Any, capfd: Any
+) -> None:
+    """And vectors made so are not taken for exact ones."""
+    monkeypatch.setattr(runtime, "this_cpu", lambda: OLD)
+    folder = qa_folder(tmp_path / "qa", PAIRS_WEIGHT, of_activations=True)
+    assert load(folder, "openvino").arithmetic == "f32, overflows"
+    (line,) = capfd.readouterr().err.splitlines()
+    assert "it multiplies activations in INT8" in line
+    assert "its numbers may be wrong, which --runtime=onnxruntime avoids" in line
+    assert line.endswith("quantize again with matmul in ignored_scope")
+    assert load(folder).arithmetic == "f32"
+    assert picked == [("_openvino", "f32", True), ("_onnxruntime", True)]
+
+
+@pytest.mark.skipif(not this_cpu().has_bf16, reason="only a CPU with bf16 computes in it")
+def test_openvino_takes_bf16_only_where_it_is_asked_to(tmp_path: Path) -> None:
+    weight = (1 + np.arange(128, dtype=np.float32) / 1000).reshape(64, 2)  # more digits than bf16
+    folder = qa_folder(tmp_path / "qa", weight)
+    expected = STATES @ weight[:, 0]
+    exact, other = load(folder), load(folder, "auto", "default")
+    assert (exact.arithmetic, other.arithmetic) == ("f32", "bf16")
+    assert logits(exact) == pytest.approx(expected, rel=1e-5)
+    assert logits(other) == pytest.approx(expected, rel=1e-2)
+    assert logits(other) != pytest.approx(expected, rel=1e-5)
+
+
+# Where oneDNN is told to leave VNNI out, its integer kernels do overflow: no pretence.
+IN_AVX2 = """
+import sys, pathlib, deploy.cpu, ask
+from deploy.runtime import Runtime
+import deploy.runtime as runtime, squad_utils
+folder, cpuinfo, text = sys.argv[1:]
+deploy.cpu.CPUINFO = pathlib.Path(cpuinfo)
+
+def best(name):
+    model = ask.load(folder, Runtime(name))
+    tokens = squad_utils.tokenize(model.tokenizer, [text], True, "")
+    return ask.answer(model, text, tokens, "who", 1)[0][0].text
+
+print(*map(best, ("auto", "onnxruntime", "openvino")))
+runtime.this_cpu = lambda: deploy.cpu.Cpu("", ("vnni",))
+print(best("openvino"))
+"""
+
+
+@pytest.mark.skipif("avx2" not in this_cpu().features, reason="these are kernels of x86")
+def test_a_cpu_without_vnni_gives_the_answers_of_exact_sums(full: str, tmp_path: Path) -> None:
+    """In every runtime; and the kernels that are avoided do give another answer."""
+    cpuinfo = tmp_path / "cpuinfo"
+    cpuinfo.write_text("model name : Old CPU\nflags : fpu avx2\n")
+    done = run(
+        [sys.executable, "-c", IN_AVX2, full, str(cpuinfo), TEXT],
+        cwd=ROOT,
+        env={"ONEDNN_MAX_CPU_ISA": "AVX2"},
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines() == ["alpha alpha alpha", "beta"]
+    assert done.stderr.count("warning: ") == 3
