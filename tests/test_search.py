@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -144,6 +145,24 @@ def test_only_what_changed_is_embedded(
     (folder / context_index.INDEX_FILE).write_bytes(b"PK damaged")
     build_index(embedder, [str(folder)])
     assert len(embedded) == 3
+
+
+def test_vectors_in_bf16_and_in_f32_are_not_mixed(
+    models: tuple[Path, Path], folder: Path, embedder: Embedder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An index that was made in one is made anew for the other."""
+    original = context_index.load_exported
+    monkeypatch.setattr(
+        context_index, "load_exported", lambda *a: replace(original(*a), arithmetic="bf16")
+    )
+    other = load_embedder(str(models[1]), Runtime("openvino", "default"))
+    assert other.key != embedder.key
+    ones = np.ones((4, 32), np.float32)
+    monkeypatch.setattr(Embedder, "vectors", lambda *_: ones)
+    build_index(other, [str(folder)])
+    monkeypatch.setattr(Embedder, "vectors", lambda *_: 2 * ones)
+    assert np.array_equal(build_index(other, [str(folder)]).vectors, ones)
+    assert np.array_equal(build_index(embedder, [str(folder)]).vectors, 2 * ones)
 
 
 def test_folder_that_cannot_be_written(
