@@ -69,18 +69,16 @@ def overflow(model: onnx.ModelProto, cpu: Cpu) -> tuple[str, str]:
     """
     if cpu.sums_exactly or not may_saturate(model):
         return "", ""
-    causes, cures = [], []
+    causes = []
     if (largest_pair(model) or 0) > PAIR_LIMIT:
         causes.append("its INT8 weights use the full range")
-        cures.append("weight_range pairs")
     if multiplies_activations(model):
-        causes.append("it multiplies activations in INT8")
-        cures.append("matmul in ignored_scope")
+        causes.append("it multiplies activations of 8 bits")
     where = f"some integer kernels, and this CPU ({cpu.name}) has not been tried"
     if "avx2" in cpu.features:
         where = f"integer kernels without VNNI, and this CPU ({cpu.name}) has none"
     why = f"{' and '.join(causes)}, which can overflow in {where}"
-    return why, f"quantize again with {' and '.join(cures)}"
+    return why, "quantize again with weight_range pairs"
 
 
 def with_float_weights(model: onnx.ModelProto) -> onnx.ModelProto:

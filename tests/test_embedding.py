@@ -10,10 +10,12 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import onnx
 import openvino
 import pytest
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from calls import call, error_line, first_questions, records, started, states, wait_for
 from conftest import emb_command, pack_command, run
 from safetensors.torch import load_file
@@ -23,8 +25,11 @@ from transformers import AutoConfig, AutoTokenizer, BertModel
 import emb_loss
 import emb_task
 import onnx_utils
+import train_utils
 from bert_pack import PackCfg, merge, pack
 from cli_utils import UserError
+from deploy import int8_file
+from deploy.cpu import Cpu, this_cpu
 from emb_loss import EmbLoss, HardNegatives, LossCfg
 from emb_task import Pairs, Texts
 from embedding_model import AutoModelForEmbedding, BertForEmbedding, pool
@@ -498,7 +503,32 @@ def test_packed_and_quantized_go_on_from_it(packed: Path, quantized: Path) -> No
     assert (quantized / "state_maps.safetensors").exists()
     assert "`train_qcemb.py --model_student=<this folder>`" in (quantized / "README.md").read_text()
     linear = next(row for row in metrics(quantized)["int8"] if row["kind"] == "linear")
+    assert not int8_file.may_saturate(onnx.load(quantized / "model.onnx"))
     assert linear["float"] == 0
+
+
+def test_figures_are_of_the_delivered_weights_in_fp32(
+    base: Path, sample: Path, tmp_path: Path, monkeypatch: Any, capfd: pytest.CaptureFixture
+) -> None:
+    """Trained in bf16, which any CPU can; evaluated again from the folder in FP32."""
+    monkeypatch.setattr(train_utils, "this_cpu", lambda: Cpu("a CPU", ("bf16",)))
+    trained, again = tmp_path / "trained", tmp_path / "again"
+    # So many questions and contexts that bf16 ranks some of them otherwise.
+    data = [f"--squad_dev_data={sample / 'train-v1.1.json'}"]
+    data += [f"--eval_extra_contexts={sample / 'dev-v1.1.json'}"]
+    flags = ("--precision=bf16", "--keep=last", "--pooling=mean", *data)
+    AcceleratorState._reset_state(True)  # it is one for a process, and of other tests' precision
+    assert call(emb_command(base, sample, trained, *flags)) == 0, capfd.readouterr().err
+    AcceleratorState._reset_state(True)
+    assert call(emb_command(trained, sample, again, "--num_train_epochs=0", *data)) == 0
+    assert metrics(trained)["precision"] == "bf16"
+    assert metrics(trained)["evaluated_in"] == metrics(again)["precision"] == "fp32"
+    for figure in ("top_1", "top_5", "mrr"):
+        assert metrics(trained)[figure] == metrics(again)[figure]
+    in_bf16 = [record["mrr"] for record in records(trained) if "evaluation" in record]
+    assert in_bf16[-1] != metrics(trained)["mrr"]
+    assert metrics(trained)["cpu"]["name"] == this_cpu().name
+    assert metrics(trained)["cpu"]["features"] == list(this_cpu().features)
 
 
 @pytest.mark.parametrize("which", ["tuned", "packed", "quantized"])

@@ -32,6 +32,7 @@ import onnx_utils
 import qa_task
 import squad_utils
 from cli_utils import Interrupted, UserError
+from deploy import cpu, int8_file
 from fast_attention import fuse_attention
 from model_utils import load_model
 from onnx_utils import INPUTS, QA_OUTPUTS
@@ -136,6 +137,10 @@ def test_stages_and_their_figures(quantized: Path) -> None:
     assert {record["learning_rate"] for record in ranges} == {0.01}
     assert {"answer", "distillation", "hidden_states"} <= ranges[0].keys()
     stdout = (quantized.parent / "stdout").read_text()
+    check = metrics(quantized)["onnx_check"]
+    assert check["passed"] and check["difference"] < 1e-4 and check["flipped"] < 1e-3
+    assert set(check["runtimes"]) == {"exact", "ONNX Runtime", "OpenVINO", "OpenVINO f32"}
+    assert check["cpu"] == str(cpu.this_cpu()) and check["largest_pair"] <= int8_file.PAIR_LIMIT
     assert "calibrating quantizers on 8 windows" in stdout
     assert "stage 2/2 weights" in stdout
 
@@ -236,6 +241,8 @@ def test_file_is_int8_and_standard(quantized: Path) -> None:
     large = [t for t in model.graph.initializer if len(t.dims) == 2 and min(t.dims) > 2]
     assert large
     assert {kinds[tensor.name] for tensor in large} == {onnx.TensorProto.INT8}
+    assert not int8_file.may_saturate(model)
+    assert 100 < int8_file.largest_pair(model) <= int8_file.PAIR_LIMIT
     shapes = [[d.dim_value for d in v.type.tensor_type.shape.dim] for v in model.graph.input]
     assert shapes == [[1, LENGTH]] * 4
 

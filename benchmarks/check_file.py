@@ -1,0 +1,66 @@
+"""The export check again, on any folder and machine: what model.onnx gives against PyTorch.
+
+    python benchmarks/check_file.py --model=DIR --squad_dev_data=DEV [--windows=16 --length=128]
+
+Under an emulator it shows what another CPU makes of the file, e.g. one without VNNI:
+
+    qemu-x86_64 -cpu Haswell $(realpath .venv/bin/python) benchmarks/check_file.py ...
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import sys
+
+import numpy as np
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+sys.path.insert(0, ROOT)
+
+from cli_utils import ArgumentParser, number, run_main  # noqa: E402
+
+
+def main() -> None:
+    parser = ArgumentParser(description=__doc__.splitlines()[0])
+    add = parser.add_argument
+    add("--model", required=True, help="output folder of a QA model")
+    add("--squad_dev_data", required=True)
+    add("--windows", type=number(int, 1), default=16)
+    add("--length", type=number(int, 80), default=128, help="tokens of a window")
+    args = parser.parse_args()
+
+    import onnx
+    from transformers import AutoModelForQuestionAnswering
+
+    import qa_task
+    import squad_utils
+    from deploy import onnx_check
+    from model_utils import load_config, load_for_export, load_tokenizer
+    from onnx_utils import INPUTS, QaGraph
+
+    data = squad_utils.load_squad(args.squad_dev_data, "--squad_dev_data")
+    tokenizer = load_tokenizer(args.model, "--model", load_config(args.model, "--model"))
+    windows = qa_task.make_windows(data, tokenizer, 64, args.length, 64, for_training=False)
+    chosen = np.linspace(0, len(windows) - 1, args.windows).astype(int)
+    feeds = []
+    for window in chosen:
+        arrays = squad_utils.make_batch(windows, window[None], pad_to=args.length)
+        feeds.append({name: arrays[name] for name in INPUTS})
+    # The same file, declared for this length.
+    file = onnx.load(os.path.join(args.model, "model.onnx"))
+    for value in (*file.graph.input, *file.graph.output):
+        value.type.tensor_type.shape.dim[1].dim_value = args.length
+    path = os.path.join(args.model, f"model.{args.length}.{os.getpid()}.onnx")
+    onnx.save(file, path)
+    try:
+        model, int8 = load_for_export(args.model, AutoModelForQuestionAnswering)
+        check = onnx_check.check_file(path, QaGraph(model).eval(), feeds, int8)
+    finally:
+        os.remove(path)
+    print(json.dumps({"passed": check.passed, **dataclasses.asdict(check)}, indent=1))
+
+
+if __name__ == "__main__":
+    run_main(main)
