@@ -2,7 +2,7 @@
 
     python benchmarks/weight_ranges.py --model=FP32_DIR --squad_train_data=TRAIN \
         --squad_dev_data=DEV --output_dir=DIR [--epochs=0.1 --learning_rate=5e-5] \
-        [--questions=600] [--nncf_config=nncf_config.json]
+        [--nncf_config=nncf_config.json]
 
 For each range it calibrates (train_qa.py or train_qcemb.py, by what the model is), trains on from
 there, and runs both files over dev. Scores are F1, or the share of questions whose own context is
@@ -142,7 +142,7 @@ class Reading:
 
     score = "F1"
 
-    def __init__(self, folder: str, dev: str, questions: int) -> None:
+    def __init__(self, folder: str, dev: str) -> None:
         import qa_task
         import squad_utils
         from model_utils import load_config, load_tokenizer
@@ -152,7 +152,6 @@ class Reading:
         self.data = squad_utils.load_squad(dev, "--squad_dev_data")
         tokenizer = load_tokenizer(folder, "--model", load_config(folder, "--model"))
         self.windows = qa_task.make_windows(self.data, tokenizer, 64, 384, 128, for_training=False)
-        self.count = questions
         self.scorer = load_scorer(None, self.data)
 
     def __call__(self, infer: Infer) -> dict[str, str]:
@@ -160,21 +159,15 @@ class Reading:
         from onnx_utils import INPUTS
 
         answers = self.utils.Answers(self.data, self.windows)
-        for window in np.flatnonzero(self.windows.question < self.count):
-            chosen = np.array([window])
-            length = -(-int(self.windows.total_lengths[window]) // 64) * 64
+        for window, total in enumerate(self.windows.total_lengths):
+            chosen, length = np.array([window]), -(-int(total) // 64) * 64
             arrays = self.utils.make_batch(self.windows, chosen, pad_to=min(length, 384))
             answers.add(chosen, *infer({name: arrays[name] for name in INPUTS}))
-        texts = answers.texts()
-        return {name: texts.get(name, "") for name in self.data.ids[: self.count]}
+        return answers.texts()
 
     def figure(self, found: dict[str, str]) -> float:
-        """F1 over the questions that were asked."""
-        from squad_scores import f1
-
-        golds = dict(zip(self.data.ids, self.data.answers, strict=True))
-        scores = [max(f1(text, gold) for _, gold in golds[name]) for name, text in found.items()]
-        return 100 * float(np.mean(scores))
+        """F1, in percent."""
+        return self.scorer(self.data, found, {})["f1"]
 
     def same(self, found: dict[str, str], reference: dict[str, str]) -> float:
         """Share of questions, in percent."""
@@ -188,7 +181,7 @@ class Searching:
 
     score = "top 5"
 
-    def __init__(self, folder: str, dev: str, questions: int) -> None:
+    def __init__(self, folder: str, dev: str) -> None:
         import emb_task
         import squad_utils
         from model_utils import load_config, load_tokenizer
@@ -196,7 +189,6 @@ class Searching:
         data = squad_utils.load_squad(dev, "--squad_dev_data")
         tokenizer = load_tokenizer(folder, "--model", load_config(folder, "--model"))
         self.pairs = emb_task.make_pairs(data, tokenizer, 32, 384)
-        self.count = questions
 
     def __call__(self, infer: Infer) -> np.ndarray:
         """Distances [questions, contexts]."""
@@ -211,12 +203,12 @@ class Searching:
             return np.stack(rows).astype(np.float64)
 
         q, c = vectors(self.pairs.questions), vectors(self.pairs.contexts)
-        q = q[self.pairs.question[: self.count]]
+        q = q[self.pairs.question]
         return np.sqrt(np.maximum((q * q).sum(1)[:, None] + (c * c).sum(1) - 2 * q @ c.T, 0))
 
     def figure(self, distances: np.ndarray) -> float:
         """Share of questions whose own context is among the 5 nearest, in percent."""
-        own = distances[np.arange(len(distances)), self.pairs.context[: self.count]]
+        own = distances[np.arange(len(distances)), self.pairs.context]
         return 100 * float(np.mean((distances < own[:, None]).sum(1) < 5))
 
     def same(self, found: np.ndarray, reference: np.ndarray) -> float:
@@ -234,7 +226,6 @@ def main() -> None:
     add("--nncf_config", default=os.path.join(ROOT, "nncf_config.json"))
     add("--epochs", type=number(float, 0), default=0.1, help="of training after calibration")
     add("--learning_rate", type=number(float, 0), default=5e-5)
-    add("--questions", type=number(int, 1), default=10**9, help="of dev, the first")
     add("--ranges", default=",".join(RANGES))
     args = parser.parse_args()
 
@@ -242,7 +233,7 @@ def main() -> None:
     from model_utils import load_config
 
     embeds = "Embedding" in load_config(args.model, "--model").architectures[0]
-    dev = (Searching if embeds else Reading)(args.model, args.squad_dev_data, args.questions)
+    dev = (Searching if embeds else Reading)(args.model, args.squad_dev_data)
     path = os.path.join(args.output_dir, "results.json")
     rows: dict[str, Any] = {}
     if os.path.exists(path):
