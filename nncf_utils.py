@@ -372,6 +372,7 @@ def quantize(run: Run, model: PreTrainedModel, config: NncfConfig, task: Any) ->
         os.replace(f"{folder}.tmp", folder)
     run.accelerator.wait_for_everyone()
     quantized = load_model(folder, "--output_dir", task.auto_class, quiet=True).eval().to(device)
+    hold_weight_range(quantized, config.weight_range)
     run.evaluate_once("calibrated", lambda: task.evaluation(quantized, precise=True))
     run.note(quantized, "calibrated", 0, run.evaluated("calibrated")[task.best_by])
     return quantized
@@ -535,23 +536,18 @@ def second_factors(model: nn.Module) -> Iterator[tuple[SymmetricQuantizer, Tenso
         the quantizer, and the weight [N, K] of a linear layer; None in its place for a product of
         two activations.
     """
-    parameters, storage, graph = (
-        dict(model.named_parameters()),
-        get_hook_storage(model),
-        _graph(model),
-    )
+    parameters, storage = dict(model.named_parameters()), get_hook_storage(model)
+    graph = _graph(model)
     for node in graph.get_all_nodes():
         if node.node_type not in ("linear", "matmul"):
             continue
         inputs = {edge.input_port_id: edge.from_node for edge in graph.get_input_edges(node)}
-        sources = [_source(graph, inputs[port]) for port in (0, 1)]
-        (_, first), (source, second) = sources
+        (_, first), (source, second) = (_source(graph, inputs[port]) for port in (0, 1))
         if second is None or (node.node_type == "matmul" and first is None):
             continue
-        weight = parameters.get(source.node_name)
         quantizer = storage.get_submodule(second)
         if isinstance(quantizer, SymmetricQuantizer):
-            yield quantizer, weight
+            yield quantizer, parameters[source.node_name] if node.node_type == "linear" else None
 
 
 def hold_weight_range(model: nn.Module, weight_range: WeightRange) -> nn.Module:
@@ -570,7 +566,7 @@ def hold_weight_range(model: nn.Module, weight_range: WeightRange) -> nn.Module:
 
 
 def warn_of_overflow(model: nn.Module, what: str) -> None:
-    """Say that a model's weights are no integers for this CPU, where that is so."""
+    """Say that integer kernels of this CPU overflow with a model's weights, where that is so."""
     cpu = this_cpu()
     if model.weight_range == WeightRange.FULL and not cpu.sums_exactly:
         here = f"this one, {cpu.name}" if cpu.features else "this one may be"
