@@ -14,10 +14,13 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import fork_server
 import pytest
 import torch
 
 from cli_utils import run_main
+
+Process = subprocess.Popen[str] | fork_server.Forked
 
 
 def call(command: list[str]) -> int:
@@ -41,15 +44,24 @@ def call(command: list[str]) -> int:
 
 @contextlib.contextmanager
 def started(
-    command: list[str], before: Callable[[], None] | None = None
-) -> Iterator[subprocess.Popen[str]]:
-    """A process that runs meanwhile; killed, with those it started, if the test fails."""
+    command: list[str], before: Callable[[], None] | None = None, fresh: bool = False
+) -> Iterator[Process]:
+    """A process that runs meanwhile; killed, with those it started, if the test fails.
+
+    As with `conftest.run` it is forked, or a new interpreter if it is to be `fresh`, is a module
+    (`-m`), or has something to do `before` it starts.
+    """
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    if not (before or fresh or command[1] == "-m"):
+        with contextlib.closing(fork_server.server().start(command, environment)) as forked:
+            yield forked
+        return
     process = subprocess.Popen(
         command,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        env=environment,
         preexec_fn=before,
         start_new_session=True,
     )
@@ -63,9 +75,7 @@ def started(
             stream.close()
 
 
-def wait_for(
-    process: subprocess.Popen[str], condition: Callable[[], bool], timeout: float = 120
-) -> None:
+def wait_for(process: Process, condition: Callable[[], bool], timeout: float = 120) -> None:
     """Wait until the condition holds, which it must while the process still runs."""
     end = time.monotonic() + timeout
     while not condition():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import json
 import os
 import shutil
@@ -10,29 +12,45 @@ import sys
 from collections import Counter
 from pathlib import Path
 
+import fork_server
 import pytest
-import torch
-from transformers import BertConfig, BertForQuestionAnswering, BertModel, BertTokenizerFast
+
+# The process that shares tests out among others loads this file and runs none: no torch up here.
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test may depend on the network
-torch.set_num_threads(1)  # of tiny models, threads only wait for one another
+
+
+def pytest_collection_finish() -> None:
+    """Before the first test, in a process that runs some: all libraries are loaded by now."""
+    import torch
+
+    torch.set_num_threads(1)  # of tiny models, threads only wait for one another
+    gc.collect()
+    gc.freeze()  # else each run in this process, which collects, goes through the libraries again
+
+
+def pytest_unconfigure() -> None:
+    fork_server.close()
 
 
 @pytest.fixture(scope="session")
 def sample(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with train-v1.1.json (about 120 questions) and dev-v1.1.json (about 40)."""
+    from examples import make_sample
+
     folder = tmp_path_factory.mktemp("sample")
-    command = [sys.executable, ROOT / "examples" / "make_sample.py", "--num_train=120"]
-    command += ["--num_dev=40", f"--output_dir={folder}"]
-    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    make_sample.main(["--num_train=120", "--num_dev=40", f"--output_dir={folder}"])
     return folder
 
 
 @pytest.fixture(scope="session")
 def tiny_bert(tmp_path_factory: pytest.TempPathFactory, sample: Path) -> Path:
     """A folder with a BERT of 2 layers, hidden size 32, 4 heads, 512 positions, random weights."""
+    import torch
+    from transformers import BertConfig, BertForQuestionAnswering, BertTokenizerFast
+
     words: Counter[str] = Counter()
     for article in json.loads((sample / "train-v1.1.json").read_text())["data"]:
         for paragraph in article["paragraphs"]:
@@ -71,6 +89,9 @@ def few(sample: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def teacher(tiny_bert: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The tiny BERT with weights large enough for its layers to do something."""
+    import torch
+    from transformers import BertForQuestionAnswering
+
     folder = tmp_path_factory.mktemp("teacher") / "bert"
     shutil.copytree(tiny_bert, folder)
     model = BertForQuestionAnswering.from_pretrained(folder)
@@ -85,6 +106,9 @@ def teacher(tiny_bert: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def base(teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A BERT that is not fine-tuned, with a pooler."""
+    import torch
+    from transformers import BertModel, BertTokenizerFast
+
     folder = tmp_path_factory.mktemp("base") / "bert"
     torch.manual_seed(1)
     BertModel.from_pretrained(teacher).save_pretrained(folder)
@@ -169,9 +193,22 @@ def emb_command(model: Path, data: Path, out: Path, *flags: str) -> list[str]:
     ]
 
 
-def run(command: list[str], timeout: float = 240, **kwargs) -> subprocess.CompletedProcess[str]:
-    """Run a command with one thread a process; stdout and stderr are captured as text."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", **kwargs.pop("env", {})}
-    return subprocess.run(
-        command, capture_output=True, text=True, timeout=timeout, env=environment, **kwargs
-    )
+def run(
+    command: list[str],
+    timeout: float = 240,
+    fresh: bool = False,
+    env: dict[str, str] | None = None,
+) -> subprocess.CompletedProcess[str]:
+    """Run a command with one thread a process; stdout and stderr are captured as text.
+
+    It is forked by a process that has imported the libraries. A module (`-m`), a command with
+    variables of its own, and one that is to be `fresh` are new interpreters.
+    """
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", **(env or {})}
+    if fresh or env or command[1] == "-m":
+        return subprocess.run(
+            command, capture_output=True, text=True, timeout=timeout, env=environment
+        )
+    with contextlib.closing(fork_server.server().start(command, environment)) as process:
+        stdout, stderr = process.communicate(timeout)
+        return subprocess.CompletedProcess(command, process.wait(), stdout, stderr)

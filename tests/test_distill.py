@@ -149,7 +149,7 @@ def test_scripts_load_the_folder(
     article.write_text("The harbour was built by Ada Brook in 1907. It is of stone.")
     question = "--question=Who built the harbour?"
     done = run([sys.executable, str(ROOT / "ask.py"), f"--model={reference}",
-                f"--context={article}", question, "--json"])  # fmt: skip
+                f"--context={article}", question, "--json"], fresh=True)  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["answers"]
     # Fine-tuning alone takes what is deployed; a teacher's states need the maps.

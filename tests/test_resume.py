@@ -269,9 +269,11 @@ def examples_of(record: dict, output_dir: Path) -> int:
 
 
 def test_ctrl_c_while_starting(tiny_bert: Path, few: Path, tmp_path: Path) -> None:
-    # The libraries take some seconds to import.
-    with started(train_qa_command(tiny_bert, few, tmp_path / "out", *FLAGS)) as process:
-        time.sleep(1)
+    # The libraries take some seconds to import; the signal comes amid that.
+    command = train_qa_command(tiny_bert, few, tmp_path / "out", *FLAGS)
+    with started(command, fresh=True) as process:
+        loaded = Path(f"/proc/{process.pid}/maps")
+        wait_for(process, lambda: "libtorch" in loaded.read_text())
         os.kill(process.pid, signal.SIGINT)
         _, stderr = process.communicate(timeout=60)
     assert process.returncode in (130, -signal.SIGINT)
