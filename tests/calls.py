@@ -7,6 +7,7 @@ import importlib
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -73,6 +74,28 @@ def started(
         process.wait()
         for stream in (process.stdout, process.stderr):
             stream.close()
+
+
+def run_in_two(command: list[str]) -> None:
+    """Run a script in two processes, with the variables that torchrun gives them; both must end
+    well. Torchrun itself is slow to start; what it does besides is in test_processes.py.
+    """
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    with contextlib.ExitStack() as stack:
+        processes = []
+        for rank in ("0", "1"):
+            environment = {
+                **os.environ,
+                **{"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"},
+                **{"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"},
+            }
+            process = fork_server.server().start(command, environment)
+            processes.append(stack.enter_context(contextlib.closing(process)))
+        for process in processes:
+            _, stderr = process.communicate(timeout=240)
+            assert process.wait() == 0, stderr
 
 
 def wait_for(process: Process, condition: Callable[[], bool], timeout: float = 120) -> None:

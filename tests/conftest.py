@@ -22,6 +22,18 @@ sys.path.insert(0, str(ROOT))
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test may depend on the network
 
 
+# Fixtures of a whole run of a script. Tests that take one are slow; others say so themselves.
+WHOLE_RUNS = {"alone", "packed", "quantized", "reference", "tuned", "unfinished"}
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Function]) -> None:
+    """Before those that a command leaves out go."""
+    for item in items:
+        if WHOLE_RUNS.intersection(item.fixturenames):
+            item.add_marker("slow")
+
+
 def pytest_collection_finish() -> None:
     """Before the first test, in a process that runs some: all libraries are loaded by now."""
     import torch

@@ -22,6 +22,7 @@ from calls import (
     call,
     error_line,
     records,
+    run_in_two,
     started,
     state_step,
     states,
@@ -45,7 +46,7 @@ PLAN = ["embeddings", "grow 1", "grow 2", "feed-forward", "heads", "final"]
 def reference(teacher: Path, few: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The output folder of a run that nothing stops."""
     folder = tmp_path_factory.mktemp("reference") / "out"
-    done = run(pack_command(teacher, few, folder))
+    done = run(pack_command(teacher, few, folder), fresh=True)  # no other run of it is
     assert done.returncode == 0, done.stderr
     (folder.parent / "stdout").write_text(done.stdout)
     return folder
@@ -202,6 +203,7 @@ def test_distillation_goes_on(
     assert metrics(out)["sizes"]["student"]["parameters"] == metrics(reference)["parameters"]
 
 
+@pytest.mark.slow
 def test_heads_go_at_once_where_no_stage_is_for_it(
     teacher: Path, few: Path, tmp_path: Path, capfd: pytest.CaptureFixture
 ) -> None:
@@ -225,6 +227,7 @@ def test_random_start_is_behind_and_learns(
     assert learned[-1] < 0.85 * trained(out, "grow 2")[0]["loss"]
 
 
+@pytest.mark.slow
 def test_pack_emb_0_and_other_shapes(
     teacher: Path, few: Path, tmp_path: Path, capfd: pytest.CaptureFixture
 ) -> None:
@@ -298,6 +301,7 @@ def test_warm_up_is_the_first_hundredth() -> None:
     assert train_utils.warm_up(0, 1000, steps=4) == 0.25
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stages", ["embeddings", "grow"])
 def test_heads_go_by_importance_without_their_stage(
     stages: str, teacher: Path, few: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -315,6 +319,7 @@ def test_heads_go_by_importance_without_their_stage(
     assert seen and (seen[0] > 0).all()
 
 
+@pytest.mark.slow
 def test_head_is_that_of_the_teacher(teacher: Path, few: Path, tmp_path: Path) -> None:
     other = tmp_path / "other"
     shutil.copytree(teacher, other)
@@ -521,14 +526,13 @@ def test_stopped_at_a_stage_border(
     assert (out / name).read_bytes() == (reference / name).read_bytes()
 
 
+@pytest.mark.slow
 def test_two_processes_are_as_one(teacher: Path, few: Path, tmp_path: Path) -> None:
     flags = ("--per_gpu_train_batch_size=2", "--num_train_epochs=0.5", "--learning_rate=3e-4")
-    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     outs = [tmp_path / name for name in ("one", "two")]
-    for out, launched in zip(outs, ([], launch), strict=True):
-        command = pack_command(teacher, few, out, *flags)
-        done = run([command[0], *launched, *command[1:]])
-        assert done.returncode == 0, done.stderr
+    done = run(pack_command(teacher, few, outs[0], *flags))
+    assert done.returncode == 0, done.stderr
+    run_in_two(pack_command(teacher, few, outs[1], *flags))
     one, two = map(records, outs)
     assert [(r["stage"], r["step"]) for r in one] == [(r["stage"], r["step"]) for r in two]
     for mine, theirs in zip(one, two, strict=True):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import signal
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,7 +15,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from calls import call, error_line, first_questions, records, started, states, wait_for
+from calls import call, error_line, first_questions, records, run_in_two, started, states, wait_for
 from conftest import emb_command, pack_command, run
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -114,6 +113,7 @@ def test_pretrained_pooler_is_kept(base: Path, capfd: pytest.CaptureFixture) -> 
         assert torch.allclose(model(**batch).embedding, expected * np.exp(0.7), atol=1e-5)
 
 
+@pytest.mark.slow
 def test_identity_pooler_gives_the_states(
     base: Path, tuned: Path, sample: Path, tmp_path: Path, capfd: pytest.CaptureFixture
 ) -> None:
@@ -507,6 +507,7 @@ def test_packed_and_quantized_go_on_from_it(packed: Path, quantized: Path) -> No
     assert linear["float"] == 0
 
 
+@pytest.mark.slow
 def test_figures_are_of_the_delivered_weights_in_fp32(
     base: Path, sample: Path, tmp_path: Path, monkeypatch: Any, capfd: pytest.CaptureFixture
 ) -> None:
@@ -531,6 +532,7 @@ def test_figures_are_of_the_delivered_weights_in_fp32(
     assert metrics(trained)["cpu"]["features"] == list(this_cpu().features)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("which", ["tuned", "packed", "quantized"])
 @pytest.mark.parametrize("length", [32, 384])
 def test_file_reshapes_and_is_as_pytorch(
@@ -610,25 +612,27 @@ def test_killed_run_goes_on(base: Path, sample: Path, tuned: Path, tmp_path: Pat
                 r["step"] >= step and "loss" in r for r in records(out)))  # fmt: skip
             process.send_signal(signal.SIGKILL)
             process.wait()
-    done = run(command)
+    done = run(command, fresh=True)  # no other run of this script is
     assert done.returncode == 0, done.stderr
     before, after = (load_file(folder / "model.safetensors") for folder in (tuned, out))
     assert all(torch.equal(before[name], after[name]) for name in before)
     assert metrics(out)["mrr"] == metrics(tuned)["mrr"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("loss", ["triplet_num:1", "triplet_num:0,in_batch:1"])
-def test_two_processes_are_as_one(loss: str, base: Path, sample: Path, tmp_path: Path) -> None:
+def test_two_processes_are_as_one(
+    loss: str, base: Path, sample: Path, tmp_path: Path, capfd: pytest.CaptureFixture
+) -> None:
     logs = []
+    flags = ("--hnm_hist_alpha=1.2", f"--loss_cfg={loss}")
     for count in (1, 2):
         out = tmp_path / str(count)
-        flags = ("--hnm_hist_alpha=1.2", f"--loss_cfg={loss}")
         command = emb_command(base, sample, out, *flags)
         if count == 2:
-            launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-            command = [sys.executable, *launch, *command[1:]]
-        done = run(command)
-        assert done.returncode == 0, done.stderr
+            run_in_two(command)
+        else:
+            assert call(command) == 0, capfd.readouterr().err
         logs.append(([r["loss"] for r in records(out) if "loss" in r], metrics(out)["mrr"]))
     assert logs[0][0] == pytest.approx(logs[1][0], rel=1e-3)
     assert logs[0][1] == pytest.approx(logs[1][1], abs=3)

@@ -6,7 +6,6 @@ import json
 import os
 import shutil
 import signal
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ import onnxruntime
 import openvino
 import pytest
 import torch
-from calls import call, error_line, records, started, states, wait_for
+from calls import call, error_line, records, run_in_two, started, states, wait_for
 from conftest import ROOT, pack_command, run, train_qa_command
 from safetensors.torch import load_file
 from transformers import (
@@ -158,6 +157,7 @@ def test_table_of_what_is_int8(quantized: Path) -> None:
         assert rows[kind]["float"] and rows[kind]["why"]
 
 
+@pytest.mark.slow
 def test_ranges_train_alone_first(
     teacher: Path, few: Path, settings: Path, tmp_path: Path, capfd: pytest.CaptureFixture
 ) -> None:
@@ -207,6 +207,7 @@ def test_folder_gives_the_same_model_again(
     assert [row["stage"] for row in metrics(on)["stages"]] == ["fine-tuning", "kept"]
 
 
+@pytest.mark.slow
 def test_the_best_is_kept(
     teacher: Path, few: Path, settings: Path, tmp_path: Path, capfd: pytest.CaptureFixture
 ) -> None:
@@ -357,6 +358,7 @@ def test_file_reshapes(quantized: Path, windows: Windows) -> None:
         assert gap < 0.05 * outputs.start_logits.std(), shape
 
 
+@pytest.mark.slow
 def test_narrow_weights_export_as_they_are(
     teacher: Path, few: Path, tmp_path: Path, capfd: pytest.CaptureFixture
 ) -> None:
@@ -399,6 +401,7 @@ def test_narrow_weights_export_as_they_are(
 RESUMED = ("model.safetensors", nncf_utils.QUANTIZER_WEIGHTS)
 
 
+@pytest.mark.slow
 def test_killed_in_each_phase(teacher: Path, few: Path, settings: Path, tmp_path: Path) -> None:
     flags = ("--keep=last", "--save_minutes=0", "--supervision_weight=0.02")
     whole = tmp_path / "whole"
@@ -431,6 +434,7 @@ def test_killed_in_each_phase(teacher: Path, few: Path, settings: Path, tmp_path
     assert not (out / "checkpoints").exists()
 
 
+@pytest.mark.slow
 def test_two_processes_are_as_one(teacher: Path, few: Path, settings: Path, tmp_path: Path) -> None:
     flags = ("--per_gpu_train_batch_size=4", "--keep=last")
     folders = []
@@ -438,8 +442,8 @@ def test_two_processes_are_as_one(teacher: Path, few: Path, settings: Path, tmp_
         folders.append(tmp_path / str(count))
         command = int8_command(teacher, teacher, few, settings, folders[-1], *flags)
         if count == 2:
-            launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-            command = [sys.executable, *launch, *command[1:]]
+            run_in_two(command)
+            continue
         done = run(command)
         assert done.returncode == 0, done.stderr
     logs = [[r["loss"] for r in records(folder) if "loss" in r] for folder in folders]
@@ -474,6 +478,7 @@ def test_settings_that_nncf_has_not_for_torch(reading: Reading, teacher: Path, f
         assert config.path in str(error.value) and "\n" not in str(error.value)
 
 
+@pytest.mark.slow
 def test_works_without_a_compiler(teacher: Path, few: Path, settings: Path, tmp_path: Path) -> None:
     out, empty = tmp_path / "out", tmp_path / "bin"
     empty.mkdir()

@@ -268,6 +268,7 @@ def examples_of(record: dict, output_dir: Path) -> int:
     return (windows % 4 or 4) if last else 4
 
 
+@pytest.mark.slow
 def test_ctrl_c_while_starting(tiny_bert: Path, few: Path, tmp_path: Path) -> None:
     # The libraries take some seconds to import; the signal comes amid that.
     command = train_qa_command(tiny_bert, few, tmp_path / "out", *FLAGS)
@@ -319,6 +320,7 @@ def test_the_folder_spelled_otherwise_is_the_same(
     assert call(command) == 0, capfd.readouterr().err
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("which", ["reference", "unfinished"])
 def test_another_command(
     which: str,
@@ -337,6 +339,7 @@ def test_another_command(
     assert snapshot(out) == before
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("which", ["reference", "unfinished"])
 @pytest.mark.parametrize("split", ["train", "dev"])
 def test_changed_data(
