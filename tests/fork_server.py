@@ -1,12 +1,13 @@
 """Runs scripts as `python script.py ...` does, but for the seconds that imports take.
 
 A server has imported the libraries once and does nothing else. For each script it forks a process
-that has its arguments, environment, files and signals as a new interpreter has them. A project's
-module is never imported before the fork, so that a script runs the code that is on the disk.
+that has its arguments, environment, files and signals as a new interpreter has them. A script
+imports the project's own modules itself.
 
 What this cannot show: how a script starts, variables that a library reads while it is imported
-(OMP_NUM_THREADS, HF_HUB_OFFLINE), an import that a script has forgotten and the server has not.
-For these there are real processes (`fresh` in `conftest.run` and `calls.started`).
+(OMP_NUM_THREADS, HF_HUB_OFFLINE), an import that a script has forgotten and the server has not,
+and what depends on how strings are hashed, which is the same in all processes of a server. For
+these there are real processes (`fresh` in `conftest.run` and `calls.started`).
 """
 
 from __future__ import annotations
@@ -112,8 +113,9 @@ class Forked:
 
     def close(self) -> None:
         """Kill what still runs of it, and give the number of its process back."""
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self.pid, signal.SIGKILL)
+        for kill in (os.killpg, os.kill):  # at its very start it has no group yet
+            with contextlib.suppress(ProcessLookupError):
+                kill(self.pid, signal.SIGKILL)
         self.wait()
         self._keeper.close()
         for file in self._output:
@@ -177,6 +179,7 @@ def load_libraries() -> None:
     threads = Path("/proc/self/task")
     assert threading.active_count() == 1
     assert not threads.exists() or len(list(threads.iterdir())) == 1
+    sys.stdout.flush()
     gc.collect()
     gc.freeze()  # else collections in each script would go through all of that again
 
@@ -215,7 +218,7 @@ def keep(tests: socket.socket) -> None:
     end = os.waitid(os.P_PID, script, os.WEXITED | os.WNOWAIT)
     assert end is not None
     code = end.si_status if end.si_code == os.CLD_EXITED else -end.si_status
-    with contextlib.suppress(BrokenPipeError):
+    with contextlib.suppress(ConnectionError):  # the tests have ended
         tests.send(str(code).encode())
         tests.recv(1)
     os.waitpid(script, 0)
@@ -246,7 +249,8 @@ def run_as_main(argv: list[str]) -> None:
     main = ModuleType("__main__")
     main.__file__ = argv[0]
     sys.modules["__main__"] = main
-    exec(compile(Path(argv[0]).read_bytes(), argv[0], "exec"), main.__dict__)
+    code = compile(Path(argv[0]).read_bytes(), argv[0], "exec", dont_inherit=True)
+    exec(code, main.__dict__)
 
 
 if __name__ == "__main__":
