@@ -49,11 +49,11 @@ def started(
 ) -> Iterator[Process]:
     """A process that runs meanwhile; killed, with those it started, if the test fails.
 
-    As with `conftest.run` it is forked, or a new interpreter if it is to be `fresh`, is a module
-    (`-m`), or has something to do `before` it starts.
+    As with `conftest.run` a script is forked, unless it is to be `fresh` or has something to do
+    `before` it starts.
     """
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    if not (before or fresh or command[1] == "-m"):
+    if fork_server.is_script(command) and not (before or fresh):
         with contextlib.closing(fork_server.server().start(command, environment)) as forked:
             yield forked
         return

@@ -11,6 +11,7 @@ import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import fork_server
 import pytest
@@ -210,16 +211,17 @@ def run(
     timeout: float = 240,
     fresh: bool = False,
     env: dict[str, str] | None = None,
+    **kwargs: Any,
 ) -> subprocess.CompletedProcess[str]:
     """Run a command with one thread a process; stdout and stderr are captured as text.
 
-    It is forked by a process that has imported the libraries. A module (`-m`), a command with
-    variables of its own, and one that is to be `fresh` are new interpreters.
+    A script is forked by a process that has imported the libraries. A new interpreter runs what is
+    no script (`-m`, `-c`), has variables or other settings of its own, or is to be `fresh`.
     """
     environment = {**os.environ, "OMP_NUM_THREADS": "1", **(env or {})}
-    if fresh or env or command[1] == "-m":
+    if fresh or env or kwargs or not fork_server.is_script(command):
         return subprocess.run(
-            command, capture_output=True, text=True, timeout=timeout, env=environment
+            command, capture_output=True, text=True, timeout=timeout, env=environment, **kwargs
         )
     with contextlib.closing(fork_server.server().start(command, environment)) as process:
         stdout, stderr = process.communicate(timeout)

@@ -154,6 +154,11 @@ class ForkServer:
         self._log.close()
 
 
+def is_script(command: list[str]) -> bool:
+    """Whether it is `python script.py ...`, which a server can run."""
+    return command[0] == sys.executable and command[1].endswith(".py")
+
+
 @functools.cache
 def server() -> ForkServer:
     """The one of this process, which starts with its first script."""
