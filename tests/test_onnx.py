@@ -237,6 +237,7 @@ def test_outputs_that_are_no_numbers_fail_the_check(
     assert not list(tmp_path.glob("model.onnx*"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("script", ["train_qa", "pack_and_distill"])
 def test_a_failed_check_throws_nothing_away(
     script: str,
