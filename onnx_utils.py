@@ -22,6 +22,7 @@ from transformers import PreTrainedModel
 from cli_utils import UserError, warn
 from deploy import onnx_check
 from deploy.cpu import this_cpu
+from deploy.int8_file import PAIR_LIMIT
 from deploy.onnx_check import Check
 
 INPUTS = ("input_ids", "attention_mask", "token_type_ids", "position_ids")
@@ -128,7 +129,7 @@ def export_onnx(
     for name, deviation in onnx_check.strays(check):
         warn(
             f"{name} on this machine ({check.cpu}) is {deviation:.2g} standard deviations off the"
-            f" PyTorch model: {_remedy(name, int8)}"
+            f" PyTorch model: {_remedy(name, check)}"
         )
     return check
 
@@ -165,12 +166,12 @@ def require(check: Check, output_dir: str) -> None:
     )
 
 
-def _remedy(runtime: str, int8: bool) -> str:
+def _remedy(runtime: str, check: Check) -> str:
     """What helps where a runtime strays."""
+    if (check.largest_pair or 0) > PAIR_LIMIT:
+        return "quantize with weight_range pairs, or run it in ONNX Runtime without integer kernels"
     if runtime == "OpenVINO" and this_cpu().has_bf16:
         return "INFERENCE_PRECISION_HINT=f32 keeps it from computing in bf16"
-    if int8 and not this_cpu().sums_exactly:
-        return "quantize with weight_range pairs, or run it in ONNX Runtime without integer kernels"
     return "another runtime may be nearer; metrics.json has all"
 
 
