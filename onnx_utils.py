@@ -7,6 +7,7 @@ nothing inside depends on them: it is traced with dynamic axes and the shapes ar
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import warnings
 from collections.abc import Sequence
@@ -127,10 +128,10 @@ def export_onnx(
         with contextlib.suppress(OSError):
             os.remove(temporary)
     for name, deviation in onnx_check.strays(check):
-        warn(
-            f"{name} on this machine ({check.cpu}) is {deviation:.2g} standard deviations off the"
-            f" PyTorch model: {_remedy(name, check)}"
-        )
+        off = f"is {deviation:.2g} standard deviations off the PyTorch model"
+        if not math.isfinite(deviation):
+            off = "does not run the file, or gives no numbers"
+        warn(f"{name} on this machine ({check.cpu}) {off}: {_remedy(name, check)}")
     return check
 
 
@@ -145,8 +146,15 @@ def describe_check(check: Check, output_dir: str) -> dict[str, Any]:
     path = os.path.join(output_dir, "model.onnx")
     return {
         "onnx_bytes": os.path.getsize(path if check.passed else failed_path(path)),
-        "onnx_check": {"passed": check.passed, **asdict(check)},
+        "onnx_check": {"passed": check.passed, **_finite(asdict(check))},
     }
+
+
+def _finite(value: Any) -> Any:
+    """The same, with None for numbers that are not finite: JSON has none."""
+    if isinstance(value, dict):
+        return {key: _finite(each) for key, each in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def require(check: Check, output_dir: str) -> None:

@@ -313,6 +313,8 @@ def _file(metrics: dict[str, Any]) -> str:
 
 def _difference(metrics: dict[str, Any]) -> str:
     difference = metrics["onnx_check"]["difference"]
+    if difference is None:
+        return "what is no number"
     if "int8" in metrics:
         return f"{difference:.1e} standard deviations of its outputs on average, layer by layer"
     return f"at most {difference:.1e}"

@@ -304,7 +304,8 @@ def test_the_verdict_is_of_the_file_and_not_of_the_machine(
     """A runtime that computes something else is told of, and the file passes."""
 
     def wrong_runtime(path: str):
-        yield "ONNX Runtime", lambda inputs: [np.zeros((1, LENGTH), np.float32)] * 2
+        yield "ONNX Runtime", lambda: lambda inputs: [np.zeros((1, LENGTH), np.float32)] * 2
+        yield "OpenVINO", lambda: 1 / 0
 
     monkeypatch.setattr(onnx_check, "_as_users_do", wrong_runtime)
     monkeypatch.setattr(onnx_utils, "this_cpu", lambda: cpu.Cpu("an old CPU", ("avx2",)))
@@ -312,8 +313,12 @@ def test_the_verdict_is_of_the_file_and_not_of_the_machine(
     _, check = file_of(model, tmp_path / "model.onnx")
     assert check.passed and check.difference < 1e-5
     assert check.runtimes["ONNX Runtime"] > 0.5 > check.runtimes["exact"]
-    (line,) = [each for each in capfd.readouterr().err.splitlines() if "warning: " in each]
-    assert "ONNX Runtime on this machine" in line and "weight_range pairs" in line
+    described = onnx_utils.describe_check(check, str(tmp_path))["onnx_check"]
+    assert described["runtimes"]["OpenVINO"] is None and described["passed"]
+    lines = [each for each in capfd.readouterr().err.splitlines() if "warning: " in each]
+    assert len(lines) == 2 and all("weight_range pairs" in line for line in lines)
+    assert "ONNX Runtime on this machine" in lines[0]
+    assert "OpenVINO on this machine" in lines[1] and "does not run the file" in lines[1]
 
 
 @pytest.mark.parametrize("part", ["weight", "scale", "bias", "zero point"])
