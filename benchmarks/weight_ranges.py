@@ -164,6 +164,11 @@ class Reading:
             answers.add(chosen, *infer({name: arrays[name] for name in INPUTS}))
         return answers.texts()
 
+    def found_in(self, folder: str) -> dict[str, str]:
+        """The answers that the run has left in its folder: those of the model in PyTorch."""
+        with open(os.path.join(folder, "predictions.json"), encoding="utf-8") as file:
+            return json.load(file)
+
     def figure(self, found: dict[str, str]) -> float:
         """F1, in percent."""
         return self.scorer(self.data, found, {})["f1"]
@@ -204,6 +209,9 @@ class Searching:
         q, c = vectors(self.pairs.questions), vectors(self.pairs.contexts)
         q = q[self.pairs.question]
         return np.sqrt(np.maximum((q * q).sum(1)[:, None] + (c * c).sum(1) - 2 * q @ c.T, 0))
+
+    def found_in(self, folder: str) -> None:
+        """Nothing: a run leaves no vectors."""
 
     def figure(self, distances: np.ndarray) -> float:
         """Share of questions whose own context is among the 5 nearest, in percent."""
@@ -258,7 +266,8 @@ def main() -> None:
                 f"{weight_range} {kind}", {"exact": {dev.score: dev.figure(exact)}}
             )
             for name, make in ways.items():
-                found = dev(make())
+                found = dev.found_in(folder) if name == "PyTorch" else None
+                found = dev(make()) if found is None else found
                 key = f"{name}, {isa}" if isa else name
                 row[key] = {dev.score: dev.figure(found), "same": dev.same(found, exact)}
                 if name == "PyTorch":
