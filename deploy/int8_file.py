@@ -91,7 +91,7 @@ def with_float_weights(model: onnx.ModelProto) -> onnx.ModelProto:
 
     result = onnx.ModelProto()
     result.CopyFrom(model)
-    values = {tensor.name: tensor for tensor in result.graph.initializer}
+    values = _constants(result)
     for node in [each for each in result.graph.node if each.op_type == "DequantizeLinear"]:
         if all(name in values for name in node.input):
             feed = {name: numpy_helper.to_array(values[name]) for name in node.input}
@@ -99,6 +99,17 @@ def with_float_weights(model: onnx.ModelProto) -> onnx.ModelProto:
             result.graph.initializer.append(numpy_helper.from_array(weight, node.output[0]))
             result.graph.node.remove(node)
     return result
+
+
+def _constants(model: onnx.ModelProto) -> dict[str, onnx.TensorProto]:
+    """Constants by name, in all ways that exporters write: initializers, Constant, Identity."""
+    constants = {tensor.name: tensor for tensor in model.graph.initializer}
+    for node in model.graph.node:
+        if node.op_type == "Constant":
+            constants[node.output[0]] = node.attribute[0].t
+        elif node.op_type == "Identity" and node.input[0] in constants:
+            constants[node.output[0]] = constants[node.input[0]]
+    return constants
 
 
 @dataclass(frozen=True)
@@ -112,12 +123,8 @@ class _Factor:
 
 def _products(model: onnx.ModelProto) -> Iterator[tuple[_Factor | None, _Factor | None]]:
     """The two factors of every MatMul and Gemm; None for a factor in floating point."""
-    constants = {tensor.name: tensor for tensor in model.graph.initializer}
-    makers: dict[str, onnx.NodeProto] = {}
-    for node in model.graph.node:
-        if node.op_type == "Constant":
-            constants[node.output[0]] = node.attribute[0].t
-        makers.update(dict.fromkeys(node.output, node))
+    constants = _constants(model)
+    makers = {name: node for node in model.graph.node for name in node.output}
 
     def constant(name: str) -> np.ndarray | None:
         """A constant's value, however the file writes it."""
@@ -140,7 +147,7 @@ def _products(model: onnx.ModelProto) -> Iterator[tuple[_Factor | None, _Factor 
         """What the input `name` holds; the product sums over its axis `sums_over`."""
         moves: list[onnx.NodeProto] = []
         dequantized = False
-        while (maker := makers.get(name)) is not None and name not in constants:
+        while name not in constants and (maker := makers.get(name)) is not None:
             if maker.op_type == "DequantizeLinear":
                 dequantized = True
             elif maker.op_type in MOVES:

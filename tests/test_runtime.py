@@ -148,6 +148,22 @@ def test_a_product_of_two_activations_is_told_from_one_of_weights(
     assert int8_file.may_saturate(model) == (len(quantized) == 2)
 
 
+def test_weights_become_floating_point_with_the_scale_of_their_channel() -> None:
+    model = linear(np.array([[1, -2], [3, 127]], np.int8))
+    (weight,) = [each for each in model.graph.node if each.output[0] == "w_d"]
+    weight.input[:] = ["w", "scales", "zeros"]
+    weight.attribute.append(helper.make_attribute("axis", 1))
+    for name, array in (
+        ("scales", np.array([0.5, 2], np.float32)),
+        ("zeros", np.zeros(2, np.int8)),
+    ):
+        model.graph.initializer.append(numpy_helper.from_array(array, name))
+    changed = int8_file.with_float_weights(model)
+    assert int8_file.largest_pair(changed) is None
+    values = {each.name: numpy_helper.to_array(each) for each in changed.graph.initializer}
+    assert values["w_d"].tolist() == [[0.5, -4], [1.5, 254]]
+
+
 def test_weights_are_no_activations() -> None:
     assert not int8_file.multiplies_activations(linear(np.ones((2, 2), np.int8)))
 
@@ -189,11 +205,13 @@ def qa_folder(folder: Path, weight: np.ndarray, *, of_activations: bool = False)
     ]
     factors = ["x", "w"]
     if weight.dtype == np.int8:
-        tensors |= {"one": np.float32(1), "zero": np.uint8(0)}
-        nodes += [
+        tensors |= {"one": np.float32(1), "zero": np.uint8(0), "shift": np.int8(0)}
+        nodes += [  # scales and zero points in all forms that are found in exported files
+            node("Constant", [], ["scale"], value=numpy_helper.from_array(np.float32(1))),
             node("QuantizeLinear", ["x", "one", "zero"], ["x_q"]),
             node("DequantizeLinear", ["x_q", "one", "zero"], ["x_d"]),
-            node("DequantizeLinear", ["w", "one"], ["w_d"]),
+            node("Identity", ["shift"], ["no_shift"]),
+            node("DequantizeLinear", ["w", "scale", "no_shift"], ["w_d"]),
         ]
         factors = ["x_d", "w_d"]
     nodes.append(node("MatMul", factors, ["logits"]))
