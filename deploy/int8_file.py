@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 import onnx
 from onnx import numpy_helper
+from onnx.reference import ReferenceEvaluator
 
 from deploy.cpu import Cpu
 
@@ -82,13 +83,11 @@ def overflow(model: onnx.ModelProto, cpu: Cpu) -> tuple[str, str]:
 
 
 def with_float_weights(model: onnx.ModelProto) -> onnx.ModelProto:
-    """The same model with FP32 constants for its INT8 weights: 4 times the size, no integer sums.
+    """The same model with FP32 constants for its INT8 weights: they take 4 times the space.
 
-    OpenVINO then finds only activations in INT8 and computes the product in floating point. Two
-    activations it still multiplies as integers.
+    OpenVINO then computes their products in floating point. It still multiplies two INT8
+    activations as integers.
     """
-    from onnx.reference import ReferenceEvaluator  # 0.1 s that most files do not need
-
     result = onnx.ModelProto()
     result.CopyFrom(model)
     values = _constants(result)
