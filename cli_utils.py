@@ -71,6 +71,12 @@ def warn(message: str) -> None:
         print(f"warning: {message}", file=sys.stderr, flush=True)
 
 
+def tell(message: str) -> None:
+    """Print one line ``note: ...`` to stderr, on the main process alone."""
+    if is_main_process():
+        print(f"note: {message}", file=sys.stderr, flush=True)
+
+
 def run_main(main: Callable[[], None]) -> NoReturn:
     """Run a script's ``main``; turn mistakes and interruptions into one line and an exit code.
 

@@ -147,8 +147,8 @@ def first_questions(source: Path, target: Path, count: int) -> None:
 
 
 def error_line(stderr: str) -> str:
-    """The one line that stderr must be, but for warnings: `error: ...`."""
-    lines = [line for line in stderr.splitlines() if not line.startswith("warning: ")]
+    """The one line that stderr must be, but for warnings and notes: `error: ...`."""
+    lines = [line for line in stderr.splitlines() if not line.startswith(("warning: ", "note: "))]
     assert len(lines) == 1, stderr
     assert lines[0].startswith("error: "), stderr
     return lines[0]
