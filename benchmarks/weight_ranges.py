@@ -8,18 +8,21 @@ For each range it calibrates (train_qa.py or train_qcemb.py, by what the model i
 there, and runs both files over dev. Scores are F1, or the share of questions whose own context is
 among the 5 nearest. "Same" is the share of questions to which a file gives the answer (the nearest
 context) that it gives when computed exactly. The model itself, its first LayerNorm's gains moved
-by 1e-6, tells what can be expected: no two programs add in the same order.
+by 1e-6, tells what can be expected: no two programs add in the same order. "From FP32" is the mean
+difference between the outputs of the exact file and of the FP32 one, in standard deviations. What
+results.json has already is not done again.
 
 `ONEDNN_MAX_CPU_ISA=AVX2` in the environment shows what OpenVINO gives on a CPU without VNNI.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -30,6 +33,7 @@ sys.path.insert(0, ROOT)
 from cli_utils import ArgumentParser, number, run_main  # noqa: E402
 
 RANGES = ("full", "half", "pairs")
+DISTANCES = 100  # inputs on which an INT8 file is compared with the FP32 one
 MOVED = 1e-6  # relative change of LayerNorm's gains; FP32 resolves 1.2e-7
 
 Infer = Callable[[dict[str, np.ndarray]], Sequence[np.ndarray]]
@@ -153,15 +157,20 @@ class Reading:
         self.windows = qa_task.make_windows(self.data, tokenizer, 64, 384, 128, for_training=False)
         self.scorer = load_scorer(None, self.data)
 
-    def __call__(self, infer: Infer) -> dict[str, str]:
-        """Question id -> answer."""
+    def feeds(self) -> Iterator[dict[str, np.ndarray]]:
+        """The inputs of each window."""
         from onnx_utils import INPUTS
 
-        answers = self.utils.Answers(self.data, self.windows)
         for window, total in enumerate(self.windows.total_lengths):
-            chosen, length = np.array([window]), -(-int(total) // 64) * 64
-            arrays = self.utils.make_batch(self.windows, chosen, pad_to=min(length, 384))
-            answers.add(chosen, *infer({name: arrays[name] for name in INPUTS}))
+            length = min(-(-int(total) // 64) * 64, 384)
+            arrays = self.utils.make_batch(self.windows, np.array([window]), pad_to=length)
+            yield {name: arrays[name] for name in INPUTS}
+
+    def __call__(self, infer: Infer) -> dict[str, str]:
+        """Question id -> answer."""
+        answers = self.utils.Answers(self.data, self.windows)
+        for window, feed in enumerate(self.feeds()):
+            answers.add(np.array([window]), *infer(feed))
         return answers.texts()
 
     def found_in(self, folder: str) -> dict[str, str]:
@@ -194,19 +203,20 @@ class Searching:
         tokenizer = load_tokenizer(folder, "--model", load_config(folder, "--model"))
         self.pairs = emb_task.make_pairs(data, tokenizer, 32, 384)
 
-    def __call__(self, infer: Infer) -> np.ndarray:
-        """Distances [questions, contexts]."""
+    def feeds(self) -> Iterator[dict[str, np.ndarray]]:
+        """The inputs of each question, then of each context."""
         from onnx_utils import INPUTS
 
-        def vectors(texts: Any) -> np.ndarray:
-            rows = []
-            for i in range(len(texts)):
-                length = -(-int(texts.total_lengths[i]) // 32) * 32
-                arrays = texts.batch(np.array([i]), pad_to=min(length, 384))
-                rows.append(np.asarray(infer({name: arrays[name] for name in INPUTS})[0])[0])
-            return np.stack(rows).astype(np.float64)
+        for texts in (self.pairs.questions, self.pairs.contexts):
+            for i, total in enumerate(texts.total_lengths):
+                length = min(-(-int(total) // 32) * 32, 384)
+                arrays = texts.batch(np.array([i]), pad_to=length)
+                yield {name: arrays[name] for name in INPUTS}
 
-        q, c = vectors(self.pairs.questions), vectors(self.pairs.contexts)
+    def __call__(self, infer: Infer) -> np.ndarray:
+        """Distances [questions, contexts]."""
+        vectors = np.stack([np.asarray(infer(feed)[0])[0] for feed in self.feeds()])
+        q, c = np.split(vectors.astype(np.float64), [len(self.pairs.questions)])
         q = q[self.pairs.question]
         return np.sqrt(np.maximum((q * q).sum(1)[:, None] + (c * c).sum(1) - 2 * q @ c.T, 0))
 
@@ -221,6 +231,16 @@ class Searching:
     def same(self, found: np.ndarray, reference: np.ndarray) -> float:
         """Share of questions with the same nearest context, in percent."""
         return 100 * float(np.mean(found.argmin(1) == reference.argmin(1)))
+
+
+def from_fp32(dev: Reading | Searching, file: str, fp32: str) -> float:
+    """Mean difference between the outputs of two files in standard deviations, over DISTANCES."""
+    first, second = (in_onnxruntime(each, exact=True) for each in (file, fp32))
+    differences = []
+    for feed in itertools.islice(dev.feeds(), DISTANCES):
+        for mine, theirs in zip(first(feed), second(feed), strict=True):
+            differences.append(np.abs(mine - theirs).mean() / np.std(theirs))
+    return float(np.mean(differences))
 
 
 def main() -> None:
@@ -262,17 +282,20 @@ def main() -> None:
                 ways = {"OpenVINO f32": ways["OpenVINO f32"]}
             elif (weight_range, kind) != ("pairs", "trained"):  # told once: it takes long
                 del ways["PyTorch moved"]
-            row = rows.setdefault(
-                f"{weight_range} {kind}", {"exact": {dev.score: dev.figure(exact)}}
-            )
+            row = rows.setdefault(f"{weight_range} {kind}", {})
+            row.setdefault("exact", {dev.score: dev.figure(exact)})
+            if "from FP32" not in row["exact"]:
+                row["exact"]["from FP32"] = from_fp32(dev, file, f"{args.model}/model.onnx")
             for name, make in ways.items():
+                if (f"{name}, {isa}" if isa else name) in row:
+                    continue
                 found = dev.found_in(folder) if name == "PyTorch" else None
                 found = dev(make()) if found is None else found
                 key = f"{name}, {isa}" if isa else name
                 row[key] = {dev.score: dev.figure(found), "same": dev.same(found, exact)}
-                if name == "PyTorch":
-                    reference = found
-                if name == "PyTorch moved":
+                if name == "PyTorch moved":  # against PyTorch, not against the file
+                    reference = dev.found_in(folder)
+                    reference = dev(in_pytorch(folder)) if reference is None else reference
                     row[key]["same"] = dev.same(found, reference)
             print(f"{weight_range} {kind}: {row}", flush=True)
             with open(path, "w", encoding="utf-8") as out:
