@@ -22,10 +22,13 @@ SHARED = (  # flags of all stages
     f"--squad_train_data={DATA}/train-v1.1.json",
     f"--squad_dev_data={DATA}/dev-v1.1.json",
     "--max_seq_length_q=32",
-    "--total_train_batch_size=16",
-    "--per_gpu_train_batch_size=16",
     "--per_gpu_eval_batch_size=32",
 )
+
+
+def batches(size: int) -> tuple[str, str]:
+    """The flags of steps of so many windows, in one pass."""
+    return f"--total_train_batch_size={size}", f"--per_gpu_train_batch_size={size}"
 
 
 def step(*command: str, stdin: str | None = None) -> None:
@@ -69,6 +72,7 @@ def answer(model: str, name: str) -> None:
         f"--model_student={model}",
         f"--output_dir={tuned}",
         *SHARED,
+        *batches(16),
         "--freeze_list=embedding",
         "--learning_rate=3e-4",
         "--num_train_epochs=4",
@@ -81,9 +85,13 @@ def answer(model: str, name: str) -> None:
         f"--output_dir={packed}",
         *SHARED,
         f"--pack_cfg={pack_cfg(tuned)}",
-        "--stages=embeddings,grow",  # the others need more than some minutes
+        # All layers at once, from the fitted start: the other stages need more than some minutes.
+        "--stages=final",
+        "--num_train_epochs=0.6",
         "--warm_up_steps=10",
-        "--total_train_batch_size_for_tune=16",
+        "--learning_rate_for_tune=1e-3",
+        "--total_train_batch_size_for_tune=8",
+        "--per_gpu_train_batch_size=8",
     )
     step(
         "train_qa.py",
@@ -91,11 +99,12 @@ def answer(model: str, name: str) -> None:
         f"--model_teacher={tuned}",
         f"--output_dir={int8}",
         *SHARED,
+        *batches(16),
         "--nncf_config=nncf_config.json",
         "--supervision_weight=0.02",
         "--learning_rate=1e-4",
-        "--quantizer_epochs=0.1",
-        "--num_train_epochs=0.4",
+        "--quantizer_epochs=0",
+        "--num_train_epochs=0.2",
     )
     ask(f"--model={int8}", "--context=examples/article.txt")
     show({"fine-tuned": tuned, "packed": packed, "packed, INT8": int8}, "f1", "F1")
@@ -112,6 +121,7 @@ def search(model: str, name: str) -> None:
         f"--model_student={model}",
         f"--output_dir={tuned}",
         *SHARED,
+        *batches(16),
         *mining,
         "--pooling=mean",
         "--pooler=identity",
@@ -131,6 +141,7 @@ def search(model: str, name: str) -> None:
         "--learning_rate_for_tune=5e-4",
         "--warm_up_steps=10",
         "--total_train_batch_size_for_tune=16",
+        "--per_gpu_train_batch_size=16",
     )
     step(
         "train_qcemb.py",
@@ -138,6 +149,7 @@ def search(model: str, name: str) -> None:
         f"--model_teacher={tuned}",
         f"--output_dir={int8}",
         *SHARED,
+        *batches(16),
         *mining,
         "--nncf_config=nncf_config.json",
         "--supervision_weight=0.02",
