@@ -232,7 +232,7 @@ def train(
     after_backward: Callable[[], None] | None = None,
     before_step: Callable[[nn.Module, int, np.ndarray], None] | None = None,
     keep: str | None = None,
-) -> dict[str, Any]:
+) -> None:
     """Train `model` in place for a stage, from the newest state of that stage if there is one.
 
     AdamW (eps 1e-8, no weight decay) over the parameters that require a gradient, gradient norm
@@ -245,9 +245,6 @@ def train(
             are made.
         keep: the figure by which the best weights are kept, or None; see Run.note.
         after_backward: called when a step's gradients are there, before they are used.
-
-    Returns:
-        the figures of the last evaluation.
 
     Raises:
         UserError: the loss or the gradient is not finite (or, of a stage that goes back, again and
@@ -291,7 +288,6 @@ def train(
     if stage.goes_back and earlier is None:
         save()  # so that there is always a state to go back to
     saved_at = time.monotonic()
-    figures: dict[str, Any] = {}
     epoch_steps: tuple[int, list[np.ndarray]] = (-1, [])
     while True:
         if evaluate and (step == total_steps or (step > 0 and step % steps_per_epoch == 0)):
@@ -386,7 +382,6 @@ def train(
     # Else `prepare` would take the model for prepared in the next stage, and not cast it.
     vars(model).pop("_is_accelerate_prepared", None)
     accelerator.free_memory()
-    return figures
 
 
 @contextlib.contextmanager
