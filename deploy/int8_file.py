@@ -126,9 +126,7 @@ def _products(model: onnx.ModelProto) -> Iterator[tuple[_Factor | None, _Factor 
     makers = {name: node for node in model.graph.node for name in node.output}
 
     def constant(name: str) -> np.ndarray | None:
-        """A constant's value, however the file writes it."""
-        while name not in constants and name in makers and makers[name].op_type == "Identity":
-            name = makers[name].input[0]
+        """A constant's value."""
         return numpy_helper.to_array(constants[name]) if name in constants else None
 
     def largest(quantize: onnx.NodeProto | None) -> int:
