@@ -36,7 +36,7 @@ from transformers.activations import ACT2FN
 from transformers.modeling_outputs import BaseModelOutput, QuestionAnsweringModelOutput
 
 from cli_utils import UserError
-from fast_attention import attend
+from fast_attention import attend, mask_for
 
 # ------------------------------------------------------------------------------------------------
 # The configuration
@@ -325,7 +325,8 @@ class PackedBertModel(PackedBertPreTrainedModel):
         if position_ids is None:
             position_ids = torch.arange(input_ids.shape[1], device=input_ids.device)[None]
         if attention_mask is not None and attention_mask.dim() == 2:
-            attention_mask = attention_mask.bool()[:, None, None, :]
+            masked = self.layers[0].plain_attention
+            attention_mask = mask_for(attention_mask, self.config.head_size, masked)
         states = [self.embeddings(input_ids, token_type_ids, position_ids)]
         for layer in self.layers[:num_layers]:
             states.append(layer(states[-1], attention_mask))
@@ -726,7 +727,7 @@ class HeadImportance:
     def __init__(self, student: PreTrainedModel, device: torch.device) -> None:
         shape = (student.config.num_hidden_layers, student.config.num_attention_heads)
         self.gates = torch.ones(shape, device=device, requires_grad=True)
-        self.mean, self.steps = torch.zeros(shape, dtype=torch.float64), 0
+        self.mean, self.steps = torch.zeros(shape, dtype=torch.float64, device=device), 0
         self._hooks: list[Any] = []
 
     def insert(self, student: PreTrainedModel) -> None:
@@ -748,23 +749,24 @@ class HeadImportance:
 
     def update(self, accelerator: Accelerator) -> None:
         """Count the gradient that a step's backward passes have left in the gates."""
-        gradient = accelerator.reduce(self.gates.grad, reduction="mean").double().cpu()
+        gradient = accelerator.reduce(self.gates.grad, reduction="sum").double().abs()
         if accelerator.scaler is not None:
-            gradient = gradient / accelerator.scaler.get_scale()
-        self.gates.grad = None
+            gradient = gradient / accelerator.scaler.scale(torch.ones_like(gradient))
+        self.gates.grad.zero_()
         self.steps += 1
-        if gradient.isfinite().all():
-            self.mean += (gradient.abs() - self.mean) / self.steps
+        # On the device, without a wait; what is not finite does not count.
+        step = (gradient - self.mean) / self.steps
+        self.mean += torch.where(gradient.isfinite().all(), step, torch.zeros_like(step))
 
     def most_important(self, count: int) -> Tensor:
         """The `count` most important heads of each layer, [layers, count], in their order."""
         return self.mean.topk(count, dim=1).indices.sort(dim=1).values
 
     def state_dict(self) -> dict[str, Any]:
-        return {"mean": self.mean, "steps": self.steps}
+        return {"mean": self.mean.cpu(), "steps": self.steps}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.mean, self.steps = state["mean"], state["steps"]
+        self.mean, self.steps = state["mean"].to(self.gates.device), state["steps"]
 
 
 @torch.no_grad()

@@ -25,7 +25,7 @@ from model_utils import load_for_export, special_ids
 from onnx_utils import INPUTS
 from run_utils import Run
 from squad_utils import SpecialIds, SquadData, Tokens, load_squad
-from train_utils import to_device
+from training.passes import to_device
 
 CHECKED_TEXTS = 8  # on which the exported file is compared with PyTorch
 TOP = (1, 5, 10, 100, 200)  # of the nearest contexts

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -9,6 +10,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+
+try:
+    from torch.nn.attention.varlen import varlen_attn
+except ImportError:  # before torch 2.10
+    varlen_attn = None
 
 
 def attend(
@@ -20,15 +26,17 @@ def attend(
 ) -> Tensor:
     """Scaled-dot-product attention (Vaswani et al., 2017, eq. 1).
 
-    It is torch's fused kernel, but for two cases. On a CPU with gradients it is two batched
+    It is torch's fused kernel, but for three cases. On a CPU with gradients it is two batched
     products and a softmax in the activations' precision, which takes half the time of the fused
     kernel with its backward pass, which recomputes; without gradients the fused one takes half of
-    theirs. In a graph being exported it is the same products: the pattern that OpenVINO fuses.
+    theirs. In a graph being exported it is the same products: the pattern that OpenVINO fuses. On
+    a GPU in half precision it is the flash kernel for texts of different lengths, which takes no
+    mask.
 
     Args:
         parts: query, key and value, [B, L, A] each, of `heads` heads.
         mask: [B, 1, 1 or L, L]; bool, True for tokens and False for padding (all rows alike), or
-            a float that is added to the scores; or None.
+            a float that is added to the scores; or None. Or int32 [1, 1, 1, 2 B + 1]: `segments`.
         dropout: probability with which a weight is dropped.
         plain: two products on a GPU too, for the quantizers of their inputs.
 
@@ -36,6 +44,13 @@ def attend(
         [B, L, A].
     """
     head_size = parts[0].shape[-1] // heads
+    if mask is not None and mask.dtype == torch.int32:
+        batch, length, _ = parts[0].shape
+        # Each [B L, heads, head_size].
+        rows = (part.reshape(batch * length, heads, head_size) for part in parts)
+        ends = mask.flatten()
+        context = varlen_attn(*rows, ends, ends, length, length)
+        return context.reshape(batch, length, heads * head_size)
     # Each [B, heads, L, head_size].
     query, key, value = (part.unflatten(-1, (heads, head_size)).transpose(1, 2) for part in parts)
     on_cpu = query.device.type == "cpu"
@@ -61,6 +76,56 @@ def attend(
             query, key, value, attn_mask=mask, dropout_p=dropout
         )
     return context.transpose(1, 2).flatten(2)
+
+
+def segments(attention_mask: Tensor) -> Tensor:
+    """A mask as the flash kernel takes it: where the tokens, and then the padding, of each row end.
+
+    Padding attends to padding alone and no token to it, so that nothing need be taken out of the
+    batch and put back.
+
+    Args:
+        attention_mask: [B, L], 1 for tokens and then 0 for padding.
+
+    Returns:
+        int32 [1, 1, 1, 2 B + 1], of the rows one behind the other, with a 0 in front. It has the
+        four dimensions of a mask that the library passes on as it is.
+    """
+    rows, length = attention_mask.shape
+    begins = torch.arange(rows, device=attention_mask.device, dtype=torch.int32) * length
+    tokens = begins + attention_mask.sum(dim=1, dtype=torch.int32)
+    ends = torch.stack([tokens, begins + length], dim=1).flatten()
+    return F.pad(ends, (1, 0))[None, None, None]
+
+
+@functools.lru_cache
+def has_flash() -> bool:
+    """Whether the GPU has the flash kernel for texts of different lengths."""
+    return varlen_attn is not None and torch.cuda.get_device_capability() >= (8, 0)
+
+
+def mask_for(attention_mask: Tensor, head_size: int, masked: bool = False) -> Tensor:
+    """[B, L], 1 for tokens and 0 for padding, as `attend` takes it; without a wait for a GPU.
+
+    Args:
+        masked: whether the flash kernel will not do: there are quantizers, or dropout.
+    """
+    half = attention_mask.is_cuda and torch.is_autocast_enabled("cuda")
+    if half and not masked and head_size % 8 == 0 and has_flash():
+        return segments(attention_mask)
+    return attention_mask.bool()[:, None, None, :]
+
+
+def _give_mask(bert: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Before a BERT's forward on a GPU, take the place of the library's mask: making that waits
+    for the GPU, and having it rules the flash kernel out."""
+    mask = kwargs.get("attention_mask")
+    if mask is None or mask.dim() != 2 or mask.device.type == "cpu":
+        return None
+    attention = bert.encoder.layer[0].attention.self
+    masked = attention.plain or (attention.training and attention.dropout.p > 0)
+    head_size = attention.query.out_features // attention.heads
+    return args, {**kwargs, "attention_mask": mask_for(mask, head_size, masked)}
 
 
 class FusedSelfAttention(nn.Module):
@@ -100,12 +165,14 @@ def fuse_attention(model: PreTrainedModel, plain: bool = False) -> PreTrainedMod
     Args:
         plain: one operation for each product, as quantizers need them.
     """
+    encoder = model.base_model
     if model.config.model_type == "bert":
         model.set_attn_implementation("sdpa")  # whose masks are bool, True for what is seen
-        for layer in model.base_model.encoder.layer:
-            if not isinstance(layer.attention.self, FusedSelfAttention):
+        if not isinstance(encoder.encoder.layer[0].attention.self, FusedSelfAttention):
+            encoder.register_forward_pre_hook(_give_mask, with_kwargs=True)
+            for layer in encoder.encoder.layer:
                 layer.attention.self = FusedSelfAttention(layer.attention.self, plain)
     else:
-        for layer in model.base_model.layers:
+        for layer in encoder.layers:
             layer.plain_attention |= plain
     return model

@@ -41,14 +41,13 @@ from model_utils import (
 from run_arguments import check_arguments, claim_output_dir, not_negative, open_run, rate
 from run_utils import Run, summary
 from train_utils import (
-    Batches,
-    LossFunction,
     Stage,
     constant_rate,
     make_accelerator,
     train,
     use_all_gpus,
 )
+from training.passes import Batches, LossFunction
 
 QUANTIZER_RATE = 0.01  # learning rate of the quantizers' ranges while nothing else trains
 
@@ -162,7 +161,7 @@ def fine_tune(
         learn: called with the run, the task (tokenised), the teacher if there is one, and the maps
             of a merged student's states.
     """
-    check_arguments(args, ["total_train_batch_size"])
+    check_arguments(args)
     started = time.time()
 
     # All that a user may have got wrong comes before anything that takes long.

@@ -48,7 +48,7 @@ from int8.weight_range import HoldWeightRange, WeightRange, hold_in_use, use_sev
 from model_utils import QUANTIZERS, is_quantized, load_model
 from onnx_utils import INPUTS
 from run_utils import CHECKPOINTS, Run
-from train_utils import to_device
+from training.passes import to_device
 
 QUANTIZER_WEIGHTS = "quantizers.safetensors"  # beside model_utils.QUANTIZERS: their ranges
 CALIBRATED = "calibrated"  # in CHECKPOINTS: the quantized model as calibration leaves it

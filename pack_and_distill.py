@@ -27,6 +27,7 @@ import report_utils
 from bert_pack import HeadImportance, PackCfg, PackedBertConfig
 from cli_utils import ArgumentParser, UserError, is_main_process, number, run_main
 from emb_task import EmbTask
+from fast_attention import mask_for
 from model_utils import (
     check_model,
     check_teacher,
@@ -54,12 +55,12 @@ from run_utils import Run, summary
 from train_utils import (
     Stage,
     make_accelerator,
-    to_device,
     train,
     use_all_gpus,
     warm_up,
     warm_up_linear_decay,
 )
+from training.passes import to_device
 
 STAGES = ("embeddings", "grow", "feed-forward", "heads", "final")
 TASKS = {
@@ -266,7 +267,8 @@ class StateLoss:
 
 def teacher_states(bert: PreTrainedModel, inputs: dict[str, Tensor], count: int) -> list[Tensor]:
     """The hidden states 0..count of a BERT, [B, L, H]; only its first `count` layers run."""
-    mask = inputs["attention_mask"].bool()[:, None, None, :]
+    head_size = bert.config.hidden_size // bert.config.num_attention_heads
+    mask = mask_for(inputs["attention_mask"], head_size)
     ids = {name: value for name, value in inputs.items() if name != "attention_mask"}
     states = [bert.embeddings(**ids)]
     for layer in bert.encoder.layer[:count]:
@@ -395,7 +397,7 @@ def measure_importance(
     for batch in task.sample(SAMPLE_WINDOWS):
         with run.accelerator.autocast():
             errors = loss(student, to_device(batch, run.accelerator.device))
-        torch.stack(list(errors.values())).sum(dim=0).mean().backward()
+        run.accelerator.backward(torch.stack(list(errors.values())).sum(dim=0).mean())
         importance.update(run.accelerator)
     importance.remove()
     student.zero_grad()
@@ -468,10 +470,7 @@ def grow_seconds(rows: list[dict[str, Any]]) -> dict[str, float]:
 
 def main() -> None:
     args = parse_arguments()
-    batch_sizes = [] if args.stages == ["final"] else ["total_train_batch_size"]
-    if "final" in args.stages:
-        batch_sizes.append("total_train_batch_size_for_tune")
-    check_arguments(args, batch_sizes)
+    check_arguments(args)
     started = time.time()
 
     # All that a user may have got wrong comes before anything that takes long.

@@ -25,7 +25,7 @@ from model_utils import load_for_export, special_ids, state_errors
 from run_utils import Run, write_json
 from squad_scores import Scorer, load_scorer
 from squad_utils import SquadData, Windows, load_squad
-from train_utils import to_device
+from training.passes import to_device
 
 CHECKED_WINDOWS = 8  # on which the exported file is compared with PyTorch
 
@@ -222,6 +222,10 @@ class QaBatches:
         """The windows of each optimisation step of an epoch."""
         lengths = self.windows.total_lengths
         return squad_utils.plan_steps(lengths, self.step_size, self.seed, epoch)
+
+    def tokens(self, chosen: np.ndarray) -> np.ndarray:
+        """Tokens of each window, int64 [len(chosen)]."""
+        return self.windows.total_lengths[chosen]
 
     def batch(self, epoch: int, chosen: np.ndarray) -> dict[str, Tensor]:
         """Inputs [B, L], and `targets` [B, 2]: positions of the answer's first and last token."""

@@ -5,14 +5,13 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import os
-from collections.abc import Sequence
 from typing import Any
 
 from accelerate import Accelerator
 
 from cli_utils import ArgumentParser, UserError, is_main_process, number
 from run_utils import RUN_FOLDERS, Run, check_output_dir
-from train_utils import PRECISIONS, check_batch_sizes, pick_precision, process_count
+from train_utils import PRECISIONS, pick_precision
 
 positive, not_negative = number(int, 1, 1_000_000), number(float, 0)
 over_0, rate = number(float, 0, low_open=True), number(float, 0, 1, True)
@@ -30,7 +29,8 @@ def add_data_arguments(parser: ArgumentParser, max_seq_length_q: int) -> None:
     add("--max_seq_length_c", type=positive, default=384, help="tokens of question and context")
     add("--doc_stride", type=positive, default=128, help="tokens between windows of a context")
     add("--total_train_batch_size", type=positive, default=32, help="of one optimisation step")
-    add("--per_gpu_train_batch_size", type=positive, default=8, help="of one pass of a process")
+    add("--per_gpu_train_batch_size", type=positive, default=8,
+        help="of one pass of a process; a GPU takes as many as its memory holds")  # fmt: skip
     add("--per_gpu_eval_batch_size", type=positive, default=16, help="of one pass of a process")
 
 
@@ -51,20 +51,13 @@ def add_run_arguments(parser: ArgumentParser) -> None:
     add("--overwrite_output_dir", action="store_true", help="give up what output_dir holds")
 
 
-def check_arguments(args: argparse.Namespace, batch_sizes: Sequence[str]) -> None:
+def check_arguments(args: argparse.Namespace) -> None:
     """What can be checked before any file is read.
-
-    Args:
-        batch_sizes: the flags of batches of one optimisation step.
 
     Raises:
         UserError: for the first thing found.
     """
     pick_precision(args.precision, args.no_cuda)
-    processes = process_count(args.no_cuda)
-    for name in batch_sizes:
-        names = (name, "per_gpu_train_batch_size")
-        check_batch_sizes(getattr(args, name), args.per_gpu_train_batch_size, processes, names)
     if args.report_to == "tensorboard" and not importlib.util.find_spec("tensorboard"):
         raise UserError("--report_to=tensorboard: pip install tensorboard, or --report_to=none")
     for flag in ("model_student", "model_teacher"):

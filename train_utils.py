@@ -10,21 +10,25 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed
 from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs, set_seed
+from accelerate.utils import set_seed
 from torch import Tensor, nn
 
 from cli_utils import UserError, warn
 from deploy.cpu import this_cpu
 from run_utils import Progress, Run, summary
+from training.passes import COUNTS, Batches, LossFunction, StepGradient
 
 RECENT_STEPS = 20  # whose mean loss tells a divergence from a hard batch
 DIVERGED = 1.5  # times the mean loss at the last good state
 LOWEST_FACTOR = 2.0**-5  # of the learning rate: five returns in a row are enough
+READ_SECONDS = 1.0  # between waits for a GPU's figures, to log, to save, to stop
+READ_STEPS = 10  # the same where there are several
 PRECISIONS = ("auto", "fp32", "bf16", "fp16")
 
 
@@ -46,7 +50,10 @@ def pick_precision(precision: str, no_cuda: bool) -> str:
             raise UserError("--precision=fp16 needs a GPU; fp32 or auto is right on a CPU")
     if precision == "bf16" and not has_bf16:
         raise UserError(f"--precision=bf16: {where} has no bf16 arithmetic; use fp32 or auto")
-    if precision == "auto":
+    if precision == "auto" and where == "this GPU" and not has_bf16:
+        has_fp16 = torch.cuda.get_device_capability() >= (7, 0)  # from which on it is faster
+        precision = "fp16" if has_fp16 else "fp32"
+    elif precision == "auto":
         precision = "bf16" if has_bf16 else "fp32"
     return {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}[precision]
 
@@ -72,28 +79,9 @@ def use_all_gpus(no_cuda: bool) -> None:
     os.execv(sys.executable, [sys.executable, *launch, *sys.argv])
 
 
-def check_batch_sizes(total: int, per_process: int, processes: int, names: tuple[str, str]) -> None:
-    """Check that accumulation can reach `total` windows a step.
-
-    Raises:
-        UserError: total / (per_process x processes) is not whole; shows the nearest that are.
-    """
-    unit = per_process * processes
-    if total % unit:
-        nearest = [n for n in (total // unit * unit, -(-total // unit) * unit) if n]
-        raise UserError(
-            f"--{names[0]}={total} is not a multiple of --{names[1]}={per_process} x {processes}"
-            f" process{'es' if processes > 1 else ''}; the nearest that are:"
-            f" {' and '.join(map(str, nearest))}"
-        )
-
-
 def make_accelerator(precision: str, no_cuda: bool, seed: int) -> Accelerator:
     """The accelerator of this process, with all random generators seeded."""
-    # No buffer changes; and passes of a step may differ in number from process to process.
-    ddp = DistributedDataParallelKwargs(broadcast_buffers=False)
-    mixed_precision = pick_precision(precision, no_cuda)
-    accelerator = Accelerator(mixed_precision=mixed_precision, cpu=no_cuda, kwargs_handlers=[ddp])
+    accelerator = Accelerator(mixed_precision=pick_precision(precision, no_cuda), cpu=no_cuda)
     set_seed(seed)
     # Denormal numbers slow a CPU down a hundredfold and change no figure.
     torch.set_flush_denormal(True)
@@ -135,20 +123,6 @@ def warm_up(step: int, total: int, steps: int | None = None) -> float:
 def warm_up_linear_decay(step: int, total: int, steps: int | None = None) -> float:
     """Factor of the learning rate: a warm-up as above, and a fall to 0 all along."""
     return warm_up(step, total, steps) * linear_decay(step, total)
-
-
-class Batches(Protocol):
-    """What a task gives the loop. The same for every process and accumulation."""
-
-    def steps(self, epoch: int) -> list[np.ndarray]:
-        """The examples of each optimisation step of an epoch, as indices."""
-
-    def batch(self, epoch: int, chosen: np.ndarray) -> dict[str, Tensor]:
-        """The batch of a few examples; `attention_mask` [B, L] among its tensors."""
-
-
-# From model and batch to named losses, each [B], one figure an example. The sum is minimised.
-LossFunction = Callable[[nn.Module, dict[str, Tensor]], dict[str, Tensor]]
 
 
 @dataclass(frozen=True)
@@ -253,12 +227,15 @@ def train(
     """
     accelerator = run.accelerator
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(
+    adamw = torch.optim.AdamW(
         trained, lr=stage.learning_rate, eps=1e-8, weight_decay=0.0, fused=True
     )
     own_forward = vars(model).get("forward")  # of a model with quantizers
-    wrapped, optimizer = accelerator.prepare(model, optimizer)
+    # Not wrapped for several processes: a step sums its gradient over them once, at its end.
+    wrapped = accelerator.prepare_model(model, evaluation_mode=True)
+    optimizer = accelerator.prepare_optimizer(adamw)
     wrapped.train()
+    gradient = StepGradient(accelerator, wrapped, batches, loss_function, stage.micro_batch_size)
 
     steps_per_epoch = len(batches.steps(0))
     total_steps = stage.total_steps(steps_per_epoch)
@@ -269,8 +246,11 @@ def train(
         run.restore()
         step, earlier = position["step"], position["progress"]
         divergence = Divergence(**position["divergence"])
+        gradient.set_pass_tokens(position.get("pass_tokens", []))
         where = f" of {stage.name}" if stage.count > 1 else ""
         run.say(f"going on from step {step} of {total_steps}{where}, saved in {run.output_dir}")
+    else:
+        _start_alike(accelerator, model)
     run.forget_after(stage.name, step)
     progress = Progress(run, stage, step, total_steps, earlier)
 
@@ -282,12 +262,14 @@ def train(
                 "step": step,
                 "progress": progress.state(),
                 "divergence": vars(divergence),
+                "pass_tokens": gradient.all_pass_tokens(),
             }
         )
 
     if stage.goes_back and earlier is None:
         save()  # so that there is always a state to go back to
-    saved_at = time.monotonic()
+    saved_at = read_at = time.monotonic()
+    unread: list[UnreadStep] = []
     epoch_steps: tuple[int, list[np.ndarray]] = (-1, [])
     while True:
         if evaluate and (step == total_steps or (step > 0 and step % steps_per_epoch == 0)):
@@ -307,67 +289,77 @@ def train(
         epoch, place = divmod(step, steps_per_epoch)
         if epoch_steps[0] != epoch:
             epoch_steps = epoch, batches.steps(epoch)
+        chosen = epoch_steps[1][place]
         learning_rate = stage.learning_rate * stage.schedule(step, total_steps) * divergence.factor
         for group in optimizer.param_groups:
             group["lr"] = learning_rate
         if before_step:
-            before_step(model, step, epoch_steps[1][place])
-        sums = _gradient_of_step(
-            accelerator, wrapped, stage, batches.batch, loss_function, epoch, epoch_steps[1][place]
-        )
+            before_step(model, step, chosen)
+        losses = gradient(epoch, chosen)
         if after_backward:
             after_backward()
-        norm = float(accelerator.clip_grad_norm_(trained, 1.0))
-        # In fp16 an infinite gradient is the scaler's business: it skips the step.
-        scaled = accelerator.mixed_precision == "fp16"
-        finite = math.isfinite(sums["loss"]) and (scaled or math.isfinite(norm))
-        if divergence.found(sums["loss"] if finite else math.nan) and stage.goes_back:
+        norm = accelerator.clip_grad_norm_(trained, 1.0)
+        if accelerator.scaler is None:  # which skips a step of its own accord
+            # Read by the fused optimizer, on the device: it leaves all as it is where this is 1.
+            adamw.found_inf = (~(losses.sum() + norm).isfinite()).float()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=accelerator.device.type == "cpu")
+        step += 1
+        unread.append(UnreadStep(losses, norm, len(chosen), learning_rate))
+
+        ended = step == total_steps or step % steps_per_epoch == 0
+        if not (ended or _reads_now(accelerator, step, read_at)):
+            continue
+        read_at = time.monotonic()
+        first, failed = step - len(unread), None
+        for i, (sums, norm) in enumerate(read_steps(unread, gradient.names)):
+            # In fp16 an infinite gradient is the scaler's business: it skips the step.
+            scaled = accelerator.mixed_precision == "fp16"
+            finite = math.isfinite(sums["loss"]) and (scaled or math.isfinite(norm))
+            diverged = divergence.found(sums["loss"] if finite else math.nan)
+            if not finite or (diverged and stage.goes_back):
+                failed = first + i
+                break
+            progress.advance(sums, (first + i + 1) / steps_per_epoch, unread[i].learning_rate)
+        unread = []
+        if failed is not None:
             position = run.position()
-            if position and position["stage"] == stage.name and position["step"] == step:
+            if position and position["stage"] == stage.name and position["step"] == failed:
                 # The newest state is what has just failed: only one before it can help.
                 position = run.position(before=1)
-                if position and position["stage"] == stage.name:
+                if position and position["stage"] == stage.name and stage.goes_back:
                     run.drop_newest()
-            there = position and position["stage"] == stage.name
-            if there and divergence.factor > LOWEST_FACTOR:
-                good = "" if divergence.good is None else f", after {divergence.good:.4g}"
-                warn(
-                    f"{stage.name}: at step {step + 1} the loss is {sums['loss']:.4g}{good}; going"
-                    f" back to step {position['step']}, with {divergence.factor / 2:g} of the"
-                    " learning rate"
+            there = stage.goes_back and position and position["stage"] == stage.name
+            if not (there and divergence.factor > LOWEST_FACTOR):
+                progress.close()
+                saved = run.position()
+                kept = f"the state of step {saved['step']}" if saved else "no state yet"
+                raise UserError(
+                    f"at step {failed + 1} of {total_steps} the loss is {sums['loss']:g} and the"
+                    f" gradient norm {norm:g}; {run.output_dir} keeps {kept}."
+                    " A smaller --learning_rate or --precision=fp32 may help"
                 )
-                saved = position["divergence"]
-                divergence = Divergence(
-                    recent=saved["recent"],
-                    good=divergence.good if saved["good"] is None else saved["good"],
-                    factor=divergence.factor / 2,
-                )
-                if accelerator.scaler is not None:
-                    accelerator.scaler.update()  # ends the step for it, as optimizer.step() would
-                run.restore()
-                optimizer.zero_grad()
-                step = position["step"]
-                run.forget_after(stage.name, step)
-                progress.go_back(step, position["progress"])
-                continue
-            finite = False
-        if not finite:
-            progress.close()
-            saved = run.position()
-            kept = f"the state of step {saved['step']}" if saved else "no state yet"
-            raise UserError(
-                f"at step {step + 1} of {total_steps} the loss is {sums['loss']:g} and the"
-                f" gradient norm {norm:g}; {run.output_dir} keeps {kept}."
-                " A smaller --learning_rate or --precision=fp32 may help"
+            good = "" if divergence.good is None else f", after {divergence.good:.4g}"
+            warn(
+                f"{stage.name}: at step {failed + 1} the loss is {sums['loss']:.4g}{good}; going"
+                f" back to step {position['step']}, with {divergence.factor / 2:g} of the"
+                " learning rate"
             )
-        optimizer.step()
-        optimizer.zero_grad()
-        step += 1
-        progress.advance(sums, step / steps_per_epoch, learning_rate)
+            saved = position["divergence"]
+            divergence = Divergence(
+                recent=saved["recent"],
+                good=divergence.good if saved["good"] is None else saved["good"],
+                factor=divergence.factor / 2,
+            )
+            run.restore()
+            step = position["step"]
+            run.forget_after(stage.name, step)
+            progress.go_back(step, position["progress"])
+            continue
 
         due = time.monotonic() - saved_at >= run.save_seconds
         due, stop = _agree(accelerator, due, run.stop_signal)
-        if due or stop or step == total_steps or step % steps_per_epoch == 0:
+        if due or stop or ended:
             saved = save()
             saved_at = time.monotonic()
         if stop:
@@ -382,6 +374,49 @@ def train(
     # Else `prepare` would take the model for prepared in the next stage, and not cast it.
     vars(model).pop("_is_accelerate_prepared", None)
     accelerator.free_memory()
+
+
+@dataclass(frozen=True)
+class UnreadStep:
+    """A step whose figures may still be on their way from the device.
+
+    Attributes:
+        losses: float64, as `StepGradient` returns them.
+        norm: of the gradient.
+    """
+
+    losses: Tensor
+    norm: Tensor
+    examples: int
+    learning_rate: float
+
+
+def read_steps(steps: list[UnreadStep], names: list[str]) -> list[tuple[dict[str, float], float]]:
+    """The mean of each named loss, of their sum ("loss") and the counts of each step, and the norm
+    of its gradient; waits for the device once."""
+    rows = torch.stack([torch.cat([each.losses, each.norm.double()[None]]) for each in steps])
+    read = []
+    for each, (*values, norm) in zip(steps, rows.tolist(), strict=True):
+        sums = dict(zip(names, values, strict=True))
+        sums["loss"] = sum(value for name, value in sums.items() if name not in COUNTS)
+        read.append(({**sums, "examples": float(each.examples)}, norm))
+    return read
+
+
+def _reads_now(accelerator: Accelerator, step: int, read_at: float) -> bool:
+    """Whether to wait for the figures of the last steps: the CPU runs ahead of a GPU in between."""
+    if accelerator.device.type == "cpu":
+        return True
+    if accelerator.num_processes > 1:  # all at the same step, since they agree on what follows
+        return step % READ_STEPS == 0
+    return time.monotonic() - read_at >= READ_SECONDS
+
+
+def _start_alike(accelerator: Accelerator, model: nn.Module) -> None:
+    """Give all processes the main one's weights."""
+    if accelerator.num_processes > 1:
+        for tensor in model.state_dict().values():
+            torch.distributed.broadcast(tensor, 0)
 
 
 @contextlib.contextmanager
@@ -399,59 +434,6 @@ def _own_forward(model: nn.Module, own: Any) -> Iterator[None]:
     finally:
         if cast is not None:
             model.forward = cast
-
-
-def _gradient_of_step(
-    accelerator: Accelerator,
-    model: nn.Module,
-    stage: Stage,
-    make_batch: Callable[[int, np.ndarray], dict[str, Tensor]],
-    loss_function: LossFunction,
-    epoch: int,
-    chosen: np.ndarray,
-) -> dict[str, float]:
-    """Leave in the parameters the gradient of the mean loss over the examples `chosen`.
-
-    Returns:
-        the mean of each named loss and of their sum ("loss"), over all processes; the number of
-        "examples", of "tokens", and of "positions" (tokens and padding).
-    """
-    size, world = stage.micro_batch_size, accelerator.num_processes
-    micro_batches = np.split(chosen, range(size, len(chosen), size))
-    mine = micro_batches[accelerator.process_index :: world]
-    # The last step of an epoch may have fewer micro-batches than there are processes. One without
-    # any goes through the first with weight 0: all must take part in summing the gradient.
-    weight = 1.0 / len(chosen) if mine else 0.0
-    mine = mine or micro_batches[:1]
-    sums: dict[str, Any] = {"tokens": 0.0, "positions": 0.0}
-    for i, examples in enumerate(mine):
-        batch = to_device(make_batch(epoch, examples), accelerator.device)
-        last = i == len(mine) - 1
-        with contextlib.nullcontext() if last else accelerator.no_sync(model):
-            losses = loss_function(model, batch)
-            total = torch.stack(list(losses.values())).sum() * weight
-            accelerator.backward(total * world)  # DDP takes the mean over processes
-        for name, each in losses.items():
-            sums[name] = sums.get(name, 0.0) + each.detach().double().sum() * weight
-        if weight:
-            sums["tokens"] += batch["attention_mask"].sum().double()
-            sums["positions"] += float(batch["attention_mask"].numel())
-    values = torch.stack(
-        [
-            torch.as_tensor(value, dtype=torch.float64).to(accelerator.device)
-            for value in sums.values()
-        ]
-    )
-    values = accelerator.reduce(values, reduction="sum").tolist()
-    result = dict(zip(sums, values, strict=True))
-    result["loss"] = sum(result[name] for name in losses)
-    result["examples"] = float(len(chosen))
-    return result
-
-
-def to_device(batch: dict[str, Tensor], device: torch.device) -> dict[str, Tensor]:
-    """The batch's tensors on `device`."""
-    return {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
 
 
 def _agree(accelerator: Accelerator, due: bool, stop: int) -> tuple[bool, int]:

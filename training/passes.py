@@ -1,0 +1,283 @@
+"""The gradient of an optimisation step, in passes that fit the memory, on any number of processes.
+
+A loss is one figure per example and a step's loss is their mean, so a step's gradient is the same,
+to rounding, however its examples are spread over processes and passes. On a CPU a pass takes as
+many examples as the flag says. On a GPU it takes as many as the memory holds.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Protocol
+
+import numpy as np
+import torch
+import torch.distributed
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from cli_utils import UserError, warn
+
+PROBE_TOKENS = 2048  # of the first of two passes that tell how much memory a token takes
+MEMORY_SHARE = 0.85  # of the memory that passes may fill, by that estimate
+COUNTS = ("tokens", "positions")
+LAUNCH_BOUND = 0.7  # share of a pass's time in which the CPU launches kernels: a graph pays
+MAX_GRAPHS = 64
+
+
+class Batches(Protocol):
+    """What a task gives the loop. The same for every process and accumulation."""
+
+    def steps(self, epoch: int) -> list[np.ndarray]:
+        """The examples of each optimisation step of an epoch, as indices."""
+
+    def tokens(self, chosen: np.ndarray) -> np.ndarray:
+        """Tokens of each example, int64 [len(chosen)], padding left out."""
+
+    def batch(self, epoch: int, chosen: np.ndarray) -> dict[str, Tensor]:
+        """The batch of a few examples; `attention_mask` [B, L] among its tensors."""
+
+
+# From model and batch to named losses, each [B], one figure an example. The sum is minimised.
+LossFunction = Callable[[nn.Module, dict[str, Tensor]], dict[str, Tensor]]
+
+
+class StepGradient:
+    """Leaves in the parameters the gradient of a step's mean loss.
+
+    Attributes:
+        names: of the figures that a call returns, known after the first.
+        pass_tokens: tokens of one pass on a GPU, padding included; None until the first step has
+            measured what fits, and on a CPU.
+    """
+
+    def __init__(
+        self,
+        accelerator: Accelerator,
+        model: nn.Module,
+        batches: Batches,
+        loss_function: LossFunction,
+        micro_batch_size: int,
+    ) -> None:
+        """`micro_batch_size`: examples of a pass on a CPU."""
+        self.accelerator, self.model, self.batches = accelerator, model, batches
+        self.loss_function, self.micro_batch_size = loss_function, micro_batch_size
+        self.trained = [p for p in model.parameters() if p.requires_grad]
+        self.names: list[str] = []
+        self.pass_tokens: int | None = None
+        self.on_gpu = accelerator.device.type == "cuda"
+        self.graphs = GraphedPasses(self._run) if self.on_gpu and not drops(model) else None
+
+    def __call__(self, epoch: int, chosen: np.ndarray) -> Tensor:
+        """Add the gradient of the mean loss over the examples `chosen` of an epoch.
+
+        Returns:
+            float64 [len(names)], on the device: the mean of each named loss; the numbers of
+            "tokens" and of "positions" (tokens and padding). Over all processes.
+        """
+        if self.on_gpu:
+            self._make_gradients()
+            if self.pass_tokens is None:
+                self.pass_tokens = self._measure(epoch, chosen)
+        while True:
+            try:
+                figures = self._share_of_step(epoch, chosen)
+                break
+            except torch.OutOfMemoryError:
+                # The traceback would keep the tensors of the pass alive: get out of it first.
+                pass
+            self._halve(chosen)
+        if self.accelerator.num_processes > 1:
+            self._make_gradients()
+            waits = [
+                torch.distributed.all_reduce(parameter.grad, async_op=True)
+                for parameter in self.trained
+            ]
+            figures = self.accelerator.reduce(figures, reduction="sum")
+            for wait in waits:
+                wait.wait()
+        return figures
+
+    def all_pass_tokens(self) -> list[int]:
+        """`pass_tokens` of each process, 0 for None: a run goes on with what it had."""
+        mine = torch.tensor([self.pass_tokens or 0], device=self.accelerator.device)
+        return self.accelerator.gather(mine).tolist()
+
+    def set_pass_tokens(self, saved: list[int]) -> None:
+        """Go on with passes as they were, where the processes are as many as they were."""
+        if self.on_gpu and len(saved) == self.accelerator.num_processes:
+            self.pass_tokens = saved[self.accelerator.process_index] or None
+
+    def _make_gradients(self) -> None:
+        """Gradients of 0 where there are none: graphs add to them in place, processes sum them."""
+        for parameter in self.trained:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+
+    # -- a process's share
+
+    def _passes(self, chosen: np.ndarray) -> list[np.ndarray]:
+        """The examples of each pass of this process; none if there are fewer than processes."""
+        rank, world = self.accelerator.process_index, self.accelerator.num_processes
+        if self.pass_tokens is None:
+            # A small step is shared out as well as it goes.
+            size = min(self.micro_batch_size, -(-len(chosen) // world))
+            return np.split(chosen, range(size, len(chosen), size))[rank::world]
+        mine = chosen[rank::world]
+        if not len(mine):
+            return []
+        # Rows of a pass are as long as its longest, rounded up to a multiple of 8.
+        longest = -(-int(self.batches.tokens(mine).max()) // 8) * 8
+        count = max(1, -(-len(mine) * longest // self.pass_tokens))
+        return np.array_split(mine, min(count, len(mine)))
+
+    def _share_of_step(self, epoch: int, chosen: np.ndarray) -> Tensor:
+        device = self.accelerator.device
+        passes, weight = self._passes(chosen), 1.0 / len(chosen)
+        if not passes:  # it goes through one example with weight 0, to know what figures there are
+            passes, weight = [chosen[:1]], 0.0
+        tokens = positions = 0
+        losses: Tensor | None = None
+        for examples in passes:
+            batch = self.batches.batch(epoch, examples)
+            if weight:
+                tokens += int(batch["attention_mask"].sum())  # on the CPU still
+                positions += batch["attention_mask"].numel()
+            batch = to_device(batch, device)
+            figures = self.graphs(batch, weight) if self.graphs else self._run(batch, weight)
+            losses = figures if losses is None else losses + figures
+        counts = torch.tensor([tokens, positions], dtype=torch.float64)
+        return torch.cat([losses, counts.to(device, non_blocking=True)])
+
+    def _run(self, batch: dict[str, Tensor], weight: float | Tensor) -> Tensor:
+        """Forward and backward of one pass; the sums of its losses times weight."""
+        losses = self.loss_function(self.model, batch)
+        self.names = [*losses, *COUNTS]
+        self.accelerator.backward(torch.stack(list(losses.values())).sum() * weight)
+        return torch.stack([each.detach().double().sum() * weight for each in losses.values()])
+
+    # -- the memory of a GPU
+
+    def _measure(self, epoch: int, chosen: np.ndarray) -> int:
+        """Tokens that fit in one pass, from the memory that two small ones take."""
+        tokens = self.batches.tokens(chosen)
+        longest = chosen[np.argsort(-tokens, kind="stable")]
+        device, cost = self.accelerator.device, -(-int(tokens.max()) // 8) * 8
+        sizes = [max(1, PROBE_TOKENS // cost), max(2, 2 * PROBE_TOKENS // cost)]
+        if sizes[1] > len(longest):
+            return cost * len(longest)  # a step that is hardly more than the probe
+        peaks = []
+        for size in [sizes[0], *sizes]:  # the first is not measured: caches fill, kernels load
+            batch = to_device(self.batches.batch(epoch, longest[:size]), device)
+            torch.cuda.reset_peak_memory_stats(device)
+            before = torch.cuda.memory_allocated(device)
+            self._run(batch, 0.0)
+            peaks.append(torch.cuda.max_memory_allocated(device) - before)
+        for parameter in self.trained:
+            parameter.grad.zero_()
+        each = max(1.0, (peaks[2] - peaks[1]) / (cost * (sizes[1] - sizes[0])))
+        once = max(0.0, peaks[1] - each * cost * sizes[0])
+        free = torch.cuda.mem_get_info(device)[0]
+        free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        # AdamW's two moments come with the first step.
+        free -= 8 * sum(parameter.numel() for parameter in self.trained)
+        return max(cost, int((free * MEMORY_SHARE - once) / each))
+
+    def _halve(self, chosen: np.ndarray) -> None:
+        """After a pass that did not fit: forget its part of the gradient, and take half of it."""
+        passes = self._passes(chosen)
+        largest = max(len(examples) for examples in passes)
+        if self.pass_tokens is None or largest == 1:
+            raise UserError(
+                "the GPU's memory does not hold the training of one example; a shorter"
+                " --max_seq_length_c, a smaller model or a larger GPU would"
+            )
+        cost = max(int(self.batches.tokens(examples).max()) for examples in passes)
+        self.pass_tokens = max(1, min(self.pass_tokens, largest * cost) // 2)
+        for parameter in self.trained:
+            parameter.grad.zero_()
+        if self.graphs:
+            self.graphs.forget()
+        torch.cuda.empty_cache()
+        warn(f"the GPU's memory is full: passes take {self.pass_tokens:,} tokens from now on")
+
+
+def drops(model: nn.Module) -> bool:
+    """Whether a model has dropout that is on: a graph would not draw what an eager pass draws."""
+    return any(isinstance(module, nn.Dropout) and module.p > 0 for module in model.modules())
+
+
+def to_device(batch: dict[str, Tensor], device: torch.device) -> dict[str, Tensor]:
+    """The batch's tensors on `device`; to a GPU without waiting for it."""
+    if device.type == "cuda":
+        batch = {n: t if t.is_cuda else t.pin_memory() for n, t in batch.items()}
+    return {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
+
+
+class GraphedPasses:
+    """Passes replayed as CUDA graphs, one for each shape of a batch, where that is faster.
+
+    A small model's kernels take less time than the CPU needs to launch them one by one; a graph
+    launches them all at once.
+    """
+
+    def __init__(self, run_pass: Callable[[dict[str, Tensor], Tensor], Tensor]) -> None:
+        self.run_pass, self.off = run_pass, False
+        self.forget()
+
+    def forget(self) -> None:
+        """Drop all graphs and their memory."""
+        self.seen: dict[tuple, int] = {}
+        self.pays: dict[tuple, bool] = {}
+        self.captured: dict[tuple, tuple[torch.cuda.CUDAGraph, dict[str, Tensor], Tensor]] = {}
+        self.pool = None
+
+    def __call__(self, batch: dict[str, Tensor], weight: float) -> Tensor:
+        """As `run_pass`: eagerly at first, and later by a graph if launching takes most of it."""
+        shape = tuple((name, tensor.shape) for name, tensor in batch.items())
+        self.seen[shape] = self.seen.get(shape, 0) + 1
+        weight = torch.tensor(weight, dtype=torch.float64).to("cuda", non_blocking=True)
+        if self.off or self.seen[shape] == 1:
+            return self.run_pass(batch, weight)
+        if self.seen[shape] == 2:
+            return self._timed(shape, batch, weight)
+        if shape not in self.captured and self.pays.get(shape) and len(self.captured) < MAX_GRAPHS:
+            self._capture(shape, batch, weight)
+        if shape not in self.captured:
+            return self.run_pass(batch, weight)
+        graph, inputs, figures = self.captured[shape]
+        for name, tensor in {**batch, "weight": weight}.items():
+            inputs[name].copy_(tensor, non_blocking=True)
+        graph.replay()
+        return figures.clone()
+
+    def _timed(self, shape: tuple, batch: dict[str, Tensor], weight: Tensor) -> Tensor:
+        """A pass on a stream of its own, as one must be before a capture; what launching took."""
+        stream = torch.cuda.Stream()
+        torch.cuda.synchronize()
+        began = time.perf_counter()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            figures = self.run_pass(batch, weight)
+        launched = time.perf_counter() - began
+        torch.cuda.current_stream().wait_stream(stream)
+        torch.cuda.synchronize()
+        self.pays[shape] = launched > LAUNCH_BOUND * (time.perf_counter() - began)
+        return figures
+
+    def _capture(self, shape: tuple, batch: dict[str, Tensor], weight: Tensor) -> None:
+        inputs = {name: tensor.clone() for name, tensor in {**batch, "weight": weight}.items()}
+        graph = torch.cuda.CUDAGraph()
+        self.pool = self.pool or torch.cuda.graph_pool_handle()
+        try:
+            with torch.cuda.graph(graph, pool=self.pool):
+                rest = {name: tensor for name, tensor in inputs.items() if name != "weight"}
+                figures = self.run_pass(rest, inputs["weight"])
+            self.captured[shape] = graph, inputs, figures
+        except RuntimeError as error:  # an operation that cannot be captured; out of memory
+            self.forget()
+            self.off = True
+            torch.cuda.empty_cache()
+            reason = str(error).strip().splitlines()[0]
+            warn(f"passes are not captured as CUDA graphs, which would be faster: {reason}")
