@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from calls import first_questions, last_step, records, started, state_step, states, wait_for
-from conftest import ROOT, run, train_qa_command
+from conftest import run, train_qa_command
 from safetensors.torch import load_file
 
 import train_utils
@@ -186,28 +186,3 @@ def test_nothing_is_launched_twice_nor_without_need(
     train_utils.use_all_gpus(no_cuda=False)
     assert train_utils.process_count(no_cuda=False) == 2
     assert executed == []
-
-
-def test_batch_sizes_count_all_gpus(
-    executed: list[tuple[str, list[str]]],
-    capfd: pytest.CaptureFixture,
-    tiny_bert: Path,
-    sample: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    import train_qa
-    from cli_utils import run_main
-
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: True)
-    command = train_qa_command(tiny_bert, sample, tmp_path / "out")
-    command.remove("--no_cuda")
-    monkeypatch.setattr(sys, "argv", command[1:])
-    with pytest.raises(SystemExit) as stop:
-        run_main(train_qa.main)
-    assert stop.value.code == 2
-    line = capfd.readouterr().err.strip()
-    assert line.startswith("error: ") and "\n" not in line
-    assert "--per_gpu_train_batch_size=4 x 3 processes" in line and line.endswith("12 and 24")
-    assert str(ROOT) not in line and executed == []

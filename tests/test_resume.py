@@ -430,6 +430,9 @@ class _Batches:
     def steps(self, epoch: int) -> list[np.ndarray]:
         return [np.arange(4), np.arange(4, 8)]
 
+    def tokens(self, chosen: np.ndarray) -> np.ndarray:
+        return np.full(len(chosen), 3)
+
     def batch(self, epoch: int, chosen: np.ndarray) -> dict[str, torch.Tensor]:
         rng = np.random.default_rng(epoch)
         x = torch.from_numpy(rng.normal(size=(8, 3)).astype(np.float32))[chosen]

@@ -333,16 +333,6 @@ def test_length_too_short_for_the_question(wrong: Wrong) -> None:
 
 
 @pytest.mark.parametrize(
-    ("total", "each", "said"),
-    [(30, 8, "24 and 32"), (5, 8, "the nearest that are: 8"), (33, 32, "32 and 64")],
-)
-def test_batch_sizes_do_not_divide(wrong: Wrong, total: int, each: int, said: str) -> None:
-    line = wrong(f"--total_train_batch_size={total}", f"--per_gpu_train_batch_size={each}")
-    assert f"--total_train_batch_size={total}" in line
-    assert f"--per_gpu_train_batch_size={each} x 1 process;" in line and line.endswith(said)
-
-
-@pytest.mark.parametrize(
     "flag",
     [
         "--learning_rate=0",

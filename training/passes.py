@@ -129,8 +129,8 @@ class StepGradient:
             return []
         # Rows of a pass are as long as its longest, rounded up to a multiple of 8.
         longest = -(-int(self.batches.tokens(mine).max()) // 8) * 8
-        count = max(1, -(-len(mine) * longest // self.pass_tokens))
-        return np.array_split(mine, min(count, len(mine)))
+        rows = max(1, self.pass_tokens // longest)
+        return np.array_split(mine, -(-len(mine) // rows))
 
     def _share_of_step(self, epoch: int, chosen: np.ndarray) -> Tensor:
         device = self.accelerator.device
