@@ -97,6 +97,19 @@ def run_main(main: Callable[[], None]) -> NoReturn:
         if is_main_process():
             where = f"{error.filename}: " if error.filename else ""
             print(f"error: {where}{error.strerror or error}", file=sys.stderr, flush=True)
+    except RuntimeError as error:
+        # torch's, by name: this module does without torch. Training has an answer of its own.
+        if type(error).__name__ != "OutOfMemoryError":
+            raise
+        code = 2
+        if is_main_process():
+            print(
+                "error: the GPU's memory is full. A smaller --per_gpu_eval_batch_size takes less,"
+                " and so does closing what else runs there; the same command again goes on from"
+                " the last saved state",
+                file=sys.stderr,
+                flush=True,
+            )
     except Interrupted as stop:
         code = 128 + stop.signal_number
         if is_main_process():

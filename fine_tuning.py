@@ -47,6 +47,7 @@ from train_utils import (
     train,
     use_all_gpus,
 )
+from training.machine import in_half
 from training.passes import Batches, LossFunction
 
 QUANTIZER_RATE = 0.01  # learning rate of the quantizers' ranges while nothing else trains
@@ -205,7 +206,8 @@ def fine_tune(
     run.say(f"{task.describe()}; {run.machine()}; {frozen / 1e6:.1f} M parameters frozen")
     # What INT8 arithmetic gives is that of FP32 with rounding, not that of bf16.
     evaluate = functools.partial(evaluation, precise=quantized)
-    learning = learn(run, task, teacher, state_maps)
+    taught_by = None if teacher is None else in_half(teacher, accelerator)
+    learning = learn(run, task, taught_by, state_maps)
     train_stages(run, args, task, student, learning, evaluate)
     # Of the weights that are delivered, in FP32 as the exported file computes.
     figures = evaluation(student.to(accelerator.device), precise=True)

@@ -60,6 +60,7 @@ from train_utils import (
     warm_up,
     warm_up_linear_decay,
 )
+from training.machine import in_half
 from training.passes import to_device
 
 STAGES = ("embeddings", "grow", "feed-forward", "heads", "final")
@@ -498,7 +499,8 @@ def main() -> None:
         run.evaluate_once("packed", lambda: evaluation(student, precise=True))
     plan = plan_stages(args, cfg.num_hidden_layers)
     plan = number_stages(plan, task.num_examples)
-    student = distill(run, task, student, teacher, plan, cfg.num_attention_heads, args.keep).eval()
+    guide = in_half(teacher, accelerator)
+    student = distill(run, task, student, guide, plan, cfg.num_attention_heads, args.keep).eval()
 
     # In FP32, since folding maps away rounds otherwise.
     unmerged = evaluation(student, precise=True)

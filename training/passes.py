@@ -18,6 +18,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from cli_utils import UserError, warn
+from training.machine import compiled_layers, running
 
 PROBE_TOKENS = 2048  # of the first of two passes that tell how much memory a token takes
 MEMORY_SHARE = 0.85  # of the memory that passes may fill, by that estimate
@@ -67,6 +68,7 @@ class StepGradient:
         self.names: list[str] = []
         self.pass_tokens: int | None = None
         self.on_gpu = accelerator.device.type == "cuda"
+        self.compiled = compiled_layers(model) if self.on_gpu else []
         self.graphs = GraphedPasses(self._run) if self.on_gpu and not drops(model) else None
 
     def __call__(self, epoch: int, chosen: np.ndarray) -> Tensor:
@@ -152,7 +154,8 @@ class StepGradient:
 
     def _run(self, batch: dict[str, Tensor], weight: float | Tensor) -> Tensor:
         """Forward and backward of one pass; the sums of its losses times weight."""
-        losses = self.loss_function(self.model, batch)
+        with running(self.compiled):
+            losses = self.loss_function(self.model, batch)
         self.names = [*losses, *COUNTS]
         self.accelerator.backward(torch.stack(list(losses.values())).sum() * weight)
         return torch.stack([each.detach().double().sum() * weight for each in losses.values()])
