@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from nncf.torch.quantization.layers import AsymmetricQuantizer, BaseQuantizer, SymmetricQuantizer
 from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.overrides import handle_torch_function, has_torch_function_unary
 
 from cli_utils import warn
@@ -109,10 +110,8 @@ def gradients(
     moved *= inside
     moved += above
     moved += below * floor
-    moved *= grad
-    inside *= grad
-    outside *= grad
-    return inside, outside, moved
+    # In this order: memory is laid out as the gradient's, and by that its sum is rounded.
+    return grad * inside, grad * outside, grad * moved
 
 
 def only_inside(grad: Tensor, values: Tensor, low: Tensor, width: Tensor) -> Tensor:
@@ -294,6 +293,8 @@ class Known:
 
 
 _known: weakref.WeakKeyDictionary[nn.Module, Known] = weakref.WeakKeyDictionary()
+# A fused step changes weights and not their versions.
+register_optimizer_step_post_hook(lambda *_: _known.clear())
 
 
 def quantize(
@@ -332,7 +333,8 @@ def quantize(
 
 
 def _state(quantizer: BaseQuantizer, x: Tensor, dtype: torch.dtype) -> tuple[Any, ...]:
-    """What the rounding of a weight depends on: versions of tensors go up when they change."""
+    """What the rounding of a weight depends on; but for a fused step, versions of tensors go up
+    when they change."""
     versions = [(each.data_ptr(), each._version) for each in (x, *quantizer.parameters())]
     return (*versions, quantizer.levels_in_use, dtype)
 
