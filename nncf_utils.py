@@ -34,9 +34,7 @@ from nncf.scopes import get_ignored_node_names_from_subgraph
 from nncf.torch.function_hook.hook_storage import decode_hook_name
 from nncf.torch.function_hook.nncf_graph.nncf_graph_builder import build_nncf_graph
 from nncf.torch.function_hook.wrapper import get_hook_storage, wrap_model
-from nncf.torch.quantization import extensions
 from nncf.torch.quantization.layers import BaseQuantizer, SymmetricQuantizer
-from nncf.torch.quantization.reference import ReferenceBackendType, ReferenceQuantize
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import BertConfig, BertForQuestionAnswering, PreTrainedModel
@@ -44,6 +42,7 @@ from transformers import BertConfig, BertForQuestionAnswering, PreTrainedModel
 from cli_utils import UserError, is_main_process, warn
 from deploy.cpu import this_cpu
 from fast_attention import fuse_attention
+from int8 import fake_quantize  # noqa: F401 - takes the place of NNCF's functions
 from int8.weight_range import HoldWeightRange, WeightRange, hold_in_use, use_seven_bits
 from model_utils import QUANTIZERS, is_quantized, load_model
 from onnx_utils import INPUTS
@@ -460,7 +459,6 @@ def calibrate(
         before_each()
         return sample
 
-    _use_plain_quantizers()
     arguments = {**config.arguments, "subset_size": len(samples)}
     try:
         with torch.no_grad(), _holding(config.weight_range):
@@ -484,24 +482,6 @@ def _holding(weight_range: WeightRange) -> Iterator[None]:
 
     with mock.patch.object(post_training, "create_ptq_pipeline", with_range):
         yield
-
-
-def _use_plain_quantizers() -> None:
-    """Let NNCF's quantizers run as torch operations where it would compile an extension.
-
-    On a CPU the extension calls the same operations, so that it saves nothing; but its compilation
-    takes half a minute and a compiler, and a process killed meanwhile leaves a lock that all later
-    ones wait for. On a GPU it is worth it, and needs nvcc.
-    """
-    plain = ReferenceQuantize(ReferenceBackendType.TORCH)
-    functions = types.SimpleNamespace(
-        Quantize_forward=plain.forward, Quantize_backward=plain.backward
-    )
-    extensions.QuantizedFunctionsCPU._loaded_namespace = functions
-    if torch.cuda.is_available() and not shutil.which("nvcc"):
-        if extensions.QuantizedFunctionsCUDA._loaded_namespace is None:
-            warn("nvcc is not on this machine: quantizers run as plain operations, which is slower")
-        extensions.QuantizedFunctionsCUDA._loaded_namespace = functions
 
 
 # ------------------------------------------------------------------------------------------------
@@ -594,7 +574,6 @@ def load_quantizers(model: PreTrainedModel, folder: str, flag: str) -> PreTraine
     Raises:
         UserError: the files are damaged.
     """
-    _use_plain_quantizers()
     try:
         with open(os.path.join(folder, QUANTIZERS), encoding="utf-8") as file:
             config = json.load(file)

@@ -62,13 +62,13 @@ def least_scale(weight: Tensor, weight_range: WeightRange) -> Tensor:
 def hold(quantizer: SymmetricQuantizer, weight: Tensor) -> None:
     """Raise the scale of a weights' quantizer, in place, to the least that its range allows.
 
-    To hold twice is to hold once. It changes `.data`, since the graph of an earlier use, whose
-    scale was the same, may still wait for its backward pass.
+    To hold twice is to hold once. The graph of an earlier use may still wait for its backward pass:
+    `fake_quantize` keeps no scale for that.
     """
     if quantizer.weight_range == WeightRange.FULL:
         return
     with torch._C.DisableTorchFunction():  # NNCF would take this for a part of the model
-        scale = quantizer._scale_param_storage.data
+        scale = quantizer._scale_param_storage
         least = least_scale(weight.detach(), quantizer.weight_range)
         if scale.numel() == 1:  # one scale for all channels
             least = least.amax()
@@ -76,11 +76,9 @@ def hold(quantizer: SymmetricQuantizer, weight: Tensor) -> None:
 
 
 def hold_in_use(quantizer: SymmetricQuantizer, weight: Tensor, weight_range: WeightRange) -> None:
-    """Hold the range of a weights' quantizer now, and each time before it rounds its weight."""
+    """Hold the range of a weights' quantizer now; `fake_quantize` does so before each use."""
     if not quantizer.signed:  # all weights are positive, and would be rounded to u8
         quantizer.signed = True
-    if not hasattr(quantizer, "weight_range"):
-        quantizer.register_forward_pre_hook(lambda module, inputs: hold(module, inputs[0]))
     quantizer.weight_range = weight_range
     hold(quantizer, weight)
 

@@ -1,0 +1,362 @@
+"""Fake quantizers: NNCF's modules, ranges and checkpoints, with a forward and backward of our own.
+
+A value is cut off at the ends of a range and rounded to the nearest of its levels. The gradient is
+that of NNCF: straight through for values inside the range, none for the others, whose gradient
+goes to the ends of the range.
+
+In FP32 every figure equals that of NNCF's reference functions. What differs is how it is computed:
+always in FP32, whatever the precision of the input; without a wait for a GPU, since the number of
+levels is a Python number; and in one pass over memory where the functions are compiled.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from nncf.torch.quantization.layers import AsymmetricQuantizer, BaseQuantizer, SymmetricQuantizer
+from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
+from torch.overrides import handle_torch_function, has_torch_function_unary
+
+from cli_utils import warn
+from int8.weight_range import hold
+
+# Values that the plain functions take on a CPU before compiled ones take over: they need about a
+# minute for these, and a first compilation half of one. So no short run waits for a compiler.
+PLAIN_VALUES = 10_000_000_000
+
+Levels = tuple[int, int]  # the lowest and the highest integer, e.g. -128 and 127
+
+
+# ------------------------------------------------------------------------------------------------
+# Ranges: a quantizer's parameters to the two ends
+
+
+def symmetric_range(scale: Tensor, levels: Levels, eps: float) -> tuple[Tensor, Tensor]:
+    """Low end and width of a range whose high end is the size of `scale`; shapes as `scale`."""
+    high = scale.abs() + eps
+    low = high * (levels[0] / levels[1])
+    return low, high - low
+
+
+def asymmetric_range(
+    low: Tensor, width: Tensor, levels: Levels, eps: float
+) -> tuple[Tensor, Tensor]:
+    """Low end and width of a range, moved as little as makes 0 one of its levels."""
+    n = levels[1] - levels[0]
+    high = (width.abs() + eps) + low
+    low = torch.where(low > 0, 0.0, low)
+    high = torch.where(high < 0, 0.0, high)
+    zero = torch.round(-low * (n / (high - low)))
+    new_low = torch.where(zero < n, zero / (zero - n) * high, low)
+    new_high = torch.where(zero > 0, (zero - n) / zero * low, high)
+    # Either end may move; the one that leaves the wider range does.
+    first = (high - new_low > new_high - low).to(low.dtype)
+    second = (1 - first).abs()
+    final_low = first * new_low + second * low
+    return final_low, second * new_high + first * high - final_low
+
+
+# ------------------------------------------------------------------------------------------------
+# The two functions on values. Their operations and the order of these are NNCF's, on which the
+# last bit depends.
+
+
+def round_values(values: Tensor, low: Tensor, width: Tensor, steps: Tensor) -> Tensor:
+    """Values of any dtype, cut off and rounded to levels, in FP32.
+
+    Args:
+        low, width: of the range; broadcast to `values`.
+        steps: levels to a unit, (levels - 1) / width.
+    """
+    zero_point = torch.round(-low * steps)
+    rounded = torch.minimum(torch.maximum(values.float(), low), low + width)
+    rounded -= low
+    rounded *= steps
+    rounded -= zero_point
+    rounded.round_()
+    rounded /= steps
+    return rounded
+
+
+def round_to(
+    values: Tensor, low: Tensor, width: Tensor, steps: Tensor, dtype: torch.dtype
+) -> Tensor:
+    """`round_values`, in `dtype`."""
+    return round_values(values, low, width, steps).to(dtype)
+
+
+def gradients(
+    grad: Tensor, values: Tensor, low: Tensor, width: Tensor, steps: Tensor, floor: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of the values, and each value's part in those of low end and width.
+
+    Args:
+        grad: of the rounded values.
+        floor: by how much the lowest level moves when the highest one moves by 1.
+    """
+    grad, values = grad.float(), values.float()
+    moved = round_values(values, low, width, steps)
+    moved -= values
+    moved *= torch.reciprocal(width)
+    above, below, outside, inside = _masks(values, low, width)
+    moved *= inside
+    moved += above
+    moved += below * floor
+    # In this order: memory is laid out as the gradient's, and by that its sum is rounded.
+    return grad * inside, grad * outside, grad * moved
+
+
+def only_inside(grad: Tensor, values: Tensor, low: Tensor, width: Tensor) -> Tensor:
+    """The gradient of the values alone, where the range is not trained."""
+    inside = _masks(values.float(), low, width)[-1]
+    inside *= grad.float()
+    return inside
+
+
+def _masks(values: Tensor, low: Tensor, width: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """1 or 0 for values above a range, below it, outside it and inside it.
+
+    In FP32: a CPU multiplies by bools at a third of the speed.
+    """
+    above, below = torch.empty_like(values), torch.empty_like(values)
+    torch.gt(values, low + width, out=above)
+    torch.lt(values, low, out=below)
+    outside = above + below
+    return above, below, outside, 1 - outside
+
+
+def sum_like(parts: Tensor, parameter: Tensor) -> Tensor:
+    """The sum of each value's part in the gradient of a parameter, in the parameter's shape."""
+    for dim, size in enumerate(parameter.shape):
+        if size == 1:
+            parts = parts.sum(dim, keepdim=True)
+    return parts.sum_to_size(parameter.shape)
+
+
+def gradient_sums(
+    grad: Tensor, values: Tensor, low: Tensor, width: Tensor, steps: Tensor, floor: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of the values, the low end and the width."""
+    inside, at_low, at_width = gradients(grad, values, low, width, steps, floor)
+    return inside, sum_like(at_low, low), sum_like(at_width, low)
+
+
+# ------------------------------------------------------------------------------------------------
+# Compiled, where that pays
+
+
+class _Compiled:
+    """A function that is compiled for a GPU at once, for a CPU when much has been computed.
+
+    On a CPU compiled and plain function give the same bits, so that a run that goes on in another
+    process, or on a machine without a compiler, is the same.
+    """
+
+    values_seen = 0  # by all of them, on a CPU
+    failed = False
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        self.function = function
+        self.compiled: Callable[..., Any] | None = None
+
+    def __call__(self, *args: Any) -> Any:
+        if not self._pays(args[0]):
+            return self.function(*args)
+        if self.compiled is None:
+            # Multiplication and addition as one operation, or a division that is not exact, would
+            # give other bits.
+            exact = {"emulate_precision_casts": True, "eager_numerics.division_rounding": True}
+            self.compiled = torch.compile(self.function, dynamic=True, options=exact)
+        try:
+            return self.compiled(*args)
+        except Exception as error:  # of a compiler; whatever it is, the plain function is right
+            _Compiled.failed = True
+            reason = (str(error).strip() or repr(error)).splitlines()[0]
+            warn(f"quantizers run as plain operations, which is slower: {reason}")
+            return self.function(*args)
+
+    @staticmethod
+    def _pays(values: Tensor) -> bool:
+        if _Compiled.failed or torch.compiler.is_compiling():
+            return False
+        if values.device.type == "cpu" and _Compiled.values_seen < PLAIN_VALUES:
+            _Compiled.values_seen += values.numel()
+            return False
+        return values.device.type == "cuda" or (values.device.type == "cpu" and _has_compiler())
+
+
+def _has_compiler() -> bool:
+    """Whether there is the C++ compiler that torch.compile would call."""
+    default = "clang++" if sys.platform == "darwin" else "g++"
+    return shutil.which(os.environ.get("CXX", default)) is not None
+
+
+_round_to, _gradients = _Compiled(round_to), _Compiled(gradients)
+_only_inside, _gradient_sums = _Compiled(only_inside), _Compiled(gradient_sums)
+
+
+class FakeQuantize(torch.autograd.Function):
+    """Values rounded to the levels of a range, with the gradients of values and range."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        values: Tensor,
+        levels: Levels,
+        eps: float,
+        dtype: torch.dtype,
+        known: Tensor | None,
+        *parameters: Tensor,
+    ) -> Tensor:
+        """Round values of any shape.
+
+        Args:
+            dtype: of the result.
+            known: the result, if it has been computed before.
+            parameters: the scale of a symmetric range, or the low end and width of another one;
+                they broadcast to the values.
+        """
+        ends = symmetric_range if len(parameters) == 1 else asymmetric_range
+        low, width = ends(*parameters, levels, eps)
+        steps = (levels[1] - levels[0]) / width
+        ctx.levels = levels
+        # Not the parameters themselves, which may be raised before the backward pass.
+        ctx.save_for_backward(values, low, width, steps, torch.sign(parameters[-1]))
+        if known is not None:
+            return known.detach()
+        (flat,) = _flat(low, values)
+        return _round_to(flat, low, width, steps, dtype).view_as(values)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        values, low, width, steps, sign = ctx.saved_tensors
+        needs_values, _, _, _, _, *needs_range = ctx.needs_input_grad
+        flat = _flat(low, grad, values)
+        of_range: list[Tensor | None] = [None] * len(needs_range)
+        if any(needs_range):
+            floor = ctx.levels[0] / ctx.levels[1]
+            if values.device.type == "cuda":
+                of_values, *sums = _gradient_sums(*flat, low, width, steps, floor)
+            else:
+                of_values, *parts = _gradients(*flat, low, width, steps, floor)
+                parts = parts[-len(needs_range) :]  # a symmetric range has no low end of its own
+                sums = [sum_like(part.view_as(values), low) for part in parts]
+            of_range = [*sums[:-1], sums[-1] * sign][-len(needs_range) :]
+        elif needs_values:
+            of_values = _only_inside(*flat, low, width)
+        of_values = of_values.view_as(values).to(values.dtype) if needs_values else None
+        return of_values, None, None, None, None, *of_range
+
+
+def _flat(low: Tensor, *tensors: Tensor) -> list[Tensor]:
+    """Tensors as vectors, where all their values have one range: one compiled function is enough
+    for all shapes then."""
+    tensors = [each.detach() for each in tensors]
+    if low.numel() == 1 and all(each.is_contiguous() for each in tensors):
+        return [each.view(-1) for each in tensors]
+    return tensors
+
+
+# ------------------------------------------------------------------------------------------------
+# Under NNCF's modules
+
+
+# NNCF knows these two by their names, and by the parameters among their arguments.
+def symmetric_quantize(x: Tensor, scale: Tensor, *rest: Any) -> Tensor:
+    """Values rounded to a symmetric range; rest: levels, eps, dtype, known of `FakeQuantize`."""
+    if has_torch_function_unary(x):
+        return handle_torch_function(symmetric_quantize, (x,), x, scale, *rest)
+    return FakeQuantize.apply(x, *rest, scale)
+
+
+def asymmetric_quantize(x: Tensor, low: Tensor, width: Tensor, *rest: Any) -> Tensor:
+    """Values rounded to any range; rest as in `symmetric_quantize`."""
+    if has_torch_function_unary(x):
+        return handle_torch_function(asymmetric_quantize, (x,), x, low, width, *rest)
+    return FakeQuantize.apply(x, *rest, low, width)
+
+
+@dataclass(frozen=True)
+class Known:
+    """A weight as rounded last, and what tells whether it still is: see `_state`."""
+
+    rounded: Tensor
+    state: tuple[Any, ...]
+
+
+_known: weakref.WeakKeyDictionary[nn.Module, Known] = weakref.WeakKeyDictionary()
+# A fused step changes weights and not their versions.
+register_optimizer_step_post_hook(lambda *_: _known.clear())
+
+
+def quantize(
+    quantizer: BaseQuantizer, x: Tensor, execute_traced_op_as_identity: bool = False
+) -> Tensor:
+    """Take the place of `quantize` in NNCF's symmetric and asymmetric quantizers.
+
+    The result is in FP32, or under autocast in its dtype: what a matrix product would make of it.
+
+    On a CPU a weight is rounded once as long as it does not change, whatever the number of passes
+    to a step. On a GPU it is rounded in each pass, which a CUDA graph may have recorded.
+    """
+    if execute_traced_op_as_identity:
+        return x
+    symmetric = isinstance(quantizer, SymmetricQuantizer)
+    with torch._C.DisableTorchFunction():  # NNCF would take this for a part of the model
+        weight = isinstance(x, nn.Parameter)
+        # Tables of embeddings, whose rows are summed, are weights without a range to hold.
+        held = weight and hasattr(quantizer, "weight_range")
+        dtype = _autocast_dtype(x.device.type) if held or not weight else torch.float32
+        keeps = weight and x.device.type == "cpu" and not torch.is_inference_mode_enabled()
+        known = _known.get(quantizer) if keeps else None
+        if known is not None and known.state != _state(quantizer, x, dtype):
+            known = None
+        if held and known is None:
+            hold(quantizer, x)
+    rest = (quantizer.levels_in_use, quantizer.eps, dtype, known and known.rounded)
+    if symmetric:
+        rounded = symmetric_quantize(x, quantizer.scale, *rest)
+    else:
+        rounded = asymmetric_quantize(x, quantizer.input_low, quantizer.input_range, *rest)
+    if keeps and known is None:
+        with torch._C.DisableTorchFunction():
+            _known[quantizer] = Known(rounded.detach(), _state(quantizer, x, dtype))
+    return rounded
+
+
+def _state(quantizer: BaseQuantizer, x: Tensor, dtype: torch.dtype) -> tuple[Any, ...]:
+    """What the rounding of a weight depends on; but for a fused step, versions of tensors go up
+    when they change."""
+    versions = [(each.data_ptr(), each._version) for each in (x, *quantizer.parameters())]
+    return (*versions, quantizer.levels_in_use, dtype)
+
+
+def _autocast_dtype(device: str) -> torch.dtype:
+    """The dtype of matrix products."""
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+        return torch.get_autocast_dtype(device)
+    return torch.float32
+
+
+def _remembering(set_levels: Callable[[BaseQuantizer], None]) -> Callable[[BaseQuantizer], None]:
+    """NNCF's `set_levels`, called wherever levels change, which notes them as Python numbers."""
+
+    def set_and_remember(quantizer: BaseQuantizer) -> None:
+        set_levels(quantizer)
+        quantizer.levels_in_use = (quantizer.level_low, quantizer.level_high)
+
+    return set_and_remember
+
+
+for _kind in (SymmetricQuantizer, AsymmetricQuantizer):
+    _kind.set_levels = _remembering(_kind.set_levels)
+    _kind.quantize = quantize
+    _kind._forward_impl = quantize  # which asks buffers whether it is enabled, or traced by jit
