@@ -241,11 +241,12 @@ def fit_temperature(scores: Tensor, own: Tensor, now: float | Tensor | None) -> 
     """
     if now is None:
         spread = scores[scores.isfinite()].std().double()
-        start, powers = torch.where(spread == 0, 1.0, spread), torch.arange(-32, 9) / 4
+        start, (low, high, part) = torch.where(spread == 0, 1.0, spread), (-32, 8, 4)
     else:
         start = torch.as_tensor(now, dtype=torch.float64, device=scores.device)
-        powers = torch.arange(-8, 9) / 8
-    tried = start * 2.0 ** powers.double().to(scores.device)
+        low, high, part = -8, 8, 8
+    powers = torch.arange(low, high + 1, dtype=torch.float64, device=scores.device) / part
+    tried = start * 2.0**powers
     every = scores / tried.to(scores.dtype)[:, None, None]
     losses = F.cross_entropy(every.flatten(0, 1), own.repeat(len(tried)), reduction="none")
     best = tried.index_select(0, losses.view(len(tried), -1).mean(dim=1).argmin()[None])[0]
