@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections import deque
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,13 +15,15 @@ from torch import Tensor, nn
 
 import squad_utils
 from cli_utils import UserError
-from emb_task import Pairs, Texts, encode
+from emb_task import Pairs, Texts, encode, split_passes
 from embedding_model import EmbeddingOutput
 from model_utils import state_errors
 from onnx_utils import INPUTS
 from run_utils import Run
+from train_utils import to_device
 
-PASS_TEXTS = 16  # of similar length, in one pass: what is mined has any length
+PASS_TEXTS = 16  # of similar length, in one pass of a CPU: what is mined has any length
+NEAREST = 32  # contexts read of each question: hardly ever do so many answer it
 NEAR_ZERO = 1e-12  # squared distances below it have no direction
 
 
@@ -99,6 +102,8 @@ def parse_loss_cfg(text: str) -> LossCfg:
 class HardNegatives:
     """The nearest context that does not answer, for each question of an optimisation step.
 
+    Vectors and distances stay on the device. A step reads from it once: which contexts are nearest.
+
     Each step embeds `num` random contexts, without gradient. They and those of the steps before
     it, `history` steps in all, are the candidates; the distances of older ones count times
     alpha^age. Saved and restored with a run's state.
@@ -112,9 +117,10 @@ class HardNegatives:
 
     Attributes:
         found: pair -> context, of the present step.
-        in_batch: pair -> its loss, and gradients [H] in its question, its context and the one
-            mined for it.
-        temperature: of in_batch, as of the last step.
+        in_batch: losses [Q] of the present step's pairs, and gradients in their questions,
+            contexts and mined ones, [Q, H] each, on the device; None without in_batch.
+        row: pair -> row of `in_batch`.
+        temperature: of in_batch, as of the last step; learned, an FP64 scalar on the device.
     """
 
     def __init__(
@@ -131,9 +137,10 @@ class HardNegatives:
         self.run, self.pairs, self.num, self.batch_size = run, pairs, num, batch_size
         self.alpha, self.seed, self.cfg = alpha, seed, cfg
         self.kept: deque[tuple[np.ndarray, Tensor]] = deque(maxlen=history)
-        self.temperature = cfg.temperature
+        self.temperature: float | Tensor | None = cfg.temperature
         self.found: dict[int, int] = {}
-        self.in_batch: dict[int, tuple[float, Tensor, Tensor, Tensor]] = {}
+        self.in_batch: tuple[Tensor, Tensor, Tensor, Tensor] | None = None
+        self.row: dict[int, int] = {}
 
     def __call__(self, model: nn.Module, step: int, chosen: np.ndarray) -> None:
         """Mine for the pairs `chosen`, on all processes alike."""
@@ -146,6 +153,7 @@ class HardNegatives:
         self.found = self._nearest(chosen, candidates, self._distances(questions))
         if self.cfg.in_batch:
             self.in_batch = self._softmax(model, chosen, questions)
+            self.row = {int(pair): row for row, pair in enumerate(chosen)}
 
     def _encode(self, model: nn.Module, texts: Texts, chosen: np.ndarray) -> Tensor:
         return encode(self.run, model, texts, chosen, self.batch_size)
@@ -158,56 +166,65 @@ class HardNegatives:
     def _nearest(
         self, chosen: np.ndarray, candidates: np.ndarray, distances: Tensor
     ) -> dict[int, int]:
+        order = distances.argsort(dim=1)
+        nearest = candidates[order[:, :NEAREST].cpu().numpy()]
+
+        def from_the_nearest(row: int) -> Iterator[int]:
+            yield from nearest[row].tolist()
+            yield from candidates[order[row, NEAREST:].cpu().numpy()].tolist()
+
         found = {}
-        for pair, order in zip(chosen, distances.argsort(dim=1).numpy(), strict=True):
-            for context in candidates[order]:
-                if not self.pairs.answered_by(pair, context):
-                    found[int(pair)] = int(context)
-                    break
-            else:
+        for row, pair in enumerate(chosen.tolist()):
+            contexts = from_the_nearest(row)
+            wrong = next((c for c in contexts if not self.pairs.answered_by(pair, c)), None)
+            if wrong is None:
                 raise UserError(
                     "--hnm_num: all contexts mined answer the same question; mine more of them"
                 )
+            found[pair] = wrong
         return found
 
     def _softmax(
         self, model: nn.Module, chosen: np.ndarray, questions: Tensor
-    ) -> dict[int, tuple[float, Tensor, Tensor, Tensor]]:
-        """-log softmax of -distance / temperature at each question's own context."""
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """-log softmax of -distance / temperature at each question's own context, and gradients."""
         pairs, count = self.pairs, len(chosen)
         mined = [self.found[int(pair)] for pair in chosen]
         texts, place = np.unique([*pairs.context[chosen], *mined], return_inverse=True)
         contexts = self._encode(model, pairs.contexts, texts)
         questions.requires_grad_(), contexts.requires_grad_()
-        own = torch.from_numpy(place[:count])
-        excluded = torch.tensor([[pairs.answered_by(pair, c) for c in texts] for pair in chosen])
-        excluded[torch.arange(count), own] = False
+        excluded = np.array([[pairs.answered_by(pair, c) for c in texts] for pair in chosen])
+        excluded[np.arange(count), place[:count]] = False
+        arrays = {"excluded": excluded, "place": place, "uses": np.bincount(place)}
+        tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
+        excluded, place, uses = to_device(tensors, questions.device).values()
+        own = place[:count]
         scores = (-distance(questions, contexts)).masked_fill(excluded, float("-inf"))
         if self.cfg.temperature is None:
             self.temperature = fit_temperature(scores.detach(), own, self.temperature)
         losses = F.cross_entropy(scores / self.temperature, own, reduction="none")
         of_questions, of_contexts = torch.autograd.grad(losses.sum(), (questions, contexts))
         # A context is embedded wherever it stands: together those give its gradient once.
-        of_contexts = (of_contexts / torch.from_numpy(np.bincount(place))[:, None])[place]
-        rows = zip(
-            losses.tolist(), of_questions, of_contexts[:count], of_contexts[count:], strict=True
-        )
-        return dict(zip(map(int, chosen), rows, strict=True))
+        of_contexts = (of_contexts / uses[:, None]).index_select(0, place)
+        return losses.detach(), of_questions, of_contexts[:count], of_contexts[count:]
 
     def state_dict(self) -> dict[str, Any]:
+        """All of it on the CPU, so that it loads on any device."""
         return {
             "ids": [ids for ids, _ in self.kept],
-            "vectors": [v for _, v in self.kept],
-            "temperature": self.temperature,
+            "vectors": [vectors.cpu() for _, vectors in self.kept],
+            "temperature": None if self.temperature is None else float(self.temperature),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.temperature = state["temperature"]
         self.kept.clear()
-        self.kept.extend(zip(state["ids"], state["vectors"], strict=True))
+        device = self.run.accelerator.device
+        vectors = [each.to(device) for each in state["vectors"]]
+        self.kept.extend(zip(state["ids"], vectors, strict=True))
 
 
-def fit_temperature(scores: Tensor, own: Tensor, now: float | None) -> float:
+def fit_temperature(scores: Tensor, own: Tensor, now: float | Tensor | None) -> Tensor:
     """A temperature for the softmax of scores, a step on from the one before.
 
     Vectors may be of any size, and a temperature that does not fit theirs has training grow or
@@ -218,15 +235,22 @@ def fit_temperature(scores: Tensor, own: Tensor, now: float | None) -> float:
         scores: [Q, C], -distance, or -inf where a context does not count.
         own: int64 [Q], the context of each question.
         now: the temperature of the step before, or None at the first.
+
+    Returns:
+        an FP64 scalar on the device of `scores`; but for the first, nothing waits for that.
     """
     if now is None:
-        spread = float(scores[scores.isfinite()].std()) or 1.0
-        tried = [spread * 2.0 ** (power / 4) for power in range(-32, 9)]
+        spread = scores[scores.isfinite()].std().double()
+        start, (low, high, part) = torch.where(spread == 0, 1.0, spread), (-32, 8, 4)
     else:
-        tried = [now * 2.0 ** (power / 8) for power in range(-8, 9)]
-    losses = [float(F.cross_entropy(scores / temperature, own)) for temperature in tried]
-    best = tried[int(np.argmin(losses))]
-    return best if now is None else now * (best / now) ** 0.1
+        start = torch.as_tensor(now, dtype=torch.float64, device=scores.device)
+        low, high, part = -8, 8, 8
+    powers = torch.arange(low, high + 1, dtype=torch.float64, device=scores.device) / part
+    tried = start * 2.0**powers
+    every = scores / tried.to(scores.dtype)[:, None, None]
+    losses = F.cross_entropy(every.flatten(0, 1), own.repeat(len(tried)), reduction="none")
+    best = tried.index_select(0, losses.view(len(tried), -1).mean(dim=1).argmin()[None])[0]
+    return best if now is None else start * (best / start) ** 0.1
 
 
 def distance(a: Tensor, b: Tensor) -> Tensor:
@@ -251,28 +275,48 @@ class PairBatches:
         lengths = self.pairs.contexts.total_lengths[self.pairs.context]
         return squad_utils.plan_steps(lengths, self.step_size, self.seed, epoch)
 
+    def tokens(self, chosen: np.ndarray) -> np.ndarray:
+        """Tokens of each pair without padding, int64 [len(chosen)]: its question, its context, and
+        as many as that again for the context mined for it, which is not known before the step."""
+        pairs = self.pairs
+        contexts = pairs.contexts.total_lengths[pairs.context[chosen]]
+        return pairs.questions.total_lengths[pairs.question[chosen]] + 2 * contexts
+
     def batch(self, epoch: int, chosen: np.ndarray) -> dict[str, Tensor]:
-        """Inputs "q_..." of questions [B, Lq]; "c0_...", "c1_...", ... of groups of contexts and
-        of those mined, with the `place` of each among first all contexts, then all mined; all
-        masks as `attention_mask` [1, all], for the count of tokens; with in_batch its losses [B]
-        and gradients [B, H] and, of contexts and mined ones, [2B, H]."""
+        """All that the losses of a few pairs need; which text is which, they are told by indices.
+
+        Returns:
+            "q_..." inputs of the questions, [B, Lq];
+            "c0_...", "c1_...", ... inputs of groups of contexts and of those mined, by length;
+            "c0_rows", "c0_pairs", ... rows of a group that are contexts of pairs, not mined for
+                them, and these pairs' places in the batch; left out where there are none;
+            "place" [2B], the row of each context, then of each mined one, among all groups' rows;
+            "attention_mask" [1, all], all masks, for the count of tokens;
+            with in_batch "in_batch", its losses [B], and gradients "gradient_q" [B, H] and, of
+                contexts and mined ones, "gradient_c" [2B, H], on the device.
+        """
         pairs, mined = self.pairs, self.negatives
         arrays = _named("q_", pairs.questions.batch(pairs.question[chosen]))
         negatives = [mined.found[int(pair)] for pair in chosen]
         contexts = np.concatenate([pairs.context[chosen], negatives])
-        order = np.argsort(pairs.contexts.total_lengths[contexts], kind="stable")
-        for i, place in enumerate(np.split(order, range(PASS_TEXTS, len(order), PASS_TEXTS))):
-            arrays |= _named(f"c{i}_", pairs.contexts.batch(contexts[place]))
-            arrays[f"c{i}_place"] = place
+        lengths = pairs.contexts.total_lengths[contexts]
+        order = np.argsort(lengths, kind="stable")
+        accelerator = mined.run.accelerator
+        for i, places in enumerate(split_passes(lengths[order], PASS_TEXTS, accelerator)):
+            group = order[places]
+            arrays |= _named(f"c{i}_", pairs.contexts.batch(contexts[group]))
+            rows = np.flatnonzero(group < len(chosen))
+            if len(rows):
+                arrays |= {f"c{i}_rows": rows, f"c{i}_pairs": group[rows]}
+        arrays["place"] = np.argsort(order)
         masks = [array.ravel() for name, array in arrays.items() if name.endswith("_mask")]
         arrays["attention_mask"] = np.concatenate(masks)[None]
         batch = {name: torch.from_numpy(array) for name, array in arrays.items()}
-        if mined.in_batch:
-            rows = [mined.in_batch[int(pair)] for pair in chosen]
-            losses, of_q, of_c, of_n = zip(*rows, strict=True)
-            batch["in_batch"] = torch.tensor(losses)
-            batch["gradient_q"] = torch.stack(of_q)
-            batch["gradient_c"] = torch.stack([*of_c, *of_n])
+        if mined.in_batch is not None:
+            rows = torch.tensor([mined.row[int(pair)] for pair in chosen])
+            rows = to_device({"rows": rows}, accelerator.device)["rows"]
+            losses, of_q, of_c, of_n = (each.index_select(0, rows) for each in mined.in_batch)
+            batch |= {"in_batch": losses, "gradient_q": of_q, "gradient_c": torch.cat([of_c, of_n])}
         return batch
 
 
@@ -297,6 +341,8 @@ class EmbLoss:
     - with in_batch, `in_batch`: the softmax of `HardNegatives`, by its gradient;
     - with a teacher, `hidden_states`: supervision_weight x the error of hidden states of question
       and context, and `embedding`: the L1 or L2 distance between its embeddings and the student's.
+
+    Nothing here reads a tensor's values, so a GPU is never waited for.
     """
 
     def __init__(
@@ -314,13 +360,13 @@ class EmbLoss:
     def __call__(self, model: nn.Module, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         taught = self.teacher is not None
         count = len(batch["q_input_ids"])
-        passes = [(part(batch, "q_"), torch.arange(count, device=batch["q_input_ids"].device))]
-        while (place := batch.get(f"c{len(passes) - 1}_place")) is not None:
-            passes.append((part(batch, f"c{len(passes) - 1}_"), place))
-        outputs = [model(**inputs, output_hidden_states=taught) for inputs, _ in passes]
+        prefixes = ["q_"]
+        while f"c{len(prefixes) - 1}_input_ids" in batch:
+            prefixes.append(f"c{len(prefixes) - 1}_")
+        outputs = [model(**part(batch, each), output_hidden_states=taught) for each in prefixes]
         q = outputs[0].embedding.float()
         contexts = torch.cat([each.embedding.float() for each in outputs[1:]])
-        c, n = contexts[torch.cat([place for _, place in passes[1:]]).argsort()].split(count)
+        c, n = contexts.index_select(0, batch["place"]).split(count)
         losses = {}
         if self.cfg.triplet_num:
             losses["triplet"] = F.softplus(gap(q, c) - gap(q, n))
@@ -332,31 +378,35 @@ class EmbLoss:
             losses["in_batch"] = batch["in_batch"] + along - along.detach()
         if not taught:
             return losses
-        errors, distances = torch.zeros_like(q[:, 0]), torch.zeros_like(q[:, 0])
-        for (inputs, place), mine in zip(passes, outputs, strict=True):
-            own = place < count  # of what is mined the teacher is not asked
-            if own.any():
-                error, distance = self._taught(inputs, mine, own)
-                errors = errors.index_add(0, place[own], error)
-                distances = distances.index_add(0, place[own], distance)
+        errors, distances = self._taught(part(batch, "q_"), outputs[0])
+        for prefix, mine in zip(prefixes[1:], outputs[1:], strict=True):
+            rows = batch.get(f"{prefix}rows")
+            if rows is not None:  # the teacher is not asked for what is mined
+                error, distance = self._taught(part(batch, prefix), mine, rows)
+                errors = errors.index_add(0, batch[f"{prefix}pairs"], error)
+                distances = distances.index_add(0, batch[f"{prefix}pairs"], distance)
         losses["hidden_states"] = self.supervision_weight * errors
         if self.cfg.emb_loss != "none":
             losses["embedding"] = distances
         return losses
 
     def _taught(
-        self, inputs: dict[str, Tensor], outputs: EmbeddingOutput, rows: Tensor
+        self, inputs: dict[str, Tensor], outputs: EmbeddingOutput, rows: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        """Error of the hidden states and distance of the embeddings, of some rows of a pass."""
-        inputs = {name: value[rows] for name, value in inputs.items()}
-        states = [state[rows] for state in outputs.hidden_states]
+        """Error of the hidden states and distance of the embeddings, of all rows of a pass, or of
+        those with the indices `rows`; [rows] each."""
+        states, embedding = outputs.hidden_states, outputs.embedding
+        if rows is not None:
+            inputs = {name: value.index_select(0, rows) for name, value in inputs.items()}
+            states = [state.index_select(0, rows) for state in states]
+            embedding = embedding.index_select(0, rows)
         with torch.no_grad(), self.run.accelerator.autocast():
             target = self.teacher(**inputs, output_hidden_states=True)
         if self.state_maps is not None:
             with self.run.accelerator.autocast():
                 states = [m(s) for m, s in zip(self.state_maps, states, strict=True)]
         errors = state_errors(states, target.hidden_states, inputs["attention_mask"]).sum(dim=0)
-        difference = outputs.embedding[rows].float() - target.embedding.float()
+        difference = embedding.float() - target.embedding.float()
         if self.cfg.emb_loss == "L1":
             return errors, difference.abs().sum(dim=1)
         return errors, norm(difference)

@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 import torch
-from accelerate.utils import gather_object
+from accelerate import Accelerator
 from torch import Tensor, nn
 
 import onnx_utils
@@ -30,6 +30,7 @@ from training.passes import to_device
 CHECKED_TEXTS = 8  # on which the exported file is compared with PyTorch
 TOP = (1, 5, 10, 100, 200)  # of the nearest contexts
 QUESTION_BLOCK, CONTEXT_BLOCK = 1024, 65536  # of the distances computed at once: 256 MB
+PASS_TOKENS = 32768  # with padding, of one forward pass on a GPU
 
 
 # ------------------------------------------------------------------------------------------------
@@ -158,6 +159,32 @@ def make_pairs(
 # Vectors
 
 
+def split_passes(lengths: np.ndarray, least: int, accelerator: Accelerator) -> list[np.ndarray]:
+    """Split texts that are in the order of their lengths into those of each forward pass.
+
+    A CPU gets `least` texts a pass, which are then padded little. A GPU is fast only with many
+    tokens at once: it gets as many texts as have PASS_TOKENS tokens with padding, or as each
+    process's share of all tokens if that is less; but never fewer than `least`.
+
+    Args:
+        lengths: int64 [texts], rising or falling.
+
+    Returns:
+        places in `lengths`, int64, of each pass.
+    """
+    padded = -(-lengths // 8) * 8
+    limit = 0
+    if accelerator.device.type != "cpu":
+        limit = min(PASS_TOKENS, -(-int(padded.sum()) // accelerator.num_processes))
+    ends, begin, longest = [], 0, 0
+    for i, length in enumerate(padded.tolist()):
+        longest = max(longest, length)
+        if i - begin >= least and (i + 1 - begin) * longest > limit:
+            ends.append(i)
+            begin, longest = i, length
+    return np.split(np.arange(len(lengths)), ends)
+
+
 @torch.no_grad()
 def encode(
     run: Run,
@@ -168,37 +195,38 @@ def encode(
     precise: bool = False,
     may_stop: bool = False,
 ) -> Tensor:
-    """Vectors of texts[chosen], FP32 [len(chosen), H] on the CPU, shared among all processes.
+    """Vectors of texts[chosen], FP32 [len(chosen), H] on the device, the same on all processes.
 
-    In eval mode, in batches of texts of similar length, padded to the longest of each.
+    In eval mode, in passes of texts of similar length, padded to the longest of each; every process
+    takes some of them. Nothing here waits for a GPU.
 
     Args:
+        batch_size: texts in a pass; on a GPU the fewest, see `split_passes`.
         precise: compute in FP32 whatever the run's precision is.
         may_stop: a signal stops the run between two batches, since nothing is to be saved.
     """
     accelerator = run.accelerator
     order = np.argsort(-texts.total_lengths[chosen], kind="stable")
-    batches = np.split(order, range(batch_size, len(order), batch_size))
+    passes = split_passes(texts.total_lengths[chosen[order]], batch_size, accelerator)
     was_training = model.training
     model.eval()
-    vectors = torch.empty(0, 0)
-    for rows in batches[accelerator.process_index :: accelerator.num_processes]:
+    width = model.output_map.out_features
+    vectors = torch.zeros(len(chosen), width, device=accelerator.device)
+    for places in passes[accelerator.process_index :: accelerator.num_processes]:
         if may_stop:
             run.stop_if_asked()
-        arrays = texts.batch(chosen[rows])
+        arrays = {**texts.batch(chosen[order[places]]), "rows": order[places]}
         batch = {name: torch.from_numpy(array) for name, array in arrays.items()}
+        batch = to_device(batch, accelerator.device)
+        rows = batch.pop("rows")
         with contextlib.nullcontext() if precise else accelerator.autocast():
-            embedding = model(**to_device(batch, accelerator.device)).embedding
-        if not len(vectors):
-            vectors = torch.zeros(len(chosen), embedding.shape[1])
-        vectors[rows] = embedding.float().cpu()
+            embedding = model(**batch).embedding
+        vectors.index_copy_(0, rows, embedding.float())
     model.train(was_training)
     if accelerator.num_processes > 1:
-        # Each process has zeros where the others have vectors, and may have had no batch at all.
-        width = max(gather_object([vectors.shape[1]]))
-        vectors = vectors if len(vectors) else torch.zeros(len(chosen), width)
+        # Each process has zeros where the others have vectors.
         for block in vectors.split(CONTEXT_BLOCK):
-            block.copy_(accelerator.reduce(block.to(accelerator.device)))
+            block.copy_(accelerator.reduce(block, reduction="sum"))
     return vectors
 
 
@@ -209,6 +237,7 @@ def ranks(questions: Tensor, contexts: Tensor, own: Tensor) -> Tensor:
     nothing; and so do vectors that are not finite.
 
     As matrix products in blocks: what it needs beside the vectors hardly grows with their number.
+    Computed where the arguments are, all on one device; nothing is read from it.
 
     Args:
         questions: [Q, H].
@@ -219,7 +248,7 @@ def ranks(questions: Tensor, contexts: Tensor, own: Tensor) -> Tensor:
     blocks = contexts.split(CONTEXT_BLOCK)
     halves = torch.cat([block.square().sum(dim=1) / 2 for block in blocks])
     rounding = 1e-6 * halves.abs().max()
-    found = torch.zeros(len(questions), dtype=torch.int64)
+    found = torch.zeros(len(questions), dtype=torch.int64, device=questions.device)
     for first in range(0, len(questions), QUESTION_BLOCK):
         block = slice(first, first + QUESTION_BLOCK)
         q, mine = questions[block], own[block]
@@ -228,14 +257,17 @@ def ranks(questions: Tensor, contexts: Tensor, own: Tensor) -> Tensor:
             there = slice(begin, begin + CONTEXT_BLOCK)
             scores = torch.addmm(halves[there], q, contexts[there].T, alpha=-1)
             nearer = ~(scores > limit[:, None] + rounding)
-            inside = (mine >= begin) & (mine < begin + CONTEXT_BLOCK)
-            nearer[inside, mine[inside] - begin] = False  # whatever rounding makes of itself
+            # A question's own context is not nearer than itself, whatever rounding makes of it.
+            column = (mine - begin).clamp(0, scores.shape[1] - 1)[:, None]
+            elsewhere = column != (mine - begin)[:, None]
+            nearer.scatter_(1, column, nearer.gather(1, column) & elsewhere)
             found[block] += nearer.sum(dim=1)
     return found
 
 
 def retrieval_figures(found: Tensor) -> dict[str, float]:
     """Share of questions whose own context is among the nearest, and mean reciprocal rank, in %."""
+    found = found.cpu()
     figures = {f"top_{k}": float((found < k).double().mean() * 100) for k in TOP}
     figures["mrr"] = float((1.0 / (found + 1).double()).mean() * 100)
     return figures
@@ -261,8 +293,12 @@ class EmbEvaluation:
             return encode(self.run, of, texts, every, self.batch_size, precise, may_stop=True)
 
         contexts = vectors(index_model or model, self.contexts)
-        questions = vectors(model, self.pairs.questions)[self.pairs.question]
-        return retrieval_figures(ranks(questions, contexts, torch.from_numpy(self.pairs.context)))
+        questions = vectors(model, self.pairs.questions)
+        asked, own = (
+            torch.from_numpy(each).to(contexts.device)
+            for each in (self.pairs.question, self.pairs.context)
+        )
+        return retrieval_figures(ranks(questions[asked], contexts, own))
 
 
 # ------------------------------------------------------------------------------------------------
@@ -284,6 +320,10 @@ class TextBatches:
     def steps(self, epoch: int) -> list[np.ndarray]:
         """The texts of each optimisation step of an epoch: questions first, then contexts."""
         return squad_utils.plan_steps(self.lengths, self.step_size, self.seed, epoch)
+
+    def tokens(self, chosen: np.ndarray) -> np.ndarray:
+        """Tokens of each text without padding, int64 [len(chosen)]."""
+        return self.lengths[chosen]
 
     def batch(self, epoch: int, chosen: np.ndarray) -> dict[str, Tensor]:
         """Inputs [B, L]."""

@@ -29,7 +29,7 @@ def parse_arguments() -> argparse.Namespace:
     add_fine_tuning_arguments(parser, teacher="embedding model")
     add("--loss_cfg", default="triplet_num:1,emb_loss:none", help="the loss, key:value,...")
     add("--hnm_num", type=positive, default=256, help="random contexts to mine from in a step")
-    add("--hnm_batch_size", type=positive, default=8, help="of them, in one pass of a process")
+    add("--hnm_batch_size", type=positive, default=8, help="of them, in one pass; a GPU takes more")
     add("--hnm_hist_num", type=positive, default=32, help="steps whose mined contexts are kept")
     add(
         "--hnm_hist_alpha",
