@@ -93,6 +93,7 @@ def trainer_seconds(
     """Seconds of the timed steps of 48 windows by the Trainer, in passes of `size`."""
     sizes = bench.sizes
     clock = Clock(sizes.warm_up, sizes.warm_up + sizes.steps)
+    backend = "aot_eager" if bench.args.dry_run else "inductor"
     with tempfile.TemporaryDirectory() as folder:
         trainer = transformers.Trainer(
             model=model,
@@ -106,6 +107,8 @@ def trainer_seconds(
                 fp16=bench.precision == "fp16",
                 optim="adamw_torch_fused",
                 torch_compile=compiled,
+                # A compiler of C++ takes a minute, and shows nothing in a dry run.
+                torch_compile_backend=backend if compiled else None,
                 dataloader_num_workers=0 if bench.args.dry_run else 4,
                 use_cpu=bench.device == "cpu",
                 logging_strategy="no",
