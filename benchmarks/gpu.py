@@ -187,7 +187,7 @@ def main() -> None:
         if "error" not in parts.get(name, {"error": ""}):
             continue
         left = 60 * args.minutes - (time.monotonic() - STARTED)
-        if left < PARTS[name].seconds and not args.dry_run:
+        if left < PARTS[name].seconds:
             warn(f"{name} takes about {PARTS[name].seconds:.0f} s and {left:.0f} s are left: it and"
                  " what follows are for another call")  # fmt: skip
             break

@@ -13,7 +13,7 @@ import signal
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -274,19 +274,27 @@ def timed(
     losses = [record["loss"] for record in read_log(run.output_dir) if "loss" in record]
     figures |= {"first_loss": losses[0], "last_loss": losses[-1]}
     if profile and bench.args.profile:
-        activity = "CUDA" if bench.device == "cuda" else "CPU"
-        activities = [getattr(torch.profiler.ProfilerActivity, activity)]
-        profiler = torch.profiler.profile(activities=activities)
-        steps = min(PROFILED_STEPS, sizes.steps)
-        clock = go(steps, profiler)
-        path = Path(bench.args.output_dir) / f"profile-{profile}.txt"
-        busy = write_profile(path, profiler, clock.seconds, activity)
-        figures["busy_share_of_gpu"] = busy / clock.seconds
+        try:
+            figures["busy_share_of_gpu"] = profiled(bench, go, profile)
+        except Exception as error:  # without it the figures above are as good
+            figures["profile_failed"] = repr(error)
     return figures
 
 
-def write_profile(path: Path, profiler: Any, seconds: float, activity: str) -> float:
-    """Write a table of the most expensive kernels; returns the seconds of all of them."""
+def profiled(bench: Bench, go: Callable[[int, Any], Clock], name: str) -> float:
+    """Write a table of the most expensive kernels of a few steps.
+
+    Args:
+        go: trains for so many steps with a profiler.
+
+    Returns:
+        the share of the time in which kernels ran.
+    """
+    activity = "CUDA" if bench.device == "cuda" else "CPU"
+    profiler = torch.profiler.profile(
+        activities=[getattr(torch.profiler.ProfilerActivity, activity)]
+    )
+    seconds = go(min(PROFILED_STEPS, bench.sizes.steps), profiler).seconds
     kernels: Counter[str] = Counter()
     calls: Counter[str] = Counter()
     for event in profiler.key_averages():
@@ -302,11 +310,12 @@ def write_profile(path: Path, profiler: Any, seconds: float, activity: str) -> f
         "",
         "    share        ms   calls  kernel",
     ]
-    for name, own in kernels.most_common(KERNELS):
+    for kernel, own in kernels.most_common(KERNELS):
         share = own / max(busy, 1e-12)
-        lines.append(f"{share:9.1%} {own * 1e3:9.2f} {calls[name]:7}  {name[:140]}")
+        lines.append(f"{share:9.1%} {own * 1e3:9.2f} {calls[kernel]:7}  {kernel[:140]}")
+    path = Path(bench.args.output_dir) / f"profile-{name}.txt"
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
-    return busy
+    return busy / seconds
 
 
 def linear_weights(model: nn.Module, part: str = "") -> int:

@@ -128,11 +128,11 @@ def test_packed_and_quantized_models_end_with_checked_files(
 
 
 def test_embeddings_end_with_a_checked_file(
-    base: Path, few: Path, tmp_path: Path, capfd: pytest.CaptureFixture
+    base: Path, sample: Path, tmp_path: Path, capfd: pytest.CaptureFixture
 ) -> None:
     out = tmp_path / "out"
-    flags = ("--loss_cfg=triplet_num:1,in_batch:1", "--num_train_epochs=0.5")
-    assert go(on_gpu(emb_command(base, few, out, *flags))) == 0, capfd.readouterr().err
+    flags = ("--loss_cfg=triplet_num:1,in_batch:1", "--num_train_epochs=0.3")
+    assert go(on_gpu(emb_command(base, sample, out, *flags))) == 0, capfd.readouterr().err
     check(out)
 
 
