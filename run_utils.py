@@ -39,6 +39,7 @@ FREE_ARGUMENTS = (
     "report_to",
     "per_gpu_train_batch_size",
     "per_gpu_eval_batch_size",
+    "no_cuda",
 )
 # What a finished run leaves in its folder; --overwrite_output_dir removes these and nothing else.
 RUN_FILES = (
