@@ -20,7 +20,7 @@ from embedding_model import EmbeddingOutput
 from model_utils import state_errors
 from onnx_utils import INPUTS
 from run_utils import Run
-from train_utils import to_device
+from training.passes import to_device
 
 PASS_TEXTS = 16  # of similar length, in one pass of a CPU: what is mined has any length
 NEAREST = 32  # contexts read of each question: hardly ever do so many answer it

@@ -81,7 +81,13 @@ def use_all_gpus(no_cuda: bool) -> None:
 
 def make_accelerator(precision: str, no_cuda: bool, seed: int) -> Accelerator:
     """The accelerator of this process, with all random generators seeded."""
-    accelerator = Accelerator(mixed_precision=pick_precision(precision, no_cuda), cpu=no_cuda)
+    mixed_precision = pick_precision(precision, no_cuda)
+    if torch.cuda.is_available() and not no_cuda:
+        # So that a run that goes on ends as one that was never stopped: sums in a fixed order.
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        torch.utils.deterministic.fill_uninitialized_memory = False
+    accelerator = Accelerator(mixed_precision=mixed_precision, cpu=no_cuda)
     set_seed(seed)
     # Denormal numbers slow a CPU down a hundredfold and change no figure.
     torch.set_flush_denormal(True)

@@ -7,7 +7,6 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -16,7 +15,6 @@ from accelerate.state import AcceleratorState, GradientState
 from calls import call, last_step, records, state_step, states
 from conftest import emb_command, pack_command, train_qa_command
 from safetensors.torch import load_file
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 pytestmark = [
     pytest.mark.cuda,
@@ -165,26 +163,24 @@ def test_losses_of_the_first_steps_are_those_of_the_cpu(
 # Stopped, and going on
 
 
-@pytest.fixture
-def repeatable() -> Iterator[None]:
-    """Attention without kernels that add in another order each time: else no two runs are alike."""
-    with sdpa_kernel(SDPBackend.MATH):
-        yield
-
-
+@pytest.mark.parametrize("flags", [(), ("--dropout=0", "--precision=bf16")])
 def test_stopped_on_the_gpu_it_ends_as_if_it_had_not_been(
-    tiny_bert: Path, few: Path, tmp_path: Path, repeatable: None, capfd: pytest.CaptureFixture
+    flags: tuple[str, ...],
+    tiny_bert: Path,
+    few: Path,
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture,
 ) -> None:
     whole, out = tmp_path / "whole", tmp_path / "out"
-    assert go(on_gpu(train_qa_command(tiny_bert, few, whole, *RESUMED))) == 0
-    command = on_gpu(train_qa_command(tiny_bert, few, out, *RESUMED))
+    assert go(on_gpu(train_qa_command(tiny_bert, few, whole, *RESUMED, *flags))) == 0
+    command = on_gpu(train_qa_command(tiny_bert, few, out, *RESUMED, *flags))
     stop(command, out)
     saved = state_step(out)
     assert 3 <= saved < len(losses(whole))
     capfd.readouterr()
     assert go(command) == 0
     assert f"going on from step {saved} of" in capfd.readouterr().out
-    check(out)
+    check(out, precision="bf16" if flags else "fp32")
     assert losses(out) == losses(whole)
     expected, found = (load_file(folder / "model.safetensors") for folder in (whole, out))
     assert all(torch.equal(found[name], weight) for name, weight in expected.items())
