@@ -77,7 +77,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--minutes", type=number(float, 0, low_open=True), default=60.0, help="for this call")
     add("--only", help=f"comma-separated parts: {', '.join([*PARTS, *GROUPS])}; all if left out")
     add("--work_dir", default="models/gpu", help="folder for models that commands make")
-    add("--model", help="small pretrained BERT for the squad parts; without it they are left out")
+    add("--model", help="folder of a small pretrained BERT for the squad parts, else left out")
     add("--squad_train_data", help="SQuAD JSON for the squad parts")
     add("--squad_dev_data", help="SQuAD JSON for the squad parts")
     add("--profile", action="store_true", help="the most expensive kernels of three parts too")
@@ -165,6 +165,7 @@ def main() -> None:
         os.environ["OMP_NUM_THREADS"] = "1"
     if not args.dry_run and not torch.cuda.is_available():
         raise UserError("no CUDA GPU here; --dry-run goes through all parts on the CPU")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # ends commands too
     folder = Path(args.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
     machine, parts, path = describe_machine(args), {}, folder / "gpu.json"

@@ -92,6 +92,8 @@ def run_command(bench: Bench, name: str) -> dict[str, Any]:
     folders = {each: str(work_dir / each) for each in COMMANDS}
     of_squad = name.startswith("squad")
     for needed in re.findall(r"\{(\w+)\}", COMMANDS[name]):
+        if "error" in bench.parts.get(needed, {}):
+            raise RuntimeError(f"{needed}, whose model it reads, has failed")
         if needed in folders and not os.path.exists(Path(folders[needed]) / "metrics.json"):
             run_command(bench, needed)
     train_data, dev_data = data / "train-v1.1.json", data / "dev-v1.1.json"

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import gc
+import os
 import tempfile
 import time
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import torch
@@ -94,7 +96,8 @@ def trainer_seconds(
     sizes = bench.sizes
     clock = Clock(sizes.warm_up, sizes.warm_up + sizes.steps)
     backend = "aot_eager" if bench.args.dry_run else "inductor"
-    with tempfile.TemporaryDirectory() as folder:
+    # It sets variables for accelerate, which our own loop and commands must not see.
+    with tempfile.TemporaryDirectory() as folder, mock.patch.dict(os.environ):
         trainer = transformers.Trainer(
             model=model,
             args=transformers.TrainingArguments(

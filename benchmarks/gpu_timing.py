@@ -197,10 +197,12 @@ def timing_run(bench: Bench) -> Iterator[TimingRun]:
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
     accelerator = make_accelerator(bench.precision, bench.device == "cpu", seed=0)
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     with tempfile.TemporaryDirectory() as folder:
-        yield TimingRun(accelerator, folder, {}, "new", 1e9, 1, "none")
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # which the run had taken
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        run = TimingRun(accelerator, folder, {}, "new", 1e9, 1, "none")
+        for number, handler in handlers.items():  # a run asks its loop to stop: there is no need
+            signal.signal(number, handler)
+        yield run
 
 
 class Clock:
