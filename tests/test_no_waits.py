@@ -63,19 +63,10 @@ def make(tiny_bert: Path) -> Callable[..., nn.Module]:
         config = BertConfig.from_pretrained(tiny_bert)
         config.pooling = "mean"
         found = fuse_attention(of(config).eval())
-        found.base_model.register_forward_pre_hook(widen_mask, with_kwargs=True)
         found = pack(found, PACK, []) if packed else found
         return merge(found) if merged else found
 
     return model
-
-
-def widen_mask(model: nn.Module, given: tuple, named: dict[str, Tensor]) -> tuple[tuple, dict]:
-    """Give the library's BERT a mask [B, 1, 1, L]: one of [B, L] it reads."""
-    mask = named["attention_mask"]
-    if mask.dim() == 2:
-        named = {**named, "attention_mask": mask.bool()[:, None, None, :]}
-    return given, named
 
 
 def on_meta(batch: dict[str, Tensor]) -> dict[str, Tensor]:
