@@ -221,7 +221,10 @@ def test_positions_end_with_the_longest() -> None:
     assert batch["attention_mask"].sum() == 2 * length
 
 
-def test_mining_against_a_slow_one() -> None:
+@pytest.mark.parametrize("read", [1, 32])
+def test_mining_against_a_slow_one(read: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where all contexts that are read first answer."""
+    monkeypatch.setattr(emb_loss, "NEAREST", read)
     torch.manual_seed(0)
     count = 12
     strings = [f"this one says {word}" for word in ["red", "blue", "green", "grey"] * 3]
@@ -415,6 +418,32 @@ def test_softmax_is_over_the_whole_step() -> None:
     assert found == pytest.approx([float(each) for each in total], rel=1e-4)
     assert torch.allclose(gradient, model.table.grad, atol=1e-5)
     assert gradient.abs().max() > 0.1
+
+
+def test_tokens_of_examples_are_those_of_their_batches() -> None:
+    lengths = np.array([3, 1, 4, 1, 5])
+    tokens = Tokens(np.arange(14, dtype=np.int32), np.concatenate([[0], lengths.cumsum()]), None)
+    contexts = Texts([f"text {i}" for i in range(5)], tokens, SpecialIds(0, 1, 2))
+    pairs = Pairs(
+        questions=few_texts(3, 100),
+        contexts=contexts,
+        question=np.array([2, 0, 1]),
+        context=np.array([4, 1, 2]),
+        article=np.arange(5),
+        answers=[("nowhere",)] * 3,
+    )
+    texts = emb_task.TextBatches(pairs, 4, 0)
+    for some in (np.array([0, 2]), np.array([7, 3, 1])):
+        mask = texts.batch(0, some)["attention_mask"]
+        assert sorted(texts.tokens(some)) == sorted(mask.sum(dim=1).tolist())
+    mining = HardNegatives(
+        SimpleNamespace(accelerator=Accelerator(cpu=True)), pairs, 5, 2, 1, 1.0, 7, LossCfg()
+    )
+    mining.found = {0: 4, 1: 1, 2: 2}  # as long as the pair's own
+    batches = emb_loss.PairBatches(pairs, mining, 3, 0)
+    for some in (np.array([0]), np.array([2, 1])):
+        counted = int(batches.batch(0, some)["attention_mask"].sum())
+        assert batches.tokens(some).sum() == counted
 
 
 def test_learned_temperature_fits_vectors_of_any_size() -> None:

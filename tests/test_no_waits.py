@@ -13,7 +13,6 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from accelerate import Accelerator
 from torch import Tensor, nn
 from transformers import AutoTokenizer, BertConfig, BertForQuestionAnswering
 
@@ -27,12 +26,20 @@ from pack_and_distill import StateLoss
 from qa_task import QaLoss
 from squad_utils import SquadData, load_squad
 
+
+def run_on(device: torch.device, processes: int = 1) -> SimpleNamespace:
+    return SimpleNamespace(
+        accelerator=SimpleNamespace(
+            autocast=contextlib.nullcontext,
+            device=device,
+            process_index=0,
+            num_processes=processes,
+        )
+    )
+
+
 META = torch.device("meta")
-ACCELERATOR = SimpleNamespace(
-    autocast=contextlib.nullcontext, device=META, process_index=0, num_processes=1
-)
-RUN = SimpleNamespace(accelerator=ACCELERATOR)
-CPU_RUN = SimpleNamespace(accelerator=Accelerator(cpu=True))
+RUN, CPU_RUN = run_on(META), run_on(torch.device("cpu"))
 PACK = PackCfg(2, 2, 4, 16, 1)
 HIDDEN, STATES = 32, 3  # of the tiny BERT, and of one packed from it
 
@@ -63,19 +70,10 @@ def make(tiny_bert: Path) -> Callable[..., nn.Module]:
         config = BertConfig.from_pretrained(tiny_bert)
         config.pooling = "mean"
         found = fuse_attention(of(config).eval())
-        found.base_model.register_forward_pre_hook(widen_mask, with_kwargs=True)
         found = pack(found, PACK, []) if packed else found
         return merge(found) if merged else found
 
     return model
-
-
-def widen_mask(model: nn.Module, given: tuple, named: dict[str, Tensor]) -> tuple[tuple, dict]:
-    """Give the library's BERT a mask [B, 1, 1, L]: one of [B, L] it reads."""
-    mask = named["attention_mask"]
-    if mask.dim() == 2:
-        named = {**named, "attention_mask": mask.bool()[:, None, None, :]}
-    return given, named
 
 
 def on_meta(batch: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -248,18 +246,18 @@ def test_passes_of_a_gpu_are_as_large_as_may_be(
 ) -> None:
     monkeypatch.setattr(emb_task, "PASS_TOKENS", 4000)
     lengths = np.sort(np.random.default_rng(0).integers(3, 385, 500))[::order]
-    passes = emb_task.split_passes(lengths, 4, ACCELERATOR)
+    passes = emb_task.split_passes(lengths, 4, RUN.accelerator)
     assert np.concatenate(passes).tolist() == list(range(500))
     padded = [-(-int(lengths[p].max()) // 8) * 8 * len(p) for p in passes]
     assert max(padded) <= 4000 and len(passes) < 1.5 * lengths.sum() / 4000
     # Never fewer texts than asked for, whatever their length; on a CPU just so many.
-    assert {len(p) for p in emb_task.split_passes(lengths, 50, ACCELERATOR)[:-1]} >= {50}
+    assert {len(p) for p in emb_task.split_passes(lengths, 50, RUN.accelerator)[:-1]} >= {50}
     sizes = [len(p) for p in emb_task.split_passes(lengths, 50, CPU_RUN.accelerator)]
     assert sizes == [50] * 10
 
 
 def test_each_of_several_gpus_gets_a_pass() -> None:
-    eight = SimpleNamespace(device=META, num_processes=8)
+    eight = run_on(META, processes=8).accelerator
     lengths = np.full(256, 64)
-    assert len(emb_task.split_passes(lengths, 8, ACCELERATOR)) == 1
+    assert len(emb_task.split_passes(lengths, 8, RUN.accelerator)) == 1
     assert len(emb_task.split_passes(lengths, 8, eight)) == 8
