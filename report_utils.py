@@ -11,6 +11,8 @@ from dataclasses import asdict
 from importlib import metadata
 from typing import Any
 
+import torch
+
 from deploy.cpu import this_cpu
 from run_utils import Run, read_log
 
@@ -37,8 +39,20 @@ def describe_run(run: Run, arguments: dict[str, Any], started: float) -> dict[st
         "processes": run.accelerator.num_processes,
         "device": run.accelerator.device.type,
         "cpu": asdict(this_cpu()),
+        "gpu": describe_gpu(run),
         "arguments": arguments,
         "versions": versions(),
+    }
+
+
+def describe_gpu(run: Run) -> dict[str, Any] | None:
+    """The GPU of this process and the most memory that it took, or None on a CPU."""
+    device = run.accelerator.device
+    if device.type != "cuda":
+        return None
+    return {
+        "name": torch.cuda.get_device_name(device),
+        "peak_bytes": torch.cuda.max_memory_reserved(device),
     }
 
 

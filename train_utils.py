@@ -241,10 +241,11 @@ def train(
     wrapped = accelerator.prepare_model(model, evaluation_mode=True)
     optimizer = accelerator.prepare_optimizer(adamw)
     wrapped.train()
-    gradient = StepGradient(accelerator, wrapped, batches, loss_function, stage.micro_batch_size)
-
     steps_per_epoch = len(batches.steps(0))
     total_steps = stage.total_steps(steps_per_epoch)
+    gradient = StepGradient(
+        accelerator, wrapped, batches, loss_function, stage.micro_batch_size, total_steps
+    )
     step, earlier = 0, None
     divergence = Divergence()
     position = run.position()

@@ -21,7 +21,6 @@ from transformers import BertModel, BertTokenizerFast
 from benchmarks.gpu_timing import ROOT, Bench
 from examples import make_sample
 
-POLL_SECONDS = 0.2  # between looks at the GPU's memory
 LENGTHS = "--max_seq_length_q={} --max_seq_length_c=384 --per_gpu_eval_batch_size={}"
 PACK_CFG = "--pack_cfg=num_hidden_layers:{},ff_iter_num:4,num_attention_heads:{},hidden_size:{}," \
            "pack_emb:1,hidden_act:orig"  # fmt: skip
@@ -119,21 +118,15 @@ def run_command(bench: Bench, name: str) -> dict[str, Any]:
         command += ["--num_train_epochs=0.5", "--no_cuda", "--precision=fp32"]
         command += ["--stages=final"] * packs + ["--quantizer_epochs=0"] * (name[-1] in "38")
     gc.collect()
-    before = 0
     if bench.device == "cuda":
         torch.cuda.empty_cache()
-        before = torch.cuda.mem_get_info()[0]
-    log_path = Path(args.output_dir) / f"{name}.log"
-    began, least = time.monotonic(), before
+    log_path, began = Path(args.output_dir) / f"{name}.log", time.monotonic()
     with open(log_path, "w", encoding="utf-8") as log:
         process = subprocess.Popen(
             [sys.executable, *command], cwd=ROOT, stdout=log, stderr=log, start_new_session=True
         )
         try:
-            while process.poll() is None:
-                time.sleep(POLL_SECONDS)
-                if bench.device == "cuda":
-                    least = min(least, torch.cuda.mem_get_info()[0])
+            process.wait()
         finally:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)  # those that it has left, if any
@@ -148,5 +141,5 @@ def run_command(bench: Bench, name: str) -> dict[str, Any]:
     figures["export_difference"] = metrics["onnx_check"]["difference"]
     figures |= {key: metrics[key] for key in SCORES if key in metrics}
     if bench.device == "cuda":
-        figures["peak_gigabytes"] = (before - least) / 1e9
+        figures["peak_gigabytes"] = metrics["gpu"]["peak_bytes"] / 1e9
     return figures

@@ -31,11 +31,14 @@ def in_half(teacher: nn.Module, accelerator: Accelerator) -> nn.Module:
     return teacher
 
 
-def compiled_layers(model: nn.Module) -> list[tuple[nn.Module, Callable]]:
-    """The encoder's layers and their compiled forward, which fuses what lies between products.
+Compiled = list[tuple[nn.Module, Callable]]  # layers, and their compiled forward
+
+
+def compiled_layers(model: nn.Module) -> Compiled:
+    """The layers of an encoder, compiled: what lies between products is computed at one go.
 
     All layers share what is compiled, for any number and length of texts. Empty where nothing can
-    be compiled: without a GPU or Triton, and for layers that quantizers or gates reach into.
+    be compiled: without Triton, and for layers that quantizers or gates reach into.
     """
     encoder = model.base_model
     layers = encoder.encoder.layer if hasattr(encoder, "encoder") else encoder.layers
@@ -44,7 +47,7 @@ def compiled_layers(model: nn.Module) -> list[tuple[nn.Module, Callable]]:
         for layer in layers
         for module in layer.modules()
     )
-    if not torch.cuda.is_available() or not importlib.util.find_spec("triton") or reached_into:
+    if not importlib.util.find_spec("triton") or reached_into:
         return []
     torch._dynamo.config.suppress_errors = True  # what does not compile runs as it is
     compile_ = functools.partial(torch.compile, dynamic=True)
@@ -52,12 +55,26 @@ def compiled_layers(model: nn.Module) -> list[tuple[nn.Module, Callable]]:
 
 
 @contextlib.contextmanager
-def running(compiled: list[tuple[nn.Module, Callable]]) -> Iterator[None]:
-    """Let layers run by their compiled forward."""
+def running(compiled: Compiled) -> Iterator[None]:
+    """Let layers run by their compiled forward, and backward passes add in a fixed order.
+
+    A run that goes on from a saved state ends as one that was never stopped, to the bit.
+    """
     for layer, forward in compiled:
         layer.forward = forward
+    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
+    if torch.are_deterministic_algorithms_enabled():
+        torch.use_deterministic_algorithms(True, warn_only=False)  # flash attention asks for this
     try:
         yield
     finally:
         for layer, _ in compiled:
             del layer.forward
+        if torch.are_deterministic_algorithms_enabled():
+            torch.use_deterministic_algorithms(True, warn_only=warn_only)
+
+
+def linear_weights(model: nn.Module) -> int:
+    """Weights of all linear layers."""
+    layers = (module for module in model.modules() if isinstance(module, nn.Linear))
+    return sum(layer.weight.numel() for layer in layers)

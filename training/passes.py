@@ -18,13 +18,15 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from cli_utils import UserError, warn
-from training.machine import compiled_layers, running
+from training.machine import Compiled, compiled_layers, linear_weights, running
 
 PROBE_TOKENS = 2048  # of the first of two passes that tell how much memory a token takes
 MEMORY_SHARE = 0.85  # of the memory that passes may fill, by that estimate
 COUNTS = ("tokens", "positions")
 LAUNCH_BOUND = 0.7  # share of a pass's time in which the CPU launches kernels: a graph pays
 MAX_GRAPHS = 64
+COMPILE_OPERATIONS = 1e16  # of a stage on a GPU, from which on half a minute to compile is repaid
+WARM_UP_SHAPE = (16, 128)  # of the texts that layers are compiled by, whatever the run's are
 
 
 class Batches(Protocol):
@@ -60,15 +62,21 @@ class StepGradient:
         batches: Batches,
         loss_function: LossFunction,
         micro_batch_size: int,
+        total_steps: int = 1,
     ) -> None:
-        """`micro_batch_size`: examples of a pass on a CPU."""
+        """Prepare for the steps of a stage.
+
+        Args:
+            micro_batch_size: examples of a pass on a CPU.
+            total_steps: of the whole stage; long ones are worth compiling for.
+        """
         self.accelerator, self.model, self.batches = accelerator, model, batches
         self.loss_function, self.micro_batch_size = loss_function, micro_batch_size
         self.trained = [p for p in model.parameters() if p.requires_grad]
         self.names: list[str] = []
         self.pass_tokens: int | None = None
         self.on_gpu = accelerator.device.type == "cuda"
-        self.compiled = compiled_layers(model) if self.on_gpu else []
+        self.compiled = self._compile(total_steps) if self.on_gpu else []
         self.graphs = GraphedPasses(self._run) if self.on_gpu and not drops(model) else None
 
     def __call__(self, epoch: int, chosen: np.ndarray) -> Tensor:
@@ -156,9 +164,31 @@ class StepGradient:
         """Forward and backward of one pass; the sums of its losses times weight."""
         with running(self.compiled):
             losses = self.loss_function(self.model, batch)
-        self.names = [*losses, *COUNTS]
-        self.accelerator.backward(torch.stack(list(losses.values())).sum() * weight)
+            self.names = [*losses, *COUNTS]
+            self.accelerator.backward(torch.stack(list(losses.values())).sum() * weight)
         return torch.stack([each.detach().double().sum() * weight for each in losses.values()])
+
+    def _compile(self, total_steps: int) -> Compiled:
+        """The compiled layers of the model and its teacher, if the stage is long enough for that.
+
+        They are compiled by texts of one shape: sums may be split by the shape that comes first,
+        and a run that goes on has another first step than one that was never stopped.
+        """
+        teacher = getattr(self.loss_function, "teacher", None)
+        models = [self.model] if teacher is None else [self.model, teacher]
+        weights = 6 * linear_weights(self.model) + (2 * linear_weights(teacher) if teacher else 0)
+        first = self.batches.steps(0)[0]
+        if weights * self.batches.tokens(first).sum() * total_steps < COMPILE_OPERATIONS:
+            return []
+        compiled = [layer for model in models for layer in compiled_layers(model)]
+        ids = torch.zeros(WARM_UP_SHAPE, dtype=torch.int64, device=self.accelerator.device)
+        names = ("input_ids", "token_type_ids", "position_ids")
+        with running(compiled):
+            inputs = {**dict.fromkeys(names, ids), "attention_mask": torch.ones_like(ids)}
+            self.model(**inputs)[0].float().sum().backward()
+        for parameter in self.trained:
+            parameter.grad = None
+        return compiled
 
     # -- the memory of a GPU
 
