@@ -33,7 +33,6 @@ LENGTH = 384  # tokens of a window
 KINDS = (SymmetricQuantizer, AsymmetricQuantizer)
 NNCF = {kind: kind.quantize for kind in KINDS}  # before ours take their place
 REFERENCE = ReferenceQuantize(ReferenceBackendType.TORCH)
-# What takes the place of NNCF's compiled extension.
 FUNCTIONS = {"Quantize_forward": REFERENCE.forward, "Quantize_backward": REFERENCE.backward}
 
 import nncf_utils  # noqa: E402
@@ -72,20 +71,19 @@ def main() -> None:
     accelerator = make_accelerator(args.precision, no_cuda=False, seed=0)
     device = accelerator.device
     for extension in (extensions.QuantizedFunctionsCPU, extensions.QuantizedFunctionsCUDA):
-        extension._loaded_namespace = types.SimpleNamespace(**FUNCTIONS)
+        extension._loaded_namespace = types.SimpleNamespace(**FUNCTIONS)  # not compiled
     model = BertForQuestionAnswering(BertConfig(**SIZES))
     ids = torch.randint(5, model.config.vocab_size, (args.batch_size, LENGTH))
     rest = (torch.ones_like(ids), torch.zeros_like(ids), torch.arange(LENGTH).expand_as(ids))
     batch = dict(zip(INPUTS, (ids, *rest), strict=True))
     settings = nncf_utils.read_nncf_config(os.path.join(ROOT, "nncf_config.json"))
-    sample = {name: each[:1] for name, each in batch.items()}
     int8 = fuse_attention(copy.deepcopy(model), plain=True)
-    int8 = nncf_utils.calibrate(int8, settings, [sample])
+    int8 = nncf_utils.calibrate(int8, settings, [{key: batch[key][:1] for key in batch}])
     batch = {name: each.to(device) for name, each in batch.items()}
 
     def step_of(model: torch.nn.Module) -> Callable[[], None]:
         model.to(device).train()
-        trained = [each for each in model.parameters() if each.requires_grad]
+        trained = (each for each in model.parameters() if each.requires_grad)
         optimizer = torch.optim.AdamW(trained, lr=1e-5, fused=True)
 
         def step() -> None:
@@ -109,8 +107,9 @@ def main() -> None:
             start = time.perf_counter()
             (fp32_step if way == "FP32" else int8_step)()
             seconds[way].append(time.perf_counter() - start)
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else this_cpu()
-    print(f"{name}; {args.precision}, {torch.get_num_threads()} threads; first step, then medians")
+    print(
+        f"{this_cpu()}, {device.type}; {args.precision}, {torch.get_num_threads()} threads; first step, then medians"
+    )
     for way, (first, *others) in seconds.items():
         median = statistics.median(others)
         ratio = median / statistics.median(seconds["FP32"][1:])
