@@ -107,9 +107,7 @@ def main() -> None:
             start = time.perf_counter()
             (fp32_step if way == "FP32" else int8_step)()
             seconds[way].append(time.perf_counter() - start)
-    print(
-        f"{this_cpu()}, {device.type}; {args.precision}, {torch.get_num_threads()} threads; first step, then medians"
-    )
+    print(f"{this_cpu()}, {device.type}; {args.precision}; first step, then medians")
     for way, (first, *others) in seconds.items():
         median = statistics.median(others)
         ratio = median / statistics.median(seconds["FP32"][1:])
