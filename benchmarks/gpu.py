@@ -32,6 +32,7 @@ from benchmarks.gpu_commands import COMMANDS, run_command
 from benchmarks.gpu_timing import REAL, TINY, Bench
 from cli_utils import ArgumentParser, UserError, number, run_main, warn
 from run_utils import write_json
+from training import passes
 
 STARTED = time.monotonic()
 PATIENCE = 4  # times a part's estimate, after which it is given up
@@ -177,6 +178,7 @@ def main() -> None:
                 f" {shown(machine)}; choose another folder"
             )
         parts = earlier["parts"]
+    passes.COMPILE_OPERATIONS = 0.0  # a few steps, measured as those of a long stage
     bench = Bench(
         args=args,
         sizes=TINY if args.dry_run else REAL,

@@ -32,6 +32,10 @@ from int8.weight_range import hold
 # minute for these, and a first compilation half of one. So no short run waits for a compiler.
 PLAIN_VALUES = 10_000_000_000
 
+# Multiplication and addition as one operation, or a division that is not exact, would give other
+# bits. Not every version of torch has both options.
+EXACT = ("emulate_precision_casts", "eager_numerics.division_rounding")
+
 Levels = tuple[int, int]  # the lowest and the highest integer, e.g. -128 and 127
 
 
@@ -170,12 +174,11 @@ class _Compiled:
     def __call__(self, *args: Any) -> Any:
         if not self._pays(args[0]):
             return self.function(*args)
-        if self.compiled is None:
-            # Multiplication and addition as one operation, or a division that is not exact, would
-            # give other bits.
-            exact = {"emulate_precision_casts": True, "eager_numerics.division_rounding": True}
-            self.compiled = torch.compile(self.function, dynamic=True, options=exact)
         try:
+            if self.compiled is None:
+                known = torch._inductor.list_options()
+                options = {name: True for name in EXACT if name in known}
+                self.compiled = torch.compile(self.function, dynamic=True, options=options)
             return self.compiled(*args)
         except Exception as error:  # of a compiler; whatever it is, the plain function is right
             _Compiled.failed = True
