@@ -60,7 +60,7 @@ from train_utils import (
     warm_up,
     warm_up_linear_decay,
 )
-from training.machine import in_half
+from training.machine import in_half, running
 from training.passes import to_device
 
 STAGES = ("embeddings", "grow", "feed-forward", "heads", "final")
@@ -396,9 +396,10 @@ def measure_importance(
     loss = StateLoss(run, teacher, num_layers, mean)
     importance.insert(student)
     for batch in task.sample(SAMPLE_WINDOWS):
-        with run.accelerator.autocast():
-            errors = loss(student, to_device(batch, run.accelerator.device))
-        run.accelerator.backward(torch.stack(list(errors.values())).sum(dim=0).mean())
+        with running():
+            with run.accelerator.autocast():
+                errors = loss(student, to_device(batch, run.accelerator.device))
+            run.accelerator.backward(torch.stack(list(errors.values())).sum(dim=0).mean())
         importance.update(run.accelerator)
     importance.remove()
     student.zero_grad()

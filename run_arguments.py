@@ -40,7 +40,10 @@ def add_run_arguments(parser: ArgumentParser) -> None:
     add("--seed", type=number(int, 0, 2**32 - 1), default=42, help="of everything random")
     add("--no_cuda", action="store_true", help="run on the CPU though a GPU is there")
     add(
-        "--precision", choices=PRECISIONS, default="auto", help="auto: bf16 where there is hardware"
+        "--precision",
+        choices=PRECISIONS,
+        default="auto",
+        help="auto: bf16 where there is hardware, else fp16 on a GPU",
     )
     add(
         "--save_minutes", type=not_negative, default=10.0, help="between saved states; 0: each step"

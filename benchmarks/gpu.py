@@ -48,15 +48,16 @@ class Part:
 
 PARTS = {
     "peak": Part(gpu_steps.measure_peak, 10),
-    "fine_tuning": Part(gpu_steps.measure_fine_tuning, 60),
-    "trainer": Part(gpu_steps.measure_trainer, 80),
-    "distillation": Part(gpu_steps.measure_distillation, 60),
-    "int8": Part(gpu_steps.measure_int8, 120),
+    "fine_tuning": Part(gpu_steps.measure_fine_tuning, 25),
+    "plain_passes": Part(gpu_steps.measure_plain_passes, 15),
+    "trainer": Part(gpu_steps.measure_trainer, 20),
+    "distillation": Part(gpu_steps.measure_distillation, 20),
+    "int8": Part(gpu_steps.measure_int8, 30),
     "embeddings": Part(gpu_steps.measure_embeddings, 100),
     "trainer_compiled": Part(gpu_steps.measure_trainer_compiled, 120),
 }
-COMMAND_SECONDS = {"qa1": 90, "qa2": 120, "qa3": 100, "emb1": 90, "emb2": 120, "emb3": 100,
-                   "squad_qa": 150, "squad_packed": 300, "squad_int8": 180}  # fmt: skip
+COMMAND_SECONDS = {"qa1": 75, "qa2": 150, "qa3": 100, "emb1": 75, "emb2": 150, "emb3": 100,
+                   "squad_qa": 60, "squad_packed": 120, "squad_int8": 120}  # fmt: skip
 PARTS |= {
     name: Part(functools.partial(run_command, name=name), seconds)
     for name, seconds in COMMAND_SECONDS.items()

@@ -6,6 +6,7 @@ import gc
 import os
 import tempfile
 import time
+from dataclasses import replace
 from typing import Any
 from unittest import mock
 
@@ -15,6 +16,7 @@ import transformers
 from torch import nn
 from transformers import BertForQuestionAnswering
 
+import fast_attention
 import nncf_utils
 from benchmarks.gpu_timing import (
     ROOT,
@@ -38,6 +40,7 @@ from fast_attention import fuse_attention
 from model_utils import freeze, set_dropout
 from pack_and_distill import StateLoss
 from qa_task import QaLoss
+from training import passes
 
 # Of a card's data sheet, in bf16, or fp16 (T4, V100); the first whose name is in the card's.
 DENSE_TERAFLOPS = {
@@ -77,6 +80,21 @@ def measure_fine_tuning(bench: Bench) -> dict[str, Any]:
         return timed(
             bench, run, bench.student(), batches, loss, 48, 2, operations, profile="fine_tuning"
         )
+
+
+def measure_plain_passes(bench: Bench) -> dict[str, Any]:
+    """The same as it was before passes went by memory: two windows a pass, masks, no compiler."""
+
+    def passes_of_two(gradient: passes.StepGradient, epoch: int, chosen: np.ndarray) -> int:
+        return 2 * bench.sizes.length
+
+    with (
+        mock.patch.object(passes.StepGradient, "_measure", passes_of_two),
+        mock.patch.object(passes, "COMPILE_OPERATIONS", float("inf")),
+        mock.patch.object(passes, "MAX_GRAPHS", 0),
+        mock.patch.object(fast_attention, "has_flash", lambda: False),
+    ):
+        return measure_fine_tuning(replace(bench, sizes=replace(bench.sizes, warm_up=1, steps=2)))
 
 
 class StepTimes(transformers.TrainerCallback):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import signal
@@ -55,6 +56,7 @@ def go(command: list[str]) -> int:
     """Run a command in this process on the device that it names, whatever ran before; exit code."""
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
+    gc.collect()  # a stopped run's lock is let go with the run
     return call(command)
 
 

@@ -1,4 +1,4 @@
-"""Two processes train what one trains: the same losses, the same weights, the same answers."""
+"""Several processes train what one trains: the same losses, the same weights, the same answers."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ FLAGS = (
     "--per_gpu_train_batch_size=4",
     "--total_train_batch_size=16",
 )
-TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
+TORCHRUN = ("-m", "torch.distributed.run", "--standalone")
 
 
-def in_two(command: list[str]) -> list[str]:
-    """The command, launched in two processes."""
-    return [sys.executable, *TORCHRUN, *command[1:]]
+def in_several(command: list[str], count: int = 2) -> list[str]:
+    """The command, launched in so many processes."""
+    return [sys.executable, *TORCHRUN, f"--nproc_per_node={count}", *command[1:]]
 
 
 def windows_of(output_dir: Path) -> int:
@@ -89,7 +89,7 @@ NO_GRADIENT = (
 )
 
 
-def assert_close(output_dir: Path, alone: Path) -> None:
+def assert_close(output_dir: Path, alone: Path, count: int = 2) -> None:
     """The same training, but for the order in which numbers are summed."""
     mine, theirs = records(output_dir), records(alone)
     assert [(r["step"], "f1" in r) for r in mine] == [(r["step"], "f1" in r) for r in theirs]
@@ -114,16 +114,22 @@ def assert_close(output_dir: Path, alone: Path) -> None:
         json.loads((folder / "metrics.json").read_text()) for folder in (output_dir, alone)
     )
     assert (figures["f1"], figures["exact_match"]) == (right["f1"], right["exact_match"])
-    assert (figures["processes"], right["processes"]) == (2, 1)
+    assert (figures["processes"], right["processes"]) == (count, 1)
 
 
-def test_two_processes_are_as_one(data: Path, alone: Path, tiny_bert: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("data", "count"), [("one process has none", 2), ("uneven", 3)], indirect=["data"]
+)
+def test_several_processes_are_as_one(
+    count: int, data: Path, alone: Path, tiny_bert: Path, tmp_path: Path
+) -> None:
+    """Three do not divide a step of 16 windows: one of them takes more than the others."""
     out = tmp_path / "out"
-    done = run(in_two(train_qa_command(tiny_bert, data, out, *FLAGS)))
+    done = run(in_several(train_qa_command(tiny_bert, data, out, *FLAGS), count))
     assert done.returncode == 0, done.stderr
-    assert "on 2 x cpu" in done.stdout
+    assert f"on {count} x cpu" in done.stdout
     assert done.stdout.count("after epoch 1:") == 1
-    assert_close(out, alone)
+    assert_close(out, alone, count)
     assert not (out / "checkpoints").exists() and not (out / ".lock").exists()
 
 
@@ -132,7 +138,7 @@ def test_torchrun_is_stopped_and_goes_on(
     data: Path, alone: Path, tiny_bert: Path, tmp_path: Path
 ) -> None:
     out = tmp_path / "out"
-    command = in_two(train_qa_command(tiny_bert, data, out, *FLAGS))
+    command = in_several(train_qa_command(tiny_bert, data, out, *FLAGS))
     with started(command) as process:
         wait_for(process, lambda: last_step(out) >= 1)
         os.kill(process.pid, signal.SIGTERM)

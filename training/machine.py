@@ -55,7 +55,7 @@ def compiled_layers(model: nn.Module) -> Compiled:
 
 
 @contextlib.contextmanager
-def running(compiled: Compiled) -> Iterator[None]:
+def running(compiled: Compiled | tuple[()] = ()) -> Iterator[None]:
     """Let layers run by their compiled forward, and backward passes add in a fixed order.
 
     A run that goes on from a saved state ends as one that was never stopped, to the bit.
