@@ -23,9 +23,9 @@ import numpy as np
 from tokenizers import Tokenizer
 
 import squad_utils
-from cli_utils import ArgumentParser, UserError, number, read_text, run_main, warn
-from context_index import Paragraph, build_index, load_embedder
+from cli import ArgumentParser, UserError, number, read_text, run_main, warn
 from deploy.runtime import PRECISIONS, RUNTIMES, Infer, Runtime, load_exported
+from deploy.search import Paragraph, build_index, load_embedder
 from squad_utils import SpecialIds, SquadData, Tokens
 
 SPANS_A_WINDOW = 20  # candidates from each window ...

@@ -14,7 +14,6 @@ from __future__ import annotations
 import copy
 import difflib
 import functools
-import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -24,24 +23,15 @@ import torch.nn.functional as F
 from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import (
-    AutoConfig,
-    AutoModel,
-    AutoModelForQuestionAnswering,
-    BertForQuestionAnswering,
-    PreTrainedConfig,
-    PreTrainedModel,
-)
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.activations import ACT2FN
-from transformers.modeling_outputs import BaseModelOutput, QuestionAnsweringModelOutput
 
-from cli_utils import UserError
-from fast_attention import attend, mask_for
+from bert.packed import PACKED_CLASSES, PackedBertConfig, PackedBertModel, PackedLayer
+from cli import UserError
+
 
 # ------------------------------------------------------------------------------------------------
 # The configuration
-
-
 @dataclass(frozen=True)
 class PackCfg:
     """What --pack_cfg says, checked by itself; `check_pack_cfg` checks it against a teacher.
@@ -66,6 +56,8 @@ class PackCfg:
 
 
 _LOWEST = {"num_hidden_layers": 1, "ff_iter_num": 0, "num_attention_heads": 1, "hidden_size": 2}
+
+
 _HIGHEST = {"ff_iter_num": 64}  # the others have theirs in the teacher
 
 
@@ -136,35 +128,6 @@ def check_pack_cfg(cfg: PackCfg, teacher: PreTrainedConfig) -> None:
             )
 
 
-class PackedBertConfig(PreTrainedConfig):
-    """Configuration of a packed BERT.
-
-    `hidden_size` is h, `state_size` the H of the teacher, `num_attention_heads` those that are
-    left (a student has the teacher's until `prune_heads`). `pack_cfg` is what it was packed for.
-    """
-
-    model_type = "packed_bert"
-
-    vocab_size: int = 30522
-    max_position_embeddings: int = 512
-    type_vocab_size: int = 2
-    hidden_size: int = 512
-    state_size: int = 1024
-    head_size: int = 64
-    num_hidden_layers: int = 12
-    num_attention_heads: int = 8
-    ff_iter_num: int = 4
-    intermediate_size: int = 4096  # of ff_iter_num 0
-    pack_emb: bool = True
-    hidden_act: str = "gelu"
-    layer_norm_eps: float = 1e-12
-    initializer_range: float = 0.02
-    pad_token_id: int | None = 0
-    pooling: str = "cls"  # of an embedding model
-    merged: bool = False
-    pack_cfg: dict | None = None
-
-
 def packed_config(teacher: PreTrainedConfig, cfg: PackCfg) -> PackedBertConfig:
     """The configuration of a student of `teacher` packed by `cfg`, all heads still there."""
     return PackedBertConfig(
@@ -188,200 +151,16 @@ def packed_config(teacher: PreTrainedConfig, cfg: PackCfg) -> PackedBertConfig:
 
 
 # ------------------------------------------------------------------------------------------------
-# The model
-
-
-class PackedEmbeddings(nn.Module):
-    """Word, position and type embeddings to the encoder's input, [B, L, h]."""
-
-    def __init__(self, config: PackedBertConfig) -> None:
-        super().__init__()
-        full, packed = config.state_size, config.hidden_size
-        width = packed if config.pack_emb and config.merged else full
-        self.word_embeddings = nn.Embedding(config.vocab_size, width)
-        self.position_embeddings = nn.Embedding(config.max_position_embeddings, width)
-        self.token_type_embeddings = nn.Embedding(config.type_vocab_size, width)
-        self.word_map = self.position_map = self.token_type_map = self.sum_map = None
-        if not config.pack_emb:
-            self.sum_map = nn.Linear(full, packed)
-        elif not config.merged:
-            self.word_map = nn.Linear(full, packed)
-            self.position_map = nn.Linear(full, packed)
-            self.token_type_map = nn.Linear(full, packed)
-        self.LayerNorm = nn.LayerNorm(packed if config.pack_emb else full, config.layer_norm_eps)
-
-    def forward(self, input_ids: Tensor, token_type_ids: Tensor, position_ids: Tensor) -> Tensor:
-        """int64 [B, L] each."""
-        states = self.LayerNorm(self.sum(input_ids, token_type_ids, position_ids))
-        return states if self.sum_map is None else self.sum_map(states)
-
-    def sum(self, input_ids: Tensor, token_type_ids: Tensor, position_ids: Tensor) -> Tensor:
-        """What LayerNorm reads."""
-        words = self.word_embeddings(input_ids)
-        positions = self.position_embeddings(position_ids)
-        types = self.token_type_embeddings(token_type_ids)
-        if self.word_map is not None:
-            words = self.word_map(words)
-            positions, types = self.position_map(positions), self.token_type_map(types)
-        return words + positions + types
-
-
-class PackedLayer(nn.Module):
-    """Self-attention and stacked feed-forward, each behind a residual and a LayerNorm."""
-
-    def __init__(self, config: PackedBertConfig) -> None:
-        super().__init__()
-        h, attention_size = config.hidden_size, config.num_attention_heads * config.head_size
-        self.heads, self.stacked = config.num_attention_heads, config.ff_iter_num > 0
-        self.plain_attention = False  # see fast_attention.fuse_attention
-        self.qkv = nn.Linear(h, 3 * attention_size)
-        self.attention_output = nn.Linear(attention_size, h)
-        self.attention_norm = nn.LayerNorm(h, config.layer_norm_eps)
-        widths = [h] * (config.ff_iter_num + 1)
-        if not config.ff_iter_num:
-            widths = [h, config.intermediate_size, h]
-        self.feed_forward = nn.ModuleList(nn.Linear(*pair) for pair in itertools.pairwise(widths))
-        self.output_norm = nn.LayerNorm(h, config.layer_norm_eps)
-        self.activation = ACT2FN[config.hidden_act]
-
-    def forward(self, states: Tensor, mask: Tensor | None) -> Tensor:
-        """[B, L, h] to [B, L, h]; mask as in `fast_attention.attend`."""
-        return self.after_attention(self.attention(states, mask))
-
-    def attention(self, states: Tensor, mask: Tensor | None) -> Tensor:
-        return self.attention_norm(states + self.attention_output(self.context(states, mask)))
-
-    def context(self, states: Tensor, mask: Tensor | None) -> Tensor:
-        """The heads' outputs side by side, [B, L, heads x head size]."""
-        parts = self.qkv(states).chunk(3, dim=-1)
-        return attend(parts, self.heads, mask, plain=self.plain_attention)
-
-    def after_attention(self, states: Tensor) -> Tensor:
-        return self.output_norm(states + self.feed(states))
-
-    def feed(self, states: Tensor) -> Tensor:
-        """The feed-forward: linear layers with the activation between them."""
-        inner = self.feed_forward[0](states)
-        for linear in self.feed_forward[1:]:
-            inner = linear(self.activation(inner))
-        return inner
-
-
-class PackedBertPreTrainedModel(PreTrainedModel):
-    """What the packed models share, for the library."""
-
-    config_class = PackedBertConfig
-    base_model_prefix = "bert"
-    _supports_sdpa = True
-
-    def _init_weights(self, module: nn.Module) -> None:
-        super()._init_weights(module)
-
-
-class PackedBertModel(PackedBertPreTrainedModel):
-    """The packed encoder.
-
-    Unmerged, its hidden states are H wide: each through the map of its layer. Merged, they are h
-    wide, as they are in the encoder.
-    """
-
-    def __init__(self, config: PackedBertConfig) -> None:
-        super().__init__(config)
-        self.embeddings = PackedEmbeddings(config)
-        self.layers = nn.ModuleList(PackedLayer(config) for _ in range(config.num_hidden_layers))
-        self.state_maps = None
-        if not config.merged:
-            self.state_maps = nn.ModuleList(
-                nn.Linear(config.hidden_size, config.state_size)
-                for _ in range(config.num_hidden_layers + 1)
-            )
-        self.post_init()
-
-    def get_input_embeddings(self) -> nn.Module:
-        return self.embeddings.word_embeddings
-
-    def forward(
-        self,
-        input_ids: Tensor,
-        attention_mask: Tensor | None = None,
-        token_type_ids: Tensor | None = None,
-        position_ids: Tensor | None = None,
-        output_hidden_states: bool = False,
-        num_layers: int | None = None,
-        **_: Any,
-    ) -> BaseModelOutput:
-        """Run the encoder, or its first `num_layers` layers.
-
-        Args:
-            input_ids, token_type_ids, position_ids: int64 [B, L].
-            attention_mask: [B, L], 1 for tokens and 0 for padding; or [B, 1, 1, L] as
-                `fast_attention.attend` takes it.
-
-        Returns:
-            last_hidden_state, and hidden_states (num_layers + 1 of them) if asked for.
-        """
-        if token_type_ids is None:
-            token_type_ids = torch.zeros_like(input_ids)
-        if position_ids is None:
-            position_ids = torch.arange(input_ids.shape[1], device=input_ids.device)[None]
-        if attention_mask is not None and attention_mask.dim() == 2:
-            masked = self.layers[0].plain_attention
-            attention_mask = mask_for(attention_mask, self.config.head_size, masked)
-        states = [self.embeddings(input_ids, token_type_ids, position_ids)]
-        for layer in self.layers[:num_layers]:
-            states.append(layer(states[-1], attention_mask))
-        hidden = None
-        if output_hidden_states:
-            hidden = tuple(self.to_state(i, state) for i, state in enumerate(states))
-        last = hidden[-1] if hidden else self.to_state(len(states) - 1, states[-1])
-        return BaseModelOutput(last_hidden_state=last, hidden_states=hidden)
-
-    def to_state(self, i: int, packed: Tensor) -> Tensor:
-        """State i as the outside sees it: [B, L, H], or [B, L, h] of a merged model."""
-        return packed if self.state_maps is None else self.state_maps[i](packed)
-
-
-class PackedBertForQuestionAnswering(PackedBertPreTrainedModel):
-    """The packed encoder with the teacher's QA head."""
-
-    head = "qa_outputs"  # the linear layer that reads the last state
-
-    def __init__(self, config: PackedBertConfig) -> None:
-        super().__init__(config)
-        self.bert = PackedBertModel(config)
-        self.qa_outputs = nn.Linear(
-            config.hidden_size if config.merged else config.state_size, config.num_labels
-        )
-        self.post_init()
-
-    def copy_head(self, teacher: BertForQuestionAnswering) -> None:
-        """Take over what reads the last state."""
-        self.qa_outputs.load_state_dict(teacher.qa_outputs.state_dict())
-
-    def forward(self, input_ids: Tensor, **inputs: Any) -> QuestionAnsweringModelOutput:
-        """Arguments of `PackedBertModel.forward`; start and end logits, [B, L] each."""
-        outputs = self.bert(input_ids, **inputs)
-        start_logits, end_logits = self.qa_outputs(outputs.last_hidden_state).unbind(dim=-1)
-        return QuestionAnsweringModelOutput(
-            start_logits=start_logits,
-            end_logits=end_logits,
-            hidden_states=outputs.hidden_states,
-        )
-
-
-PACKED_CLASSES = {BertForQuestionAnswering: PackedBertForQuestionAnswering}
-
-AutoConfig.register(PackedBertConfig.model_type, PackedBertConfig)
-AutoModel.register(PackedBertConfig, PackedBertModel)
-AutoModelForQuestionAnswering.register(PackedBertConfig, PackedBertForQuestionAnswering)
-
-
-# ------------------------------------------------------------------------------------------------
 # Packing
-
 FIT_STEPS = 500  # of a short regression, ...
+
+
 FIT_TOKENS = 1024  # ... each of so many tokens of the sample
+
+
 FIT_RATE = 2e-3
+
+
 RIDGE = 1e-4  # of least squares, times the mean variance of what is mapped
 
 
@@ -689,8 +468,6 @@ def _start_stacked(
 
 # ------------------------------------------------------------------------------------------------
 # Size
-
-
 def size_of(
     make: Callable[[PreTrainedConfig], PreTrainedModel], config: PreTrainedConfig, length: int
 ) -> tuple[int, float]:
@@ -710,8 +487,6 @@ def size_of(
 
 # ------------------------------------------------------------------------------------------------
 # Heads
-
-
 class HeadImportance:
     """Running mean of |d loss / d gate|, of a gate of 1 on each head's output.
 
@@ -789,33 +564,3 @@ def prune_heads(student: PreTrainedModel, kept: Tensor) -> PreTrainedModel:
         weights[f"{name}.attention_output.weight"] = output[:, heads].flatten(1)
     pruned.load_state_dict(weights)
     return pruned
-
-
-# ------------------------------------------------------------------------------------------------
-# Merging
-
-
-@torch.no_grad()
-def merge(student: PreTrainedModel) -> PreTrainedModel:
-    """The same function without linear maps: embedding maps go into the tables, the last output
-    map into the head, those that only losses use away. On the CPU, in eval mode."""
-    config = copy.deepcopy(student.config)
-    config.merged = True
-    merged = type(student)(config).eval()
-    weights = {name: value.cpu() for name, value in student.state_dict().items()}
-
-    def pop(name: str) -> tuple[Tensor, Tensor]:
-        return tuple(weights.pop(f"{name}.{part}").double() for part in ("weight", "bias"))
-
-    prefix = student.base_model_prefix
-    if config.pack_emb:
-        for kind in ("word", "position", "token_type"):
-            weight, bias = pop(f"{prefix}.embeddings.{kind}_map")
-            table = f"{prefix}.embeddings.{kind}_embeddings.weight"
-            weights[table] = weights[table].double() @ weight.T + bias
-    weight, bias = pop(student.head)
-    maps = [pop(f"{prefix}.state_maps.{i}") for i in range(config.num_hidden_layers + 1)]
-    weights[f"{student.head}.weight"] = weight @ maps[-1][0]
-    weights[f"{student.head}.bias"] = weight @ maps[-1][1] + bias
-    merged.load_state_dict(weights)
-    return merged

@@ -10,38 +10,37 @@ from __future__ import annotations
 import argparse
 import copy
 import functools
+import os
 import signal
 import time
 from dataclasses import dataclass, replace
 from typing import Any
 
-signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends the seconds of imports without a word
-
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 import bert_pack
-import onnx_utils
-import report_utils
-from bert_pack import HeadImportance, PackCfg, PackedBertConfig
-from cli_utils import ArgumentParser, UserError, is_main_process, number, run_main
-from emb_task import EmbTask
-from fast_attention import mask_for
-from model_utils import (
+from bert.model_folder import (
+    UNMERGED,
     check_model,
     check_teacher,
-    is_quantized,
     load_model,
     load_teacher,
     load_tokenizer,
     save_model,
-    state_errors,
     unmerged_folder,
 )
-from onnx_utils import INPUTS
-from qa_task import QaTask
-from run_arguments import (
+from bert.packed import PackedBertConfig, merge
+from bert_pack import HeadImportance, PackCfg
+from cli import ArgumentParser, UserError, is_main_process, number, run_main
+from deploy import onnx_file
+from int8.quantizers import is_quantized
+from tasks.embedding import EmbTask
+from tasks.hidden_states import StateLoss
+from tasks.qa import QaTask
+from training import results
+from training.flags import (
     add_data_arguments,
     add_run_arguments,
     check_arguments,
@@ -51,26 +50,28 @@ from run_arguments import (
     positive,
     rate,
 )
-from run_utils import Run, summary
-from train_utils import (
-    Stage,
-    make_accelerator,
-    train,
-    use_all_gpus,
-    warm_up,
-    warm_up_linear_decay,
-)
-from training.machine import in_half, running
+from training.loop import Stage, train, warm_up, warm_up_linear_decay
+from training.machine import in_half, make_accelerator, running, use_all_gpus
 from training.passes import to_device
+from training.run import Run, summary
+
+signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends the seconds of imports without a word
+
 
 STAGES = ("embeddings", "grow", "feed-forward", "heads", "final")
+
+
 TASKS = {
     "BertForQuestionAnswering": QaTask,
     "PackedBertForQuestionAnswering": QaTask,
     "BertForEmbedding": EmbTask,
     "PackedBertForEmbedding": EmbTask,
 }
+
+
 QUARTER = 0.25  # epochs of the first stages, which have little to learn each
+
+
 SAMPLE_WINDOWS = 256  # on which a packed model's weights are fitted to the teacher's
 
 
@@ -124,8 +125,6 @@ def stages(text: str) -> list[str]:
 
 # ------------------------------------------------------------------------------------------------
 # The stages
-
-
 @dataclass(frozen=True)
 class Distillation:
     """A stage of distillation: how long, on which states, and what trains.
@@ -228,59 +227,8 @@ def select_trained(student: nn.Module, part: Distillation) -> None:
         parameter.requires_grad_(named and not any(each in name for each in part.except_for))
 
 
-class StateLoss:
-    """The weighted squared errors of states 0..k, each [B], as `state_0` ... `state_k`.
-
-    Student state i of n layers has teacher state floor(i N / n) of N as its target. With an
-    embedding_weight, `embedding` is the squared error of the embeddings, a mean over H like the
-    states'.
-    """
-
-    def __init__(
-        self,
-        run: Run,
-        teacher: PreTrainedModel,
-        num_layers: int,
-        weights: tuple[float, ...],
-        embedding_weight: float = 0.0,
-    ) -> None:
-        """`num_layers` is the student's n; the teacher may have been cut to the layers needed."""
-        self.run, self.teacher, self.weights = run, teacher, weights
-        self.embedding_weight = embedding_weight
-        depth = teacher.config.num_hidden_layers
-        self.targets = [i * depth // num_layers for i in range(len(weights))]
-
-    def __call__(self, model: nn.Module, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        inputs = {name: batch[name] for name in INPUTS}
-        with torch.no_grad(), self.run.accelerator.autocast():
-            taught = teacher_states(self.teacher.base_model, inputs, self.targets[-1])
-        k, mask = len(self.weights) - 1, batch["attention_mask"]
-        outputs = model(**inputs, output_hidden_states=True, num_layers=k)
-        errors = state_errors(outputs.hidden_states, [taught[j] for j in self.targets], mask)
-        losses = {f"state_{i}": self.weights[i] * error for i, error in enumerate(errors)}
-        if self.embedding_weight:
-            with torch.no_grad(), self.run.accelerator.autocast():
-                target = self.teacher.embed(taught[-1], mask)
-            error = (outputs.embedding.float() - target.float()).square().mean(dim=1)
-            losses["embedding"] = self.embedding_weight * error
-        return losses
-
-
-def teacher_states(bert: PreTrainedModel, inputs: dict[str, Tensor], count: int) -> list[Tensor]:
-    """The hidden states 0..count of a BERT, [B, L, H]; only its first `count` layers run."""
-    head_size = bert.config.hidden_size // bert.config.num_attention_heads
-    mask = mask_for(inputs["attention_mask"], head_size)
-    ids = {name: value for name, value in inputs.items() if name != "attention_mask"}
-    states = [bert.embeddings(**ids)]
-    for layer in bert.encoder.layer[:count]:
-        states.append(layer(states[-1], mask))
-    return states
-
-
 # ------------------------------------------------------------------------------------------------
 # The run
-
-
 def check_models(
     args: argparse.Namespace, cfg: PackCfg
 ) -> tuple[PreTrainedConfig, PreTrainedConfig, Any, type[QaTask]]:
@@ -505,24 +453,25 @@ def main() -> None:
 
     # In FP32, since folding maps away rounds otherwise.
     unmerged = evaluation(student, precise=True)
-    merged = bert_pack.merge(student)
+    merged = merge(student)
     figures = evaluation(merged.to(accelerator.device), precise=True)
     run.evaluate_once("merged", lambda: figures)
     others = task.with_teacher(merged, teacher)
     if run.main:
         with run.writing_results():
-            save_model(student, tokenizer, args.output_dir)
+            save_model(student.cpu(), tokenizer, os.path.join(args.output_dir, UNMERGED))
+            save_model(merged.cpu(), tokenizer, args.output_dir)
             task.write_answers()
             check = task.export()
             run.stop_if_asked()
             names = ("teacher", "packed", *(part.stage.name for part in plan))
             kept = {"unmerged": unmerged, "merged": figures, **others}
-            table = report_utils.stage_table(run, names, kept)
-            export = onnx_utils.describe_check(check, args.output_dir)
+            table = results.stage_table(run, names, kept)
+            export = onnx_file.describe_check(check, args.output_dir)
             sizes["student"]["onnx_bytes"] = export["onnx_bytes"]
             metrics = {
                 **figures,
-                **report_utils.describe_run(run, arguments, started),
+                **results.describe_run(run, arguments, started),
                 "counts": task.counts(),
                 "parameters": sizes["student"]["parameters"],
                 "sizes": sizes,
@@ -531,17 +480,17 @@ def main() -> None:
                 **export,
                 **others,
             }
-            report_utils.draw_curves(args.output_dir, task.score_names)
+            results.draw_curves(args.output_dir, task.score_names)
             made = f"packed (`{args.pack_cfg}`) and distilled on"
             task.write_card(metrics, "pack_and_distill.py", made)
             run.finish(metrics)
-            report_utils.show_table(table, task.score_names)
+            results.show_table(table, task.score_names)
             if "grow_seconds" in metrics:
                 run.say(
                     f"the grow stages took {metrics['grow_seconds']:,.0f} s; with all layers"
                     f" running they would have taken {metrics['grow_seconds_of_all_layers']:,.0f} s"
                 )
-        onnx_utils.require(check, args.output_dir)
+        onnx_file.require(check, args.output_dir)
     accelerator.end_training()
     run.say(f"{args.output_dir}: {summary(figures)}; model.onnx checked")
 

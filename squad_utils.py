@@ -28,8 +28,9 @@ import numpy as np
 from tokenizers import Tokenizer
 from tqdm import tqdm
 
-from cli_utils import UserError, is_main_process, read_text, warn
+from cli import UserError, is_main_process, read_text, warn
 
+INPUTS = ("input_ids", "attention_mask", "token_type_ids", "position_ids")  # of a model
 MAX_ANSWER_TOKENS = 30  # longest span that is searched
 POOL_STEPS = 64  # steps whose windows are sorted by length together
 TOKENIZER_CHUNK = 1000  # texts between two moves of the progress bar

@@ -14,11 +14,11 @@ signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends the seconds of impor
 from torch import nn
 from transformers import PreTrainedModel
 
-from cli_utils import ArgumentParser, run_main
-from fine_tuning import Learning, add_fine_tuning_arguments, fine_tune
-from qa_task import QaLoss, QaTask
-from run_arguments import add_data_arguments, add_run_arguments, not_negative
-from run_utils import Run
+from cli import ArgumentParser, run_main
+from tasks.qa import QaLoss, QaTask
+from training.fine_tuning import Learning, add_fine_tuning_arguments, fine_tune
+from training.flags import add_data_arguments, add_run_arguments, not_negative
+from training.run import Run
 
 
 def parse_arguments() -> argparse.Namespace:

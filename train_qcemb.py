@@ -14,13 +14,13 @@ signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends the seconds of impor
 from torch import nn
 from transformers import PreTrainedModel
 
-from cli_utils import ArgumentParser, UserError, number, run_main
-from emb_loss import EmbLoss, HardNegatives, PairBatches, parse_loss_cfg
-from emb_task import EmbTask
-from embedding_model import POOLERS, POOLINGS
-from fine_tuning import Learning, add_fine_tuning_arguments, fine_tune
-from run_arguments import add_data_arguments, add_run_arguments, positive
-from run_utils import Run
+from bert.embedding import POOLERS, POOLINGS
+from cli import ArgumentParser, UserError, number, run_main
+from tasks.embedding import EmbTask
+from tasks.embedding_loss import EmbLoss, HardNegatives, PairBatches, parse_loss_cfg
+from training.fine_tuning import Learning, add_fine_tuning_arguments, fine_tune
+from training.flags import add_data_arguments, add_run_arguments, positive
+from training.run import Run
 
 
 def parse_arguments() -> argparse.Namespace:

@@ -13,13 +13,11 @@ import subprocess
 import sys
 
 import torch
+from transformers import AutoTokenizer, BertConfig, BertForQuestionAnswering
+
+from cli import ArgumentParser, number, run_main
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-sys.path.insert(0, ROOT)
-
-from transformers import AutoTokenizer, BertConfig, BertForQuestionAnswering  # noqa: E402
-
-from cli_utils import ArgumentParser, number, run_main  # noqa: E402
 
 BERT_LARGE = {
     "vocab_size": 30522,

@@ -1,6 +1,6 @@
 """The export check again, on any folder and machine: what model.onnx gives against PyTorch.
 
-    python benchmarks/check_file.py --model=DIR --squad_dev_data=DEV [--windows=16 --length=128]
+    python -m benchmarks.check_file --model=DIR --squad_dev_data=DEV [--windows=16 --length=128]
 
 Under an emulator it shows what another CPU makes of the file, e.g. one without VNNI:
 
@@ -12,14 +12,10 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-import sys
 
 import numpy as np
 
-ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-sys.path.insert(0, ROOT)
-
-from cli_utils import ArgumentParser, number, run_main  # noqa: E402
+from cli import ArgumentParser, number, run_main
 
 
 def main() -> None:
@@ -34,15 +30,16 @@ def main() -> None:
     import onnx
     from transformers import AutoModelForQuestionAnswering
 
-    import qa_task
     import squad_utils
+    from bert.model_folder import load_config, load_for_export, load_tokenizer
     from deploy import onnx_check
-    from model_utils import load_config, load_for_export, load_tokenizer
-    from onnx_utils import INPUTS, QaGraph
+    from deploy.onnx_file import QaGraph
+    from squad_utils import INPUTS
+    from tasks import qa
 
     data = squad_utils.load_squad(args.squad_dev_data, "--squad_dev_data")
     tokenizer = load_tokenizer(args.model, "--model", load_config(args.model, "--model"))
-    windows = qa_task.make_windows(data, tokenizer, 64, args.length, 64, for_training=False)
+    windows = qa.make_windows(data, tokenizer, 64, args.length, 64, for_training=False)
     chosen = np.linspace(0, len(windows) - 1, args.windows).astype(int)
     feeds = []
     for window in chosen:

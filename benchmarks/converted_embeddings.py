@@ -1,31 +1,27 @@
 """The Open Model Zoo's embedding demo contract: two reshaped instances of one converted file.
 
     mo --input_model DIR/model.onnx --output_dir mo      # or ovc
-    python benchmarks/converted_embeddings.py --model_emb=DIR --squad_data=DEV --ir=mo/model.xml
+    python -m benchmarks.converted_embeddings --model_emb=DIR --squad_data=DEV --ir=mo/model.xml
 
 One instance takes questions, one contexts; their L2 distances are compared with PyTorch's.
 """
 
 from __future__ import annotations
 
-import os
-import sys
+import numpy as np
+import openvino
+import torch
+from torch import Tensor
 
-ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-sys.path.insert(0, ROOT)
-
-import numpy as np  # noqa: E402
-import openvino  # noqa: E402
-import torch  # noqa: E402
-from torch import Tensor  # noqa: E402
-
-from cli_utils import ArgumentParser, number, run_main  # noqa: E402
-from emb_loss import distance  # noqa: E402
-from emb_task import Texts, make_pairs, ranks, retrieval_figures  # noqa: E402
-from embedding_model import AutoModelForEmbedding  # noqa: E402
-from model_utils import load_config, load_model, load_tokenizer  # noqa: E402
-from onnx_utils import INPUTS  # noqa: E402
-from squad_utils import load_squad  # noqa: E402
+from bert.embedding import AutoModelForEmbedding
+from bert.model_folder import load_config, load_model, load_tokenizer
+from cli import ArgumentParser, number, run_main
+from squad_utils import (
+    INPUTS,
+    load_squad,
+)
+from tasks.embedding import Texts, make_pairs, ranks, retrieval_figures
+from tasks.embedding_loss import distance
 
 
 def in_pytorch(model: torch.nn.Module, texts: Texts) -> Tensor:

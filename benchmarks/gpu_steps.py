@@ -16,8 +16,6 @@ import transformers
 from torch import nn
 from transformers import BertForQuestionAnswering
 
-import fast_attention
-import nncf_utils
 from benchmarks.gpu_timing import (
     ROOT,
     SPECIAL,
@@ -33,14 +31,16 @@ from benchmarks.gpu_timing import (
     work_of_bert,
     work_of_packed,
 )
-from emb_loss import EmbLoss, HardNegatives, PairBatches, parse_loss_cfg
-from emb_task import Pairs, Texts
-from embedding_model import BertForEmbedding
-from fast_attention import fuse_attention
-from model_utils import freeze, set_dropout
-from pack_and_distill import StateLoss
-from qa_task import QaLoss
+from bert import attention
+from bert.attention import fuse_attention
+from bert.embedding import BertForEmbedding
+from int8 import calibration, settings
+from tasks.embedding import Pairs, Texts
+from tasks.embedding_loss import EmbLoss, HardNegatives, PairBatches, parse_loss_cfg
+from tasks.hidden_states import StateLoss
+from tasks.qa import QaLoss
 from training import passes
+from training.fine_tuning import freeze, set_dropout
 
 # Of a card's data sheet, in bf16, or fp16 (T4, V100); the first whose name is in the card's.
 DENSE_TERAFLOPS = {
@@ -92,7 +92,7 @@ def measure_plain_passes(bench: Bench) -> dict[str, Any]:
         mock.patch.object(passes.StepGradient, "_measure", passes_of_two),
         mock.patch.object(passes, "COMPILE_OPERATIONS", float("inf")),
         mock.patch.object(passes, "MAX_GRAPHS", 0),
-        mock.patch.object(fast_attention, "has_flash", lambda: False),
+        mock.patch.object(attention, "has_flash", lambda: False),
     ):
         return measure_fine_tuning(replace(bench, sizes=replace(bench.sizes, warm_up=1, steps=2)))
 
@@ -227,10 +227,10 @@ def measure_int8(bench: Bench) -> dict[str, Any]:
     samples = [batches.batch(0, np.array([i])) for i in range(4)]
     names = ("input_ids", "attention_mask", "token_type_ids", "position_ids")
     samples = [{name: each[name].to(bench.device) for name in names} for each in samples]
-    config = nncf_utils.read_nncf_config(str(ROOT / "nncf_config.json"))
+    config = settings.read_nncf_config(str(ROOT / "nncf_config.json"))
     original = fuse_attention(bench.packed(merged=True), plain=True).eval()
-    nncf_utils.check_scope(config, original)
-    quantized = nncf_utils.calibrate(original, config, samples).to(bench.device)
+    calibration.check_scope(config, original)
+    quantized = calibration.calibrate(original, config, samples).to(bench.device)
     for model in (plain, quantized):
         freeze(model, "none")
         set_dropout(fuse_attention(model), 0.0)

@@ -25,12 +25,14 @@ from torch import nn
 from transformers import BertConfig, BertForQuestionAnswering
 
 import squad_utils
-from bert_pack import PackCfg, PackedBertForQuestionAnswering, packed_config
-from fast_attention import fuse_attention
-from model_utils import freeze
-from run_utils import Run, read_log
+from bert.attention import fuse_attention
+from bert.packed import PackedBertForQuestionAnswering
+from bert_pack import PackCfg, packed_config
 from squad_utils import SpecialIds, Tokens, Windows
-from train_utils import Stage, make_accelerator, train
+from training.fine_tuning import freeze
+from training.loop import Stage, train
+from training.machine import make_accelerator
+from training.run import Run, read_log
 
 ROOT = Path(__file__).resolve().parent.parent
 SPECIAL = SpecialIds(cls=1, sep=2, pad=0)
@@ -139,7 +141,7 @@ def random_tokens(rng: np.random.Generator, texts: int, length: int, vocabulary:
 
 
 class RandomBatches:
-    """Batches of random windows, all of the same length, for `train_utils.train`.
+    """Batches of random windows, all of the same length, for `loop.train`.
 
     Attributes:
         largest: windows of the largest batch so far, which tells what the loop makes one pass of.

@@ -1,6 +1,6 @@
 """INT8 files beside their FP32 model: F1, agreement with PyTorch, size, latency, in both runtimes.
 
-    python benchmarks/int8_files.py --squad_dev_data=DEV --fp32=DIR --int8=DIR \
+    python -m benchmarks.int8_files --squad_dev_data=DEV --fp32=DIR --int8=DIR \
         [--other NAME=FILE.onnx|FILE.xml ...]
 
 --other adds a file of another tool's, e.g. of Optimum Intel's static quantization of the same FP32
@@ -16,19 +16,15 @@ from __future__ import annotations
 import json
 import os
 import statistics
-import sys
 import time
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
-ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-sys.path.insert(0, ROOT)
-
-import squad_utils  # noqa: E402
-from cli_utils import ArgumentParser, UserError, number, run_main  # noqa: E402
-from squad_scores import exact_match, load_scorer  # noqa: E402
+import squad_utils
+from cli import ArgumentParser, UserError, number, run_main
+from tasks.squad_scores import exact_match, load_scorer
 
 # Seconds before each timing: threads of the runtime that ran before wait busily for a while.
 REST = 0.2
@@ -73,7 +69,7 @@ def in_pytorch(folder: str, moved: float = 0.0) -> Infer:
     import torch
     from transformers import AutoModelForQuestionAnswering
 
-    from model_utils import load_model
+    from bert.model_folder import load_model
 
     model = load_model(folder, "--int8", AutoModelForQuestionAnswering, quiet=True).eval()
     gains = model.bert.embeddings.LayerNorm.weight.data
@@ -106,16 +102,16 @@ def main() -> None:
     add("--json", help="write the figures there")
     args = parser.parse_args()
 
-    import qa_task
-    from model_utils import load_config, load_tokenizer
-    from onnx_utils import INPUTS
+    from bert.model_folder import load_config, load_tokenizer
+    from squad_utils import INPUTS
+    from tasks import qa
 
     with open(os.path.join(args.int8, "metrics.json"), encoding="utf-8") as file:
         arguments = json.load(file)["arguments"]
     lengths = [arguments[key] for key in ("max_seq_length_q", "max_seq_length_c", "doc_stride")]
     data = squad_utils.load_squad(args.squad_dev_data, "--squad_dev_data")
     tokenizer = load_tokenizer(args.int8, "--int8", load_config(args.int8, "--int8"))
-    windows = qa_task.make_windows(data, tokenizer, *lengths, for_training=False)
+    windows = qa.make_windows(data, tokenizer, *lengths, for_training=False)
     feeds = []
     for window in range(len(windows)):
         arrays = squad_utils.make_batch(windows, np.array([window]), pad_to=lengths[1])

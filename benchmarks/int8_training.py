@@ -1,6 +1,6 @@
 """What a step of quantization-aware training takes, in steps of the FP32 model.
 
-    python benchmarks/int8_training.py [--precision=bf16] [--passes=4]
+    python -m benchmarks.int8_training [--precision=bf16] [--passes=4]
 
 A step is forward, backward and AdamW, without a teacher and without dropout. The model with
 quantizers runs with NNCF's reference functions, with ours as plain operations and with ours
@@ -13,7 +13,6 @@ from __future__ import annotations
 import copy
 import os
 import statistics
-import sys
 import time
 import types
 from collections.abc import Callable
@@ -24,32 +23,34 @@ from nncf.torch.quantization.layers import AsymmetricQuantizer, SymmetricQuantiz
 from nncf.torch.quantization.reference import ReferenceBackendType, ReferenceQuantize
 from transformers import BertConfig, BertForQuestionAnswering
 
-ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-sys.path.insert(0, ROOT)
+from bert.attention import fuse_attention
+from cli import ArgumentParser, number, run_main
+from deploy.cpu import this_cpu
+from int8 import (
+    calibration,
+    fake_quantize,
+)
+from int8.settings import read_nncf_config
+from int8.weight_range import hold
+from squad_utils import INPUTS
+from training.machine import make_accelerator
 
 SIZES = {"hidden_size": 384, "num_hidden_layers": 6, "intermediate_size": 1536}
 SIZES |= {"hidden_dropout_prob": 0, "attention_probs_dropout_prob": 0}
 LENGTH = 384  # tokens of a window
 KINDS = (SymmetricQuantizer, AsymmetricQuantizer)
-NNCF = {kind: kind.quantize for kind in KINDS}  # before ours take their place
 REFERENCE = ReferenceQuantize(ReferenceBackendType.TORCH)
 FUNCTIONS = {"Quantize_forward": REFERENCE.forward, "Quantize_backward": REFERENCE.backward}
 
-import nncf_utils  # noqa: E402
-from cli_utils import ArgumentParser, number, run_main  # noqa: E402
-from deploy.cpu import this_cpu  # noqa: E402
-from fast_attention import fuse_attention  # noqa: E402
-from int8 import fake_quantize  # noqa: E402
-from int8.weight_range import hold  # noqa: E402
-from onnx_utils import INPUTS  # noqa: E402
-from train_utils import make_accelerator  # noqa: E402
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
 
 def by_nncf(quantizer: torch.nn.Module, x: torch.Tensor) -> torch.Tensor:
     """NNCF's own forward, after the range of a weight is held as ours holds it."""
     if hasattr(quantizer, "weight_range"):
         hold(quantizer, x)
-    return NNCF[type(quantizer)](quantizer, x)
+    return fake_quantize.REPLACED[type(quantizer)](quantizer, x)
 
 
 def use(way: str) -> None:
@@ -76,9 +77,9 @@ def main() -> None:
     ids = torch.randint(5, model.config.vocab_size, (args.batch_size, LENGTH))
     rest = (torch.ones_like(ids), torch.zeros_like(ids), torch.arange(LENGTH).expand_as(ids))
     batch = dict(zip(INPUTS, (ids, *rest), strict=True))
-    settings = nncf_utils.read_nncf_config(os.path.join(ROOT, "nncf_config.json"))
+    settings = read_nncf_config(os.path.join(ROOT, "nncf_config.json"))
     int8 = fuse_attention(copy.deepcopy(model), plain=True)
-    int8 = nncf_utils.calibrate(int8, settings, [{key: batch[key][:1] for key in batch}])
+    int8 = calibration.calibrate(int8, settings, [{key: batch[key][:1] for key in batch}])
     batch = {name: each.to(device) for name, each in batch.items()}
 
     def step_of(model: torch.nn.Module) -> Callable[[], None]:

@@ -1,6 +1,6 @@
 """Latency of exported models in OpenVINO and ONNX Runtime, 1 x 384, alternating in one run.
 
-    python benchmarks/latency.py --model teacher=DIR --model student=DIR --bert_large
+    python -m benchmarks.latency --model teacher=DIR --model student=DIR --bert_large
 
 Each round times every model in every runtime and precision; the table shows the median over the
 rounds, and how many times the first model takes (in OpenVINO at f32). --bert_large adds BERT-large
@@ -13,17 +13,15 @@ from __future__ import annotations
 import json
 import os
 import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Callable
 
 import numpy as np
 
-ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-sys.path.insert(0, ROOT)
+from cli import ArgumentParser, UserError, number, run_main
 
-from cli_utils import ArgumentParser, UserError, number, run_main  # noqa: E402
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
 LENGTH = 384
 # Seconds before each timing: threads of the runtime that ran before wait busily for a while.
@@ -70,10 +68,11 @@ def export_random(folder: str) -> dict[str, str]:
     import torch
     from transformers import BertConfig, BertForQuestionAnswering
 
-    import nncf_utils
-    import onnx_utils
-    from bert_pack import PackCfg, PackedBertForQuestionAnswering, packed_config
-    from fast_attention import fuse_attention
+    from bert.attention import fuse_attention
+    from bert.packed import PackedBertForQuestionAnswering
+    from bert_pack import PackCfg, packed_config
+    from deploy import onnx_file
+    from int8 import calibration, quantizers, settings
 
     large = BertConfig(
         vocab_size=30522,
@@ -87,7 +86,7 @@ def export_random(folder: str) -> dict[str, str]:
     paths = {}
     batch = inputs()
     sample = {key: torch.from_numpy(value) for key, value in batch.items()}
-    settings = nncf_utils.read_nncf_config(os.path.join(ROOT, "nncf_config.json"))
+    nncf_config = settings.read_nncf_config(os.path.join(ROOT, "nncf_config.json"))
     for name, model_class, config in (
         ("BERT-large", BertForQuestionAnswering, large),
         ("BERT-large packed", PackedBertForQuestionAnswering, small),
@@ -101,12 +100,12 @@ def export_random(folder: str) -> dict[str, str]:
         int8 = name.endswith("INT8")
         if int8:
             model = fuse_attention(model, plain=True)
-            nncf_utils.check_scope(settings, model)
-            model = nncf_utils.calibrate(model, settings, [sample] * 2)
-            nncf_utils.make_exportable(model)
+            calibration.check_scope(nncf_config, model)
+            model = calibration.calibrate(model, nncf_config, [sample] * 2)
+            quantizers.make_exportable(model)
         paths[name] = os.path.join(folder, f"{name}.onnx")
-        graph = onnx_utils.QaGraph(model)
-        onnx_utils.export_onnx(graph, paths[name], [batch], int8)
+        graph = onnx_file.QaGraph(model)
+        onnx_file.export_onnx(graph, paths[name], [batch], int8)
         print(f"  {os.path.getsize(paths[name]) / 1e6:.1f} MB", flush=True)
     return paths
 

@@ -4,7 +4,7 @@ Optimum Intel pins an older transformers, so it has an environment of its own:
 
     pip install torch==2.13.0 "optimum-intel[openvino,nncf]==2.2.0" "datasets<5" \
         accelerate onnx onnxruntime
-    python benchmarks/optimum_int8.py --model=DIR --squad_train_data=TRAIN --output_dir=DIR
+    python -m benchmarks.optimum_int8 --model=DIR --squad_train_data=TRAIN --output_dir=DIR
 
 The result, openvino_model.xml, goes to benchmarks/int8_files.py as --other.
 """
@@ -12,13 +12,8 @@ The result, openvino_model.xml, goes to benchmarks/int8_files.py as --other.
 from __future__ import annotations
 
 import argparse
-import os
-import sys
 
-ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-sys.path.insert(0, ROOT)
-
-from cli_utils import ArgumentParser, number, run_main  # noqa: E402
+from cli import ArgumentParser, number, run_main
 
 
 def main() -> None:
@@ -39,7 +34,7 @@ def main() -> None:
     )
     from transformers import AutoTokenizer
 
-    from qa_task import QaTask
+    from tasks.qa import QaTask
 
     settings = argparse.Namespace(
         squad_train_data=args.squad_train_data,

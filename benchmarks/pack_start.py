@@ -7,7 +7,6 @@ leave out one after the other what `bert_pack.pack` does.
 from __future__ import annotations
 
 import json
-import os
 import sys
 import tempfile
 import time
@@ -17,18 +16,19 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-sys.path.insert(0, ROOT)
-
-import bert_pack  # noqa: E402
-from cli_utils import ArgumentParser, run_main  # noqa: E402
-from model_utils import check_model, load_teacher, load_tokenizer, state_errors  # noqa: E402
-from onnx_utils import INPUTS  # noqa: E402
-from pack_and_distill import SAMPLE_WINDOWS, teacher_states  # noqa: E402
-from qa_task import QaTask  # noqa: E402
-from run_arguments import add_data_arguments, add_run_arguments  # noqa: E402
-from run_utils import Run  # noqa: E402
-from train_utils import make_accelerator  # noqa: E402
+import bert_pack
+from bert.model_folder import check_model, load_teacher, load_tokenizer
+from cli import ArgumentParser, run_main
+from pack_and_distill import SAMPLE_WINDOWS
+from squad_utils import INPUTS
+from tasks.hidden_states import (
+    state_errors,
+    teacher_states,
+)
+from tasks.qa import QaTask
+from training.flags import add_data_arguments, add_run_arguments
+from training.machine import make_accelerator
+from training.run import Run
 
 principal_directions = bert_pack.principal_directions
 

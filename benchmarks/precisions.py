@@ -1,6 +1,6 @@
 """The same training in FP32 and in bf16, seed by seed: does bf16 cost F1?
 
-    python benchmarks/precisions.py --output_dir=DIR [--seeds=1,2,3] -- train_qa.py FLAGS ...
+    python -m benchmarks.precisions --output_dir=DIR [--seeds=1,2,3] -- train_qa.py FLAGS ...
 
 FLAGS are those of any of the scripts, without --output_dir, --precision and --seed. Figures are
 those of metrics.json: of the delivered weights, in FP32. A run that was stopped goes on.
@@ -16,6 +16,7 @@ import subprocess
 import sys
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+
 PRECISIONS = ("fp32", "bf16")
 
 

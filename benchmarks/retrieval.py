@@ -1,7 +1,7 @@
 """Retrieval on SQuAD: untrained weights, sentence-transformers, and all our stages, in one table.
 
     pip install sentence-transformers
-    python benchmarks/retrieval.py --model=DIR --squad_train_data=TRAIN --squad_dev_data=DEV \
+    python -m benchmarks.retrieval --model=DIR --squad_train_data=TRAIN --squad_dev_data=DEV \
         --output_dir=DIR
 
 Dev's questions are searched among dev's contexts and train's. sentence-transformers trains with
@@ -20,13 +20,12 @@ import sys
 import time
 from typing import Any
 
+import numpy as np
+import torch
+
+from cli import ArgumentParser, number, run_main
+
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-sys.path.insert(0, ROOT)
-
-import numpy as np  # noqa: E402
-import torch  # noqa: E402
-
-from cli_utils import ArgumentParser, number, run_main  # noqa: E402
 
 LENGTHS = {"max_seq_length_q": 32, "max_seq_length_c": 384}
 SCORES = {"top_1": "top 1", "top_5": "top 5", "mrr": "MRR"}
@@ -85,8 +84,8 @@ def evaluate(model: Any, args: argparse.Namespace) -> dict[str, float]:
     """Our metrics on sentence-transformers' vectors, computed in FP32."""
     from transformers import AutoTokenizer
 
-    from emb_task import make_pairs, ranks, retrieval_figures
     from squad_utils import load_squad
+    from tasks.embedding import make_pairs, ranks, retrieval_figures
 
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     data = load_squad(args.squad_dev_data, "--squad_dev_data")

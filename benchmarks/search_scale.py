@@ -1,6 +1,6 @@
 """Search at scale: an index of many paragraphs, and the memory of the retrieval metrics.
 
-    python benchmarks/search_scale.py --model_emb=DIR --squad_data=TRAIN
+    python -m benchmarks.search_scale --model_emb=DIR --squad_data=TRAIN
 
 The paragraphs are the file's contexts, and where there are not enough, halves of them.
 """
@@ -10,17 +10,13 @@ from __future__ import annotations
 import os
 import resource
 import statistics
-import sys
 import tempfile
 import time
 
-ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-sys.path.insert(0, ROOT)
-
-from cli_utils import ArgumentParser, UserError, number, run_main  # noqa: E402
-from context_index import build_index, load_embedder  # noqa: E402
-from deploy.runtime import PRECISIONS, Runtime  # noqa: E402
-from squad_utils import load_squad  # noqa: E402
+from cli import ArgumentParser, UserError, number, run_main
+from deploy.runtime import PRECISIONS, Runtime
+from deploy.search import build_index, load_embedder
+from squad_utils import load_squad
 
 
 def peak_gb() -> float:
@@ -62,7 +58,7 @@ def metrics_memory(questions: int, contexts: int, width: int) -> None:
     """Peak memory of the ranks beyond the vectors; a block of questions needs what all need."""
     import torch
 
-    from emb_task import ranks
+    from tasks.embedding import ranks
 
     generator = torch.Generator().manual_seed(0)
     of_contexts = torch.randn(contexts, width, generator=generator)

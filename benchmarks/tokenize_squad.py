@@ -5,17 +5,13 @@ from __future__ import annotations
 import json
 import os
 import resource
-import sys
 import tempfile
 import time
 
-ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-sys.path.insert(0, ROOT)
+from tokenizers import Tokenizer
 
-from tokenizers import Tokenizer  # noqa: E402
-
-import squad_utils  # noqa: E402
-from cli_utils import ArgumentParser, number, read_text, run_main  # noqa: E402
+import squad_utils
+from cli import ArgumentParser, number, read_text, run_main
 
 
 def main() -> None:

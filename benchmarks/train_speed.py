@@ -1,6 +1,6 @@
 """How fast train_qa.py trains: against transformers.Trainer, and against bare matrix products.
 
-    python benchmarks/train_speed.py --model=FOLDER_OR_NAME \
+    python -m benchmarks.train_speed --model=FOLDER_OR_NAME \
         --squad_train_data=train-v1.1.json --squad_dev_data=dev-v1.1.json --json=figures.json
 
 The parts, each of which can be skipped:
@@ -12,7 +12,7 @@ The parts, each of which can be skipped:
 
 An example is a window: [CLS] question [SEP] part of the context [SEP]. The Trainer has its
 defaults and the data of the library's own QA example: windows padded to max_seq_length, FP32, the
-dropout of the model's configuration. Ours is `train_utils.train`, the loop of train_qa.py, with
+dropout of the model's configuration. Ours is `loop.train`, the loop of train_qa.py, with
 that script's defaults. Both train the same model with the same batch size and learning rate.
 """
 
@@ -44,30 +44,18 @@ from accelerate.state import AcceleratorState, GradientState
 from torch import Tensor, nn
 from transformers import AutoModelForQuestionAnswering, BertConfig, BertForQuestionAnswering
 
-ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-sys.path.insert(0, ROOT)
+from bert.attention import fuse_attention
+from bert.model_folder import load_config, load_model, load_tokenizer
+from cli import ArgumentParser, UserError, number, run_main, warn
+from squad_utils import SquadData, Windows, load_squad
+from tasks import qa
+from tasks.squad_scores import own_scorer
+from training.fine_tuning import freeze, set_dropout
+from training.loop import Stage, train
+from training.machine import PRECISIONS, make_accelerator, pick_precision
+from training.run import Run, read_log, write_json
 
-import qa_task  # noqa: E402
-from cli_utils import ArgumentParser, UserError, number, run_main, warn  # noqa: E402
-from fast_attention import fuse_attention  # noqa: E402
-from model_utils import (  # noqa: E402
-    freeze,
-    load_config,
-    load_model,
-    load_tokenizer,
-    set_dropout,
-)
-from run_utils import Run, read_log, write_json  # noqa: E402
-from squad_scores import own_scorer  # noqa: E402
-from squad_utils import SquadData, Windows, load_squad  # noqa: E402
-from train_utils import (  # noqa: E402
-    PRECISIONS,
-    Stage,
-    check_batch_sizes,
-    make_accelerator,
-    pick_precision,
-    train,
-)
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
 IDLE_LOAD = 0.5  # load average over which the figures are not to be trusted
 SPEED_TARGETS = {"bf16": 8.0, "no": 3.0}  # times the Trainer's examples/s on a CPU, by precision
@@ -168,7 +156,7 @@ class TimingRun(Run):
         pass
 
 
-class ChosenSteps(qa_task.QaBatches):
+class ChosenSteps(qa.QaBatches):
     """The steps it is given as one epoch."""
 
     def __init__(self, windows: Windows, chosen: list[np.ndarray], seed: int) -> None:
@@ -205,7 +193,7 @@ def our_round(
             model,
             Stage("round", 1, args.learning_rate, len(steps[0]), micro_batch_size),
             ChosenSteps(windows, warm + steps, args.seed),
-            qa_task.QaLoss(run, None, 0.0, 0.0),
+            qa.QaLoss(run, None, 0.0, 0.0),
             lambda _: {},
         )
         records = [record for record in read_log(folder) if "evaluation" not in record]
@@ -428,7 +416,7 @@ def sample_rounds(
     A step's windows are of similar length, and its time goes with that length. So the steps are
     taken at even distances from all whole steps sorted by length, and dealt out to the rounds.
     """
-    planned = qa_task.QaBatches(windows, batch_size, args.seed).steps(0)
+    planned = qa.QaBatches(windows, batch_size, args.seed).steps(0)
     whole = [step for step in planned if len(step) == batch_size]
     if not whole:
         raise UserError(f"--squad_train_data: fewer windows than a batch of {batch_size}")
@@ -586,8 +574,8 @@ def measure_f1(
         os.makedirs(evaluation_dir)
         run = TimingRun(new_accelerator(args), evaluation_dir)
         lengths = (args.max_seq_length_q, args.max_seq_length_c, args.doc_stride)
-        dev_windows = qa_task.make_windows(dev_data, tokenizer, *lengths, for_training=False)
-        evaluation = qa_task.QaEvaluation(run, dev_data, dev_windows, own_scorer, 16)
+        dev_windows = qa.make_windows(dev_data, tokenizer, *lengths, for_training=False)
+        evaluation = qa.QaEvaluation(run, dev_data, dev_windows, own_scorer, 16)
         figures = evaluation(fuse_attention(model))
     questions = len(train_data.ids)
     return {
@@ -777,8 +765,6 @@ def main() -> None:
             " down, and not alike"
         )
     precision = pick_precision(args.precision, args.no_cuda)
-    names = ("batch_size", "micro_batch_size")
-    check_batch_sizes(args.batch_size, args.micro_batch_size, 1, names)
     train_data = load_squad(args.squad_train_data, "--squad_train_data")
     dev_data = load_squad(args.squad_dev_data, "--squad_dev_data")
     tokenizer = load_tokenizer(args.model, "--model", load_config(args.model, "--model"))
@@ -796,7 +782,7 @@ def main() -> None:
     large = gpu and not args.skip_large
     if large or not args.skip_speed:
         lengths = (args.max_seq_length_q, args.max_seq_length_c, args.doc_stride)
-        windows = qa_task.make_windows(train_data, tokenizer, *lengths, for_training=True)
+        windows = qa.make_windows(train_data, tokenizer, *lengths, for_training=True)
     if not args.skip_speed:
         figures["speed"] = measure_speed(args, train_data, windows, tokenizer)
     if not args.skip_f1:

@@ -17,9 +17,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-from cli_utils import ArgumentParser, UserError, number, run_main
+from cli import ArgumentParser, UserError, number, run_main
 from deploy.cpu import this_cpu
-from run_utils import read_log
+from training.run import read_log
 
 ROOT = Path(__file__).resolve().parent.parent
 LEFT_OUT = 3  # steps

@@ -1,6 +1,6 @@
 """INT8 with each weight_range: what the file gives computed exactly, and in each runtime here.
 
-    python benchmarks/weight_ranges.py --model=FP32_DIR --squad_train_data=TRAIN \
+    python -m benchmarks.weight_ranges --model=FP32_DIR --squad_train_data=TRAIN \
         --squad_dev_data=DEV --output_dir=DIR [--epochs=0.1 --learning_rate=5e-5] \
         [--nncf_config=nncf_config.json]
 
@@ -27,10 +27,9 @@ from typing import Any
 
 import numpy as np
 
-ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-sys.path.insert(0, ROOT)
+from cli import ArgumentParser, number, run_main
 
-from cli_utils import ArgumentParser, number, run_main  # noqa: E402
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
 RANGES = ("full", "half", "pairs")
 DISTANCES = 100  # inputs on which an INT8 file is compared with the FP32 one
@@ -79,14 +78,14 @@ def in_pytorch(folder: str, moved: float = 0.0) -> Infer:
     """The checkpoint with its quantizers; gains after the embeddings moved by so much."""
     import torch
 
-    import onnx_utils
-    from model_utils import load_config, load_model
+    from bert.model_folder import load_config, load_model
+    from deploy import onnx_file
 
     embeds = "Embedding" in load_config(folder, "--model").architectures[0]
     model = load_model(folder, "--model", auto_class(embeds), quiet=True).eval()
     gains = model.bert.embeddings.LayerNorm.weight.data
     gains.mul_(1 + moved * torch.randn(gains.shape, generator=torch.Generator().manual_seed(0)))
-    graph = (onnx_utils.EmbeddingGraph if embeds else onnx_utils.QaGraph)(model)
+    graph = (onnx_file.EmbeddingGraph if embeds else onnx_file.QaGraph)(model)
 
     def run(feed: dict[str, np.ndarray]) -> Sequence[np.ndarray]:
         with torch.no_grad():
@@ -128,7 +127,7 @@ def in_openvino(path: str) -> Infer:
 def auto_class(embeds: bool) -> Any:
     """The class that loads a model."""
     if embeds:
-        from embedding_model import AutoModelForEmbedding
+        from bert.embedding import AutoModelForEmbedding
 
         return AutoModelForEmbedding
     from transformers import AutoModelForQuestionAnswering
@@ -146,20 +145,20 @@ class Reading:
     score = "F1"
 
     def __init__(self, folder: str, dev: str) -> None:
-        import qa_task
         import squad_utils
-        from model_utils import load_config, load_tokenizer
-        from squad_scores import load_scorer
+        from bert.model_folder import load_config, load_tokenizer
+        from tasks import qa
+        from tasks.squad_scores import load_scorer
 
         self.utils = squad_utils
         self.data = squad_utils.load_squad(dev, "--squad_dev_data")
         tokenizer = load_tokenizer(folder, "--model", load_config(folder, "--model"))
-        self.windows = qa_task.make_windows(self.data, tokenizer, 64, 384, 128, for_training=False)
+        self.windows = qa.make_windows(self.data, tokenizer, 64, 384, 128, for_training=False)
         self.scorer = load_scorer(None, self.data)
 
     def feeds(self) -> Iterator[dict[str, np.ndarray]]:
         """The inputs of each window."""
-        from onnx_utils import INPUTS
+        from squad_utils import INPUTS
 
         for window, total in enumerate(self.windows.total_lengths):
             length = min(-(-int(total) // 64) * 64, 384)
@@ -184,7 +183,7 @@ class Reading:
 
     def same(self, found: dict[str, str], reference: dict[str, str]) -> float:
         """Share of questions, in percent."""
-        from squad_scores import exact_match
+        from tasks.squad_scores import exact_match
 
         return 100 * float(np.mean([exact_match(found[key], reference[key]) for key in reference]))
 
@@ -195,17 +194,17 @@ class Searching:
     score = "top 5"
 
     def __init__(self, folder: str, dev: str) -> None:
-        import emb_task
         import squad_utils
-        from model_utils import load_config, load_tokenizer
+        from bert.model_folder import load_config, load_tokenizer
+        from tasks import embedding
 
         data = squad_utils.load_squad(dev, "--squad_dev_data")
         tokenizer = load_tokenizer(folder, "--model", load_config(folder, "--model"))
-        self.pairs = emb_task.make_pairs(data, tokenizer, 32, 384)
+        self.pairs = embedding.make_pairs(data, tokenizer, 32, 384)
 
     def feeds(self) -> Iterator[dict[str, np.ndarray]]:
         """The inputs of each question, then of each context."""
-        from onnx_utils import INPUTS
+        from squad_utils import INPUTS
 
         for texts in (self.pairs.questions, self.pairs.contexts):
             for i, total in enumerate(texts.total_lengths):
@@ -256,8 +255,8 @@ def main() -> None:
     add("--ranges", default=",".join(RANGES))
     args = parser.parse_args()
 
+    from bert.model_folder import load_config
     from deploy.cpu import this_cpu
-    from model_utils import load_config
 
     embeds = "Embedding" in load_config(args.model, "--model").architectures[0]
     dev = (Searching if embeds else Reading)(args.model, args.squad_dev_data)

@@ -148,7 +148,7 @@ def _as_users_do(path: str) -> Iterator[tuple[str, Callable[[], Infer]]]:
         return lambda feed: session.run(None, feed)
 
     def in_openvino(settings: dict[str, str]) -> Infer:
-        import openvino
+        import openvino  # which need not be installed
 
         compiled = openvino.Core().compile_model(path, "CPU", settings)
         return lambda feed: list(compiled(feed).values())

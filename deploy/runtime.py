@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from tokenizers import Tokenizer
 
-from cli_utils import UserError, read_text, tell, warn
+from cli import UserError, read_text, tell, warn
 from deploy.cpu import this_cpu
 from squad_utils import SpecialIds
 
@@ -132,7 +132,7 @@ def _overflow(path: str) -> tuple[str, str]:
             return "", ""
     import onnx  # 0.2 s, which only INT8 files on such CPUs need
 
-    from deploy import int8_file
+    from deploy import int8_file  # which reads onnx
 
     return int8_file.overflow(onnx.load(path), this_cpu())
 
@@ -155,7 +155,7 @@ class _Opened:
 
 def _openvino(path: str, precision: str, overflows: bool) -> _Opened:
     """Open a file in OpenVINO; in one that overflows, INT8 weights become FP32 ones."""
-    import openvino
+    import openvino  # need not be installed
 
     core = openvino.Core()
     arithmetic = "f32"
@@ -166,9 +166,9 @@ def _openvino(path: str, precision: str, overflows: bool) -> _Opened:
         core.set_property("CPU", {"INFERENCE_PRECISION_HINT": openvino.Type.f32})
     source: str | bytes = path
     if overflows:
-        import onnx
+        import onnx  # 0.2 s, as above
 
-        from deploy import int8_file
+        from deploy import int8_file  # which reads onnx
 
         loaded = onnx.load(path)
         source = int8_file.with_float_weights(loaded).SerializeToString()
@@ -192,8 +192,8 @@ def _openvino(path: str, precision: str, overflows: bool) -> _Opened:
 
 def _onnxruntime(path: str, overflows: bool) -> _Opened:
     """Open a file in ONNX Runtime; one that overflows is computed in floating point."""
-    import onnx
-    import onnxruntime
+    import onnx  # 0.2 s, which OpenVINO does without
+    import onnxruntime  # the same
 
     model = onnx.load(path)
     names = [each.name for each in model.graph.output]

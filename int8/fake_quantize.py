@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.overrides import handle_torch_function, has_torch_function_unary
 
-from cli_utils import warn
+from cli import warn
 from int8.weight_range import hold
 
 # Values that the plain functions take on a CPU before compiled ones take over: they need about a
@@ -359,7 +359,9 @@ def _remembering(set_levels: Callable[[BaseQuantizer], None]) -> Callable[[BaseQ
     return set_and_remember
 
 
+REPLACED = {}  # NNCF's own functions, to compare with
 for _kind in (SymmetricQuantizer, AsymmetricQuantizer):
+    REPLACED[_kind] = _kind.quantize
     _kind.set_levels = _remembering(_kind.set_levels)
     _kind.quantize = quantize
     _kind._forward_impl = quantize  # which asks buffers whether it is enabled, or traced by jit

@@ -19,7 +19,7 @@ import fork_server
 import pytest
 import torch
 
-from cli_utils import run_main
+from cli import run_main
 
 Process = subprocess.Popen[str] | fork_server.Forked
 

@@ -12,9 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import BertTokenizerFast
 
-import qa_task
 import squad_utils
 from squad_utils import Answers, SquadData, Windows
+from tasks import qa
 
 PROPERTY = settings(max_examples=80, deadline=None, derandomize=True)
 CLOSE = 1e-9
@@ -199,7 +199,7 @@ def feed(answers: Answers, windows: Windows, logits: np.ndarray, order: np.ndarr
 def many(tokenizer: BertTokenizerFast, sample: Path) -> tuple[SquadData, Windows, np.ndarray]:
     """The sample's development file in short windows, with random logits."""
     data = squad_utils.load_squad(str(sample / "dev-v1.1.json"), "--squad_dev_data")
-    windows = qa_task.make_windows(data, tokenizer, 12, 60, 20, for_training=False)
+    windows = qa.make_windows(data, tokenizer, 12, 60, 20, for_training=False)
     logits = np.random.default_rng(0).normal(0, 4, (len(windows), 2, 64)).astype(np.float32)
     return data, windows, logits
 
@@ -255,7 +255,7 @@ def test_of_equal_windows_the_first_wins(
     tokenizer: BertTokenizerFast, tmp_path: Path, order: list[int]
 ) -> None:
     data = load(tmp_path / "d.json", [("b c d e f", ["a"])])
-    windows = qa_task.make_windows(data, tokenizer, 4, 7, 1, for_training=False)
+    windows = qa.make_windows(data, tokenizer, 4, 7, 1, for_training=False)
     assert windows.first.tolist() == [0, 1, 2]
     answers = Answers(data, windows)
     logits = np.zeros((3, 2, 8), np.float32)
@@ -273,7 +273,7 @@ def answer_text(
 ) -> str:
     """The answer when the logits peak at the tokens where the words `first`, `last` stand."""
     data = load(folder / "d.json", [(context, ["?"])])
-    windows = qa_task.make_windows(data, tokenizer, 4, 384, 128, for_training=False)
+    windows = qa.make_windows(data, tokenizer, 4, 384, 128, for_training=False)
     offsets = windows.contexts.offsets.tolist()
     logits = np.zeros((1, 2, 384), np.float32)
     at = windows.context_at[0]
@@ -317,7 +317,7 @@ def test_an_empty_context_has_no_answer(
 ) -> None:
     """No span at all: the answer is "", and no answer is infinitely more probable, as a number."""
     data = load(tmp_path / "d.json", [(context, ["a"]), ("b", ["a"])])
-    windows = qa_task.make_windows(data, tokenizer, 4, 16, 4, for_training=False)
+    windows = qa.make_windows(data, tokenizer, 4, 16, 4, for_training=False)
     answers = Answers(data, windows)
     feed(answers, windows, np.zeros((2, 2, 8), np.float32), np.arange(2), 2)
     assert answers.texts() == {"q0": "", "q1": "b"}
@@ -329,7 +329,7 @@ def test_an_empty_context_has_no_answer(
 def test_no_answer_score_written_out(tokenizer: BertTokenizerFast, tmp_path: Path) -> None:
     """[CLS] a [SEP] b c [SEP]: the ratio of exp(2 + 1) at [CLS] to exp(3 + 2) at "b c" is e^-2."""
     data = load(tmp_path / "d.json", [("b c", ["a"])])
-    windows = qa_task.make_windows(data, tokenizer, 4, 16, 4, for_training=False)
+    windows = qa.make_windows(data, tokenizer, 4, 16, 4, for_training=False)
     answers = Answers(data, windows)
     start, end = [2.0, 9, 9, 3, 0, 9, 50, 50], [1.0, 9, 9, 1, 2, 9, 50, 50]
     answers.add(np.array([0]), np.array([start]), np.array([end]))

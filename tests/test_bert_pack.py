@@ -17,21 +17,19 @@ from transformers import (
 )
 
 import bert_pack
+from bert.attention import fuse_attention
+from bert.packed import PackedBertForQuestionAnswering, PackedBertModel, merge
 from bert_pack import (
     HeadImportance,
     PackCfg,
-    PackedBertForQuestionAnswering,
-    PackedBertModel,
     check_pack_cfg,
-    merge,
     pack,
     packed_config,
     parse_pack_cfg,
     prune_heads,
     size_of,
 )
-from cli_utils import UserError
-from fast_attention import fuse_attention
+from cli import UserError
 
 FULL = PackCfg(4, 0, 4, 32, 1)  # of the teacher below: nothing is left out
 SMALL = PackCfg(2, 3, 2, 16, 1)

@@ -34,10 +34,11 @@ from transformers import AutoModelForQuestionAnswering, BertForQuestionAnswering
 
 import bert_pack
 import pack_and_distill
-import run_utils
-import train_utils
+from bert.attention import fuse_attention
 from bert_pack import PackCfg, pack
-from fast_attention import fuse_attention
+from tasks import hidden_states
+from training import loop
+from training.run import Run
 
 PLAN = ["embeddings", "grow 1", "grow 2", "feed-forward", "heads", "final"]
 
@@ -270,7 +271,7 @@ def test_only_the_first_layers_run(teacher: Path) -> None:
     for k in range(3):
         called.clear()
         weights = (0.5,) * (k + 1)
-        losses = pack_and_distill.StateLoss(Run, model, 2, weights)(student, inputs)
+        losses = hidden_states.StateLoss(Run, model, 2, weights)(student, inputs)
         assert sorted(called) == sorted(
             f"{who} {i}" for who in ("student", "teacher") for i in range(k)
         )
@@ -293,12 +294,12 @@ def test_final_stage_weights_states() -> None:
 
 
 def test_warm_up_is_the_first_hundredth() -> None:
-    factors = [train_utils.warm_up(step, 1000) for step in range(1000)]
+    factors = [loop.warm_up(step, 1000) for step in range(1000)]
     assert factors[:10] == pytest.approx([0.1 * (i + 1) for i in range(10)])
     assert set(factors[9:]) == {1.0}
-    assert train_utils.warm_up(0, 50) == 1.0
-    assert train_utils.warm_up_linear_decay(500, 1000) == 0.5
-    assert train_utils.warm_up(0, 1000, steps=4) == 0.25
+    assert loop.warm_up(0, 50) == 1.0
+    assert loop.warm_up_linear_decay(500, 1000) == 0.5
+    assert loop.warm_up(0, 1000, steps=4) == 0.25
 
 
 @pytest.mark.slow
@@ -334,12 +335,12 @@ def test_head_is_that_of_the_teacher(teacher: Path, few: Path, tmp_path: Path) -
 
 
 @contextmanager
-def a_run(accelerator: Accelerator, folder: Path, save_minutes: float) -> Iterator[run_utils.Run]:
+def a_run(accelerator: Accelerator, folder: Path, save_minutes: float) -> Iterator[Run]:
     """A new run that logs each step; what it does with signals ends with it."""
     numbers = (signal.SIGINT, signal.SIGTERM)
     handlers = [signal.getsignal(number) for number in numbers]
     try:
-        yield run_utils.Run(accelerator, str(folder), {}, "new", save_minutes, 1, "none")
+        yield Run(accelerator, str(folder), {}, "new", save_minutes, 1, "none")
     finally:
         for number, handler in zip(numbers, handlers, strict=True):
             signal.signal(number, handler)
@@ -373,8 +374,8 @@ def test_every_stage_is_cast_and_no_evaluation(tmp_path: Path) -> None:
         with a_run(accelerator, tmp_path, save_minutes=60.0) as running:
             model = Model(1, 1)
             for name in ("first", "second"):
-                stage = train_utils.Stage(name, 1, 1e-3, 1, 1, train_utils.warm_up)
-                train_utils.train(running, model, stage, Line(), loss, evaluate)
+                stage = loop.Stage(name, 1, 1e-3, 1, 1, loop.warm_up)
+                loop.train(running, model, stage, Line(), loss, evaluate)
     finally:
         AcceleratorState._reset_state(reset_partial_state=True)
     assert cast == [True] * 120
@@ -416,8 +417,8 @@ def test_diverging_run_goes_back(kind: str, tmp_path: Path, capfd: pytest.Captur
 
     accelerator = Accelerator(cpu=True)
     with a_run(accelerator, tmp_path, save_minutes=60.0) as running:
-        stage = train_utils.Stage("test", 1, 1e-2, 1, 1, train_utils.warm_up, goes_back=True)
-        train_utils.train(running, model, stage, Line(), loss)
+        stage = loop.Stage("test", 1, 1e-2, 1, 1, loop.warm_up, goes_back=True)
+        loop.train(running, model, stage, Line(), loss)
     warnings = [x for x in capfd.readouterr().err.splitlines() if x.startswith("warning: ")]
     assert warnings and all("going back to step 0, with" in line for line in warnings)
     log = records(tmp_path)
@@ -428,11 +429,11 @@ def test_diverging_run_goes_back(kind: str, tmp_path: Path, capfd: pytest.Captur
 
 def test_short_and_long_texts_are_no_divergence() -> None:
     """One batch of short texts first, then ones that are harder; later all get worse."""
-    divergence = train_utils.Divergence()
+    divergence = loop.Divergence()
     divergence.mark_good()
     assert not any(divergence.found(loss) for loss in [0.4] + [1.2, 1.3] * 30)
     divergence.mark_good()
-    assert any(divergence.found(loss) for loss in [2.4] * train_utils.RECENT_STEPS)
+    assert any(divergence.found(loss) for loss in [2.4] * loop.RECENT_STEPS)
 
 
 def test_a_bad_newest_state_is_left_for_the_one_before_it(
@@ -447,15 +448,15 @@ def test_a_bad_newest_state_is_left_for_the_one_before_it(
 
     loss.calls = 0
     with a_run(Accelerator(cpu=True), tmp_path, save_minutes=0.0) as running:
-        stage = train_utils.Stage("test", 1, 1e-2, 1, 1, train_utils.warm_up, goes_back=True)
-        train_utils.train(running, torch.nn.Linear(1, 1), stage, Line(), loss)
+        stage = loop.Stage("test", 1, 1e-2, 1, 1, loop.warm_up, goes_back=True)
+        loop.train(running, torch.nn.Linear(1, 1), stage, Line(), loss)
     assert "at step 10 the loss is nan; going back to step 8" in capfd.readouterr().err
     assert [r["step"] for r in records(tmp_path)] == list(range(1, 61))
     assert records(tmp_path)[-1]["learning_rate"] == 0.5e-2
 
 
 def test_a_run_that_diverges_for_good_is_an_error(tmp_path: Path) -> None:
-    from cli_utils import UserError
+    from cli import UserError
 
     def loss(model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         loss.calls += 1
@@ -464,9 +465,9 @@ def test_a_run_that_diverges_for_good_is_an_error(tmp_path: Path) -> None:
 
     loss.calls = 0
     with a_run(Accelerator(cpu=True), tmp_path, save_minutes=60.0) as running:
-        stage = train_utils.Stage("test", 1, 1e-2, 1, 1, goes_back=True)
+        stage = loop.Stage("test", 1, 1e-2, 1, 1, goes_back=True)
         with pytest.raises(UserError, match="the loss is nan"):
-            train_utils.train(running, torch.nn.Linear(1, 1), stage, Line(), loss)
+            loop.train(running, torch.nn.Linear(1, 1), stage, Line(), loss)
 
 
 # ------------------------------------------------------------------------------------------------

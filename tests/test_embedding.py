@@ -21,22 +21,20 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoTokenizer, BertModel
 
-import emb_loss
-import emb_task
-import onnx_utils
-import train_utils
-from bert_pack import PackCfg, merge, pack
-from cli_utils import UserError
-from deploy import int8_file
+from bert.attention import fuse_attention
+from bert.embedding import AutoModelForEmbedding, BertForEmbedding, pool
+from bert.model_folder import load_model
+from bert.packed import merge
+from bert_pack import PackCfg, pack
+from cli import UserError
+from deploy import int8_file, onnx_file
 from deploy.cpu import Cpu, this_cpu
-from emb_loss import EmbLoss, HardNegatives, LossCfg
-from emb_task import Pairs, Texts
-from embedding_model import AutoModelForEmbedding, BertForEmbedding, pool
-from fast_attention import fuse_attention
-from model_utils import load_model
-from onnx_utils import INPUTS
-from pack_and_distill import StateLoss
-from squad_utils import SpecialIds, Tokens, load_squad
+from squad_utils import INPUTS, SpecialIds, Tokens, load_squad
+from tasks import embedding, embedding_loss
+from tasks.embedding import Pairs, Texts
+from tasks.embedding_loss import EmbLoss, HardNegatives, LossCfg
+from tasks.hidden_states import StateLoss
+from training import loop
 
 LENGTH = 160
 
@@ -149,19 +147,19 @@ def test_mean_is_over_real_tokens() -> None:
 
 @pytest.mark.parametrize("blocks", [(2, 3), (1024, 65536)])
 def test_ranks_against_brute_force(blocks: tuple[int, int], monkeypatch: Any) -> None:
-    monkeypatch.setattr(emb_task, "QUESTION_BLOCK", blocks[0])
-    monkeypatch.setattr(emb_task, "CONTEXT_BLOCK", blocks[1])
+    monkeypatch.setattr(embedding, "QUESTION_BLOCK", blocks[0])
+    monkeypatch.setattr(embedding, "CONTEXT_BLOCK", blocks[1])
     torch.manual_seed(0)
     questions, contexts = torch.randn(17, 5), torch.randn(23, 5)
     own = torch.randint(23, (17,))
-    found = emb_task.ranks(questions, contexts, own)
+    found = embedding.ranks(questions, contexts, own)
     distances = (questions[:, None] - contexts[None]).norm(dim=2)
     expected = [
         sum(float(d) < float(row[o]) for i, d in enumerate(row) if i != o)
         for row, o in zip(distances, own, strict=True)
     ]
     assert found.tolist() == expected
-    figures = emb_task.retrieval_figures(found)
+    figures = embedding.retrieval_figures(found)
     assert figures["top_5"] == pytest.approx(100 * np.mean([r < 5 for r in expected]))
     assert figures["mrr"] == pytest.approx(100 * np.mean([1 / (r + 1) for r in expected]))
     assert set(figures) == {"top_1", "top_5", "top_10", "top_100", "top_200", "mrr"}
@@ -169,7 +167,7 @@ def test_ranks_against_brute_force(blocks: tuple[int, int], monkeypatch: Any) ->
 
 def test_texts_are_encoded_once(base: Path, sample: Path, monkeypatch: Any) -> None:
     data = load_squad(str(sample / "dev-v1.1.json"), "--squad_dev_data")
-    pairs = emb_task.make_pairs(data, AutoTokenizer.from_pretrained(base), 24, LENGTH)
+    pairs = embedding.make_pairs(data, AutoTokenizer.from_pretrained(base), 24, LENGTH)
     assert len(pairs) == len(data.ids)
     assert len(pairs.contexts) == len(set(data.contexts)) < len(pairs)
     for i in range(len(pairs)):
@@ -186,7 +184,7 @@ def test_texts_are_encoded_once(base: Path, sample: Path, monkeypatch: Any) -> N
         return original(self, chosen, pad_to)
 
     monkeypatch.setattr(Texts, "batch", counted)
-    emb_task.EmbEvaluation(running, pairs, pairs.contexts, 4)(model)
+    embedding.EmbEvaluation(running, pairs, pairs.contexts, 4)(model)
     assert len(seen) == len(pairs.contexts) + len(pairs.questions)
 
 
@@ -224,7 +222,7 @@ def test_positions_end_with_the_longest() -> None:
 @pytest.mark.parametrize("read", [1, 32])
 def test_mining_against_a_slow_one(read: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also where all contexts that are read first answer."""
-    monkeypatch.setattr(emb_loss, "NEAREST", read)
+    monkeypatch.setattr(embedding_loss, "NEAREST", read)
     torch.manual_seed(0)
     count = 12
     strings = [f"this one says {word}" for word in ["red", "blue", "green", "grey"] * 3]
@@ -340,8 +338,8 @@ def test_distilled_embeddings_are_compared_each(base: Path) -> None:
 
 @pytest.mark.parametrize("value", [0.3, float("nan")])
 def test_vectors_that_say_nothing_find_nothing(value: float) -> None:
-    found = emb_task.ranks(torch.full((7, 5), value), torch.full((9, 5), value), torch.arange(7))
-    assert emb_task.retrieval_figures(found)["top_5"] == 0
+    found = embedding.ranks(torch.full((7, 5), value), torch.full((9, 5), value), torch.arange(7))
+    assert embedding.retrieval_figures(found)["top_5"] == 0
 
 
 def test_a_question_of_several_contexts_is_answered_by_all() -> None:
@@ -392,7 +390,7 @@ def test_softmax_is_over_the_whole_step() -> None:
     for step in range(2):
         mining(model, step, chosen)
     loss = EmbLoss(running, None, cfg, 0.0)
-    batches = emb_loss.PairBatches(pairs, mining, 5, 0)
+    batches = embedding_loss.PairBatches(pairs, mining, 5, 0)
     found = []
     for some in (chosen[:2], chosen[2:]):
         losses = loss(model, batches.batch(0, some))["in_batch"]
@@ -432,7 +430,7 @@ def test_tokens_of_examples_are_those_of_their_batches() -> None:
         article=np.arange(5),
         answers=[("nowhere",)] * 3,
     )
-    texts = emb_task.TextBatches(pairs, 4, 0)
+    texts = embedding.TextBatches(pairs, 4, 0)
     for some in (np.array([0, 2]), np.array([7, 3, 1])):
         mask = texts.batch(0, some)["attention_mask"]
         assert sorted(texts.tokens(some)) == sorted(mask.sum(dim=1).tolist())
@@ -440,7 +438,7 @@ def test_tokens_of_examples_are_those_of_their_batches() -> None:
         SimpleNamespace(accelerator=Accelerator(cpu=True)), pairs, 5, 2, 1, 1.0, 7, LossCfg()
     )
     mining.found = {0: 4, 1: 1, 2: 2}  # as long as the pair's own
-    batches = emb_loss.PairBatches(pairs, mining, 3, 0)
+    batches = embedding_loss.PairBatches(pairs, mining, 3, 0)
     for some in (np.array([0]), np.array([2, 1])):
         counted = int(batches.batch(0, some)["attention_mask"].sum())
         assert batches.tokens(some).sum() == counted
@@ -451,18 +449,18 @@ def test_learned_temperature_fits_vectors_of_any_size() -> None:
     own = torch.arange(40)
     contexts = torch.randn(60, 8)
     questions = contexts[:40] + 0.6 * torch.randn(40, 8)
-    scores = -emb_loss.distance(questions, contexts)
-    first = float(emb_loss.fit_temperature(scores, own, None))
+    scores = -embedding_loss.distance(questions, contexts)
+    first = float(embedding_loss.fit_temperature(scores, own, None))
 
     def loss(temperature: float) -> float:
         return float(torch.nn.functional.cross_entropy(scores / temperature, own))
 
     assert loss(first) < min(loss(first * 1.3), loss(first / 1.3))
-    larger = emb_loss.fit_temperature(scores * 1000, own, None)
+    larger = embedding_loss.fit_temperature(scores * 1000, own, None)
     assert float(larger) == pytest.approx(1000 * first)
     now = first * 16
     for _ in range(60):
-        now = emb_loss.fit_temperature(scores, own, now)
+        now = embedding_loss.fit_temperature(scores, own, now)
     assert float(now) == pytest.approx(first, rel=0.15)
 
 
@@ -503,7 +501,7 @@ def test_the_temperature_is_part_of_the_state() -> None:
 )
 def test_wrong_loss_cfg(text: str, message: str) -> None:
     with pytest.raises(UserError, match="--loss_cfg") as error:
-        emb_loss.parse_loss_cfg(text)
+        embedding_loss.parse_loss_cfg(text)
     assert message in str(error.value)
 
 
@@ -545,7 +543,7 @@ def test_figures_are_of_the_delivered_weights_in_fp32(
     base: Path, sample: Path, tmp_path: Path, monkeypatch: Any, capfd: pytest.CaptureFixture
 ) -> None:
     """Trained in bf16, which any CPU can; evaluated again from the folder in FP32."""
-    monkeypatch.setattr(train_utils, "this_cpu", lambda: Cpu("a CPU", ("bf16",)))
+    monkeypatch.setattr(loop, "this_cpu", lambda: Cpu("a CPU", ("bf16",)))
     trained, again = tmp_path / "trained", tmp_path / "again"
     # So many questions and contexts that bf16 ranks some of them otherwise.
     data = [f"--squad_dev_data={sample / 'train-v1.1.json'}"]
@@ -600,7 +598,7 @@ def test_width_may_be_the_length(base: Path, tmp_path: Path, pooling: str) -> No
     model.set_attn_implementation("eager")
     width, path = config.hidden_size, str(tmp_path / "model.onnx")
     batch = {name: value.numpy() for name, value in inputs([width]).items()}
-    onnx_utils.export_onnx(onnx_utils.EmbeddingGraph(model), path, [batch])
+    onnx_file.export_onnx(onnx_file.EmbeddingGraph(model), path, [batch])
     network = openvino.Core().read_model(path)
     network.reshape({name: [2, 16] for name in INPUTS})
     assert list(network.output("embedding").shape) == [2, width]

@@ -20,9 +20,9 @@ from torch import Tensor, nn
 from transformers import BertConfig, BertForQuestionAnswering
 
 import bert_pack
-import nncf_utils
-from fast_attention import fuse_attention
-from int8 import fake_quantize
+from bert.attention import fuse_attention
+from int8 import calibration, fake_quantize, quantizers
+from int8.settings import NncfConfig
 from int8.weight_range import WeightRange, hold_in_use, use_seven_bits
 
 LENGTH = 16
@@ -211,8 +211,8 @@ def model_of(packed: bool) -> nn.Module:
     torch.manual_seed(0)
     if packed:
         cfg = bert_pack.parse_pack_cfg("num_hidden_layers:2,num_attention_heads:2,hidden_size:16")
-        student = bert_pack.PackedBertForQuestionAnswering(bert_pack.packed_config(config, cfg))
-        return bert_pack.merge(student)
+        student = packed.PackedBertForQuestionAnswering(bert_pack.packed_config(config, cfg))
+        return packed.merge(student)
     return BertForQuestionAnswering(config)
 
 
@@ -230,9 +230,9 @@ def quantized(packed: bool) -> nn.Module:
     advanced = AdvancedQuantizationParameters()
     advanced.smooth_quant_alphas.matmul = -1
     arguments = {"advanced_parameters": advanced}
-    config = nncf_utils.NncfConfig("a file", {}, arguments)
+    config = NncfConfig("a file", {}, arguments)
     model = fuse_attention(model_of(packed), plain=True).eval()
-    return nncf_utils.calibrate(model, config, [batch(1)])
+    return calibration.calibrate(model, config, [batch(1)])
 
 
 @pytest.mark.parametrize("packed", [False, True])
@@ -245,7 +245,7 @@ def test_no_pass_reads_a_value(packed: bool) -> None:
     for _ in range(2):
         outputs = model(**inputs)
         (outputs.start_logits.sum() + outputs.end_logits.sum()).backward()
-    names = [name for name, _ in nncf_utils.quantizers(model)]
+    names = [name for name, _ in quantizers.quantizers(model)]
     assert len(names) > 20
     assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
 

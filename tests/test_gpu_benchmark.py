@@ -15,8 +15,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import gpu, gpu_timing
 from benchmarks.gpu_timing import TINY, Bench, RandomBatches
-from cli_utils import UserError
-from qa_task import forward
+from cli import UserError
+from tasks.qa import forward
 
 
 @pytest.fixture

@@ -26,16 +26,16 @@ from transformers import (
     PreTrainedModel,
 )
 
-import nncf_utils
-import onnx_utils
-import qa_task
 import squad_utils
-from cli_utils import Interrupted, UserError
-from deploy import cpu, int8_file
-from fast_attention import fuse_attention
-from model_utils import load_model
-from onnx_utils import INPUTS, QA_OUTPUTS
-from squad_utils import Windows
+from bert.attention import fuse_attention
+from bert.model_folder import load_model
+from cli import Interrupted, UserError
+from deploy import cpu, int8_file, onnx_file
+from deploy.onnx_file import QA_OUTPUTS
+from int8 import calibration, quantizers
+from int8.settings import NncfConfig, read_nncf_config
+from squad_utils import INPUTS, Windows
+from tasks import qa
 
 SETTINGS = {
     "preset": "mixed",
@@ -106,7 +106,7 @@ def dev_windows(model: Path, few: Path) -> Windows:
 
     data = squad_utils.load_squad(str(few / "dev-v1.1.json"), "--squad_dev_data")
     tokenizer = AutoTokenizer.from_pretrained(model)
-    return qa_task.make_windows(data, tokenizer, 24, LENGTH, 64, for_training=False)
+    return qa.make_windows(data, tokenizer, 24, LENGTH, 64, for_training=False)
 
 
 def feeds(windows: Windows) -> list[dict[str, np.ndarray]]:
@@ -177,7 +177,7 @@ def test_ranges_train_alone_first(
     )
     assert call(command) == 0, capfd.readouterr().err
     ranges, calibrated = (
-        load_file(folder / nncf_utils.QUANTIZER_WEIGHTS) for folder in (out, other)
+        load_file(folder / quantizers.QUANTIZER_WEIGHTS) for folder in (out, other)
     )
     moved = [n for n in ranges if ("scale" in n or "input" in n) and ranges[n].is_floating_point()]
     assert moved
@@ -193,7 +193,7 @@ def test_folder_gives_the_same_model_again(
     assert call(command) == 0, capfd.readouterr().err
     assert metrics(again)["f1"] == metrics(quantized)["f1"]
     assert (again / "predictions.json").read_text() == (quantized / "predictions.json").read_text()
-    for name in ("model.safetensors", nncf_utils.QUANTIZER_WEIGHTS):
+    for name in ("model.safetensors", quantizers.QUANTIZER_WEIGHTS):
         before, after = load_file(quantized / name), load_file(again / name)
         assert before.keys() == after.keys()
         assert all(torch.equal(before[key], after[key]) for key in before)
@@ -264,10 +264,10 @@ def test_file_is_a_quarter_of_the_fp32_one(reading: Reading, tmp_path: Path) -> 
         exported = fuse_attention(model, plain=True)
         if int8:
             inputs = {name: torch.from_numpy(array) for name, array in sample.items()}
-            exported = nncf_utils.calibrate(exported, reading(SETTINGS), [inputs])
-            nncf_utils.make_exportable(exported)
+            exported = calibration.calibrate(exported, reading(SETTINGS), [inputs])
+            quantizers.make_exportable(exported)
         path = tmp_path / f"{int8}.onnx"
-        onnx_utils.export_onnx(onnx_utils.QaGraph(exported), str(path), [sample], int8)
+        onnx_file.export_onnx(onnx_file.QaGraph(exported), str(path), [sample], int8)
         sizes.append(path.stat().st_size)
     assert sizes[1] <= 0.3 * sizes[0]
 
@@ -398,7 +398,7 @@ def test_narrow_weights_export_as_they_are(
 # ------------------------------------------------------------------------------------------------
 # Kills and processes
 
-RESUMED = ("model.safetensors", nncf_utils.QUANTIZER_WEIGHTS)
+RESUMED = ("model.safetensors", quantizers.QUANTIZER_WEIGHTS)
 
 
 @pytest.mark.slow
@@ -466,7 +466,7 @@ def test_calibration_can_be_stopped(reading: Reading, teacher: Path, few: Path) 
             raise Interrupted("asked", signal.SIGTERM)
 
     with pytest.raises(Interrupted):
-        nncf_utils.calibrate(small_model(teacher), reading({}), [sample] * 4, third)
+        calibration.calibrate(small_model(teacher), reading({}), [sample] * 4, third)
 
 
 def test_settings_that_nncf_has_not_for_torch(reading: Reading, teacher: Path, few: Path) -> None:
@@ -474,7 +474,7 @@ def test_settings_that_nncf_has_not_for_torch(reading: Reading, teacher: Path, f
     for settings in ({"fast_bias_correction": False}, {"target_device": "CPU_SPR"}):
         config = reading(settings)
         with pytest.raises(UserError, match="NNCF refuses it: ") as error:
-            nncf_utils.calibrate(small_model(teacher), config, [sample])
+            calibration.calibrate(small_model(teacher), config, [sample])
         assert config.path in str(error.value) and "\n" not in str(error.value)
 
 
@@ -494,21 +494,21 @@ def test_works_without_a_compiler(teacher: Path, few: Path, settings: Path, tmp_
 # ------------------------------------------------------------------------------------------------
 # The configuration file
 
-Reading = Callable[[Any], nncf_utils.NncfConfig]
+Reading = Callable[[Any], NncfConfig]
 
 
 @pytest.fixture
 def reading(tmp_path: Path) -> Reading:
-    def read(value: Any) -> nncf_utils.NncfConfig:
+    def read(value: Any) -> NncfConfig:
         path = tmp_path / "config.json"
         path.write_text(value if isinstance(value, str) else json.dumps(value))
-        return nncf_utils.read_nncf_config(str(path))
+        return read_nncf_config(str(path))
 
     return read
 
 
 def test_the_projects_own_file(reading: Reading) -> None:
-    config = nncf_utils.read_nncf_config(str(ROOT / "nncf_config.json"))
+    config = read_nncf_config(str(ROOT / "nncf_config.json"))
     assert config.subset_size == 300
     assert not config.left_out
 
@@ -641,7 +641,7 @@ def small_model(teacher: Path) -> PreTrainedModel:
 )
 def test_scope_names_modules(reading: Reading, teacher: Path, scope: Any, found: int) -> None:
     config = reading({"ignored_scope": scope})
-    nncf_utils.check_scope(config, small_model(teacher))
+    calibration.check_scope(config, small_model(teacher))
     assert len(config.arguments["ignored_scope"].names) == found
 
 
@@ -658,7 +658,7 @@ def test_scope_names_modules(reading: Reading, teacher: Path, scope: Any, found:
 def test_scope_of_nothing(reading: Reading, teacher: Path, scope: Any, message: str) -> None:
     config = reading({"ignored_scope": scope})
     with pytest.raises(UserError) as error:
-        nncf_utils.check_scope(config, small_model(teacher))
+        calibration.check_scope(config, small_model(teacher))
     assert message in str(error.value)
 
 

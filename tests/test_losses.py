@@ -16,12 +16,12 @@ from accelerate.state import AcceleratorState, GradientState
 from torch import Tensor, nn
 from transformers import BertForQuestionAnswering, BertTokenizerFast
 
-import qa_task
 import squad_utils
-from fast_attention import fuse_attention
-from model_utils import state_errors
-from qa_task import QaLoss, answer_loss, log_probabilities, soft_cross_entropy
+from bert.attention import fuse_attention
 from squad_utils import Windows
+from tasks import qa
+from tasks.hidden_states import state_errors
+from tasks.qa import QaLoss, answer_loss, log_probabilities, soft_cross_entropy
 from training.passes import StepGradient
 
 LN2, LN3 = log(2), log(3)
@@ -186,7 +186,7 @@ def test_qa_loss_by_hand() -> None:
 def windows(tiny_bert: Path, sample: Path) -> Windows:
     data = squad_utils.load_squad(str(sample / "train-v1.1.json"), "--squad_train_data")
     tokenizer = BertTokenizerFast.from_pretrained(tiny_bert)
-    return qa_task.make_windows(data, tokenizer, 16, 96, 32, for_training=True)
+    return qa.make_windows(data, tokenizer, 16, 96, 32, for_training=True)
 
 
 @pytest.fixture
@@ -232,7 +232,7 @@ def test_the_teacher_gets_no_gradient(
     """Not even one whose parameters require it; all of the student gets one."""
     student, teacher = models
     teacher.requires_grad_(True)
-    batch = qa_task.QaBatches(windows, 4, 0).batch(0, np.arange(4))
+    batch = qa.QaBatches(windows, 4, 0).batch(0, np.arange(4))
     losses = QaLoss(FAKE_RUN, teacher, 1.0, 1.0)(student, batch)
     torch.stack(list(losses.values())).sum().backward()
     assert all(parameter.grad is None for parameter in teacher.parameters())
@@ -256,7 +256,7 @@ def test_a_step_does_not_depend_on_the_micro_batch_size(
     They are the mean over the windows, computed here one by one.
     """
     student, teacher = models
-    batches = qa_task.QaBatches(windows, 7, 0)
+    batches = qa.QaBatches(windows, 7, 0)
     loss = QaLoss(SimpleNamespace(accelerator=accelerator), teacher, 0.5, 0.5)
     order = np.argsort(windows.total_lengths)
     chosen = order[np.linspace(0, len(order) - 1, 7).astype(int)]

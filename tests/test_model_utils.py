@@ -12,18 +12,12 @@ import torch
 from torch import Tensor, nn
 from transformers import BertForQuestionAnswering, BertTokenizerFast
 
-import qa_task
 import squad_utils
-from cli_utils import UserError
-from fast_attention import FusedSelfAttention, fuse_attention
-from model_utils import (
-    freeze,
-    load_config,
-    load_tokenizer,
-    save_vocabulary,
-    set_dropout,
-    special_ids,
-)
+from bert.attention import FusedSelfAttention, fuse_attention
+from bert.model_folder import load_config, load_tokenizer, save_vocabulary, special_ids
+from cli import UserError
+from tasks import qa
+from training.fine_tuning import freeze, set_dropout
 
 CLOSE = 1e-5
 
@@ -74,8 +68,8 @@ def test_fused_outputs_are_the_librarys(
     assert sum(isinstance(module, FusedSelfAttention) for module in fused.modules()) == 2
     inputs = random_inputs(lengths, 16)
     with torch.no_grad():
-        expected = qa_task.forward(library, inputs, hidden_states=True)
-        found = qa_task.forward(fused, inputs, hidden_states=True)
+        expected = qa.forward(library, inputs, hidden_states=True)
+        found = qa.forward(fused, inputs, hidden_states=True)
     for name in ("start_logits", "end_logits"):
         assert getattr(expected, name).std() > 1e-2
         assert (getattr(found, name) - getattr(expected, name)).abs().max() < CLOSE
@@ -89,12 +83,12 @@ def test_fused_attention_sees_the_mask(pair: tuple[nn.Module, nn.Module]) -> Non
     fused = pair[1]
     inputs = random_inputs([16, 9], 16)
     with torch.no_grad():
-        before = qa_task.forward(fused, inputs).start_logits[1, :9]
+        before = qa.forward(fused, inputs).start_logits[1, :9]
         inputs["input_ids"][1, 9:] = 77
-        after = qa_task.forward(fused, inputs).start_logits[1, :9]
+        after = qa.forward(fused, inputs).start_logits[1, :9]
         assert (after - before).abs().max() < 1e-6
         inputs["input_ids"][1, 8] = 78 if inputs["input_ids"][1, 8] == 77 else 77
-        assert (qa_task.forward(fused, inputs).start_logits[1, :8] - before[:8]).abs().max() > 1e-3
+        assert (qa.forward(fused, inputs).start_logits[1, :8] - before[:8]).abs().max() > 1e-3
 
 
 @pytest.mark.parametrize("lengths", [[16, 16], [16, 9, 1]])
@@ -107,10 +101,8 @@ def test_fused_gradients_are_the_librarys(
     gradients = []
     for model in pair:
         set_dropout(model.train(), 0.0)
-        log_probs = qa_task.log_probabilities(
-            qa_task.forward(model, inputs), inputs["attention_mask"]
-        )
-        qa_task.answer_loss(log_probs, targets).mean().backward()
+        log_probs = qa.log_probabilities(qa.forward(model, inputs), inputs["attention_mask"])
+        qa.answer_loss(log_probs, targets).mean().backward()
         gradients.append({name: p.grad for name, p in model.named_parameters()})
     expected, found = gradients
     assert found.keys() == expected.keys()
@@ -149,17 +141,17 @@ def test_set_dropout_reaches_the_fused_attention(tiny_bert: Path) -> None:
     model = fuse_attention(BertForQuestionAnswering.from_pretrained(tiny_bert))
     inputs = random_inputs([16, 9], 16)
     with torch.no_grad():
-        evaluated = qa_task.forward(model.eval(), inputs).start_logits
+        evaluated = qa.forward(model.eval(), inputs).start_logits
         model.train()
         set_dropout(model, 0.0)
-        assert torch.equal(qa_task.forward(model, inputs).start_logits, evaluated)
+        assert torch.equal(qa.forward(model, inputs).start_logits, evaluated)
         set_dropout(model, 0.5)
         assert {m.p for m in model.modules() if isinstance(m, nn.Dropout)} == {0.5}
-        assert torch.equal(qa_task.forward(model.eval(), inputs).start_logits, evaluated)
+        assert torch.equal(qa.forward(model.eval(), inputs).start_logits, evaluated)
         set_dropout(model, 0.0)
         for layer in model.bert.encoder.layer:
             layer.attention.self.dropout.p = 0.5
-        first, second = (qa_task.forward(model.train(), inputs).start_logits for _ in range(2))
+        first, second = (qa.forward(model.train(), inputs).start_logits for _ in range(2))
         assert (first - second).abs().max() > 1e-4
     assert model.config.attention_probs_dropout_prob == model.config.hidden_dropout_prob == 0.1
 

@@ -16,15 +16,15 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoTokenizer, BertConfig, BertForQuestionAnswering
 
-import emb_task
-import qa_task
-from bert_pack import PackCfg, merge, pack
-from emb_loss import EmbLoss, HardNegatives, LossCfg, PairBatches, fit_temperature
-from embedding_model import BertForEmbedding
-from fast_attention import fuse_attention
-from pack_and_distill import StateLoss
-from qa_task import QaLoss
+from bert.attention import fuse_attention
+from bert.embedding import BertForEmbedding
+from bert.packed import merge
+from bert_pack import PackCfg, pack
 from squad_utils import SquadData, load_squad
+from tasks import embedding, qa
+from tasks.embedding_loss import EmbLoss, HardNegatives, LossCfg, PairBatches, fit_temperature
+from tasks.hidden_states import StateLoss
+from tasks.qa import QaLoss
 
 
 def run_on(device: torch.device, processes: int = 1) -> SimpleNamespace:
@@ -50,16 +50,16 @@ def data(sample: Path) -> SquadData:
 
 
 @pytest.fixture(scope="module")
-def pairs(tiny_bert: Path, data: SquadData) -> emb_task.Pairs:
-    return emb_task.make_pairs(data, AutoTokenizer.from_pretrained(tiny_bert), 24, 96)
+def pairs(tiny_bert: Path, data: SquadData) -> embedding.Pairs:
+    return embedding.make_pairs(data, AutoTokenizer.from_pretrained(tiny_bert), 24, 96)
 
 
 @pytest.fixture(scope="module")
 def qa_batch(tiny_bert: Path, data: SquadData) -> dict[str, Tensor]:
     """Four windows, on the device."""
     tokenizer = AutoTokenizer.from_pretrained(tiny_bert)
-    windows = qa_task.make_windows(data, tokenizer, 16, 96, 32, for_training=True)
-    return on_meta(qa_task.QaBatches(windows, 4, 0).batch(0, np.arange(4)))
+    windows = qa.make_windows(data, tokenizer, 16, 96, 32, for_training=True)
+    return on_meta(qa.QaBatches(windows, 4, 0).batch(0, np.arange(4)))
 
 
 @pytest.fixture(scope="module")
@@ -144,10 +144,10 @@ def test_the_loss_of_a_stage_reads_nothing(
 
 
 def test_the_loss_of_distilled_embeddings_reads_nothing(
-    make: Callable[..., nn.Module], pairs: emb_task.Pairs
+    make: Callable[..., nn.Module], pairs: embedding.Pairs
 ) -> None:
     student = make(BertForEmbedding, packed=True).to(META).train()
-    batches = emb_task.TextBatches(pairs, 4, 0)
+    batches = embedding.TextBatches(pairs, 4, 0)
     count = len(pairs.questions)
     batch = on_meta(batches.batch(0, np.array([0, 1, count, count + 1])))  # both kinds of text
     loss = StateLoss(RUN, teacher_of(make(BertForEmbedding)), 2, (0.0, 0.5, 0.5), 3.0)
@@ -161,7 +161,7 @@ def test_the_loss_of_distilled_embeddings_reads_nothing(
 
 @pytest.fixture
 def mine(
-    make: Callable[..., nn.Module], pairs: emb_task.Pairs
+    make: Callable[..., nn.Module], pairs: embedding.Pairs
 ) -> Callable[[LossCfg], tuple[HardNegatives, np.ndarray]]:
     """Mines for a step of 20 pairs on the CPU."""
 
@@ -181,7 +181,11 @@ def mine(
     ids=["triplet 1", "triplet 2", "in_batch", "L1", "all"],
 )
 def test_the_loss_of_embeddings_reads_nothing(
-    make: Callable[..., nn.Module], pairs: emb_task.Pairs, mine: Callable, cfg: LossCfg, taught: str
+    make: Callable[..., nn.Module],
+    pairs: embedding.Pairs,
+    mine: Callable,
+    cfg: LossCfg,
+    taught: str,
 ) -> None:
     mapped = taught == "with state maps"
     student = make(BertForEmbedding, packed=mapped, merged=mapped).to(META).train()
@@ -197,22 +201,22 @@ def test_the_loss_of_embeddings_reads_nothing(
     assert_trains(student, loss(student, on_meta(batch)), names, 10)
 
 
-def test_encoding_reads_nothing(make: Callable[..., nn.Module], pairs: emb_task.Pairs) -> None:
+def test_encoding_reads_nothing(make: Callable[..., nn.Module], pairs: embedding.Pairs) -> None:
     every = np.arange(len(pairs.contexts))
-    found = emb_task.encode(RUN, make(BertForEmbedding).to(META), pairs.contexts, every, 4)
+    found = embedding.encode(RUN, make(BertForEmbedding).to(META), pairs.contexts, every, 4)
     assert found.shape == (len(every), HIDDEN) and found.device == META
     assert found.dtype == torch.float32
 
 
 def test_ranking_reads_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(emb_task, "CONTEXT_BLOCK", 8)
+    monkeypatch.setattr(embedding, "CONTEXT_BLOCK", 8)
     vectors = torch.zeros(20, 5, device=META)
     own = torch.zeros(7, dtype=torch.int64, device=META)
-    assert emb_task.ranks(vectors[:7], vectors, own).device == META
+    assert embedding.ranks(vectors[:7], vectors, own).device == META
 
 
 def test_the_softmax_of_a_step_reads_nothing(
-    make: Callable[..., nn.Module], pairs: emb_task.Pairs, mine: Callable
+    make: Callable[..., nn.Module], pairs: embedding.Pairs, mine: Callable
 ) -> None:
     """Once the nearest contexts are known; and its rows make batches without a read as well."""
     learned = LossCfg(0, "none", 1)
@@ -244,20 +248,20 @@ def test_a_learned_temperature_is_not_read() -> None:
 def test_passes_of_a_gpu_are_as_large_as_may_be(
     order: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(emb_task, "PASS_TOKENS", 4000)
+    monkeypatch.setattr(embedding, "PASS_TOKENS", 4000)
     lengths = np.sort(np.random.default_rng(0).integers(3, 385, 500))[::order]
-    passes = emb_task.split_passes(lengths, 4, RUN.accelerator)
+    passes = embedding.split_passes(lengths, 4, RUN.accelerator)
     assert np.concatenate(passes).tolist() == list(range(500))
     padded = [-(-int(lengths[p].max()) // 8) * 8 * len(p) for p in passes]
     assert max(padded) <= 4000 and len(passes) < 1.5 * lengths.sum() / 4000
     # Never fewer texts than asked for, whatever their length; on a CPU just so many.
-    assert {len(p) for p in emb_task.split_passes(lengths, 50, RUN.accelerator)[:-1]} >= {50}
-    sizes = [len(p) for p in emb_task.split_passes(lengths, 50, CPU_RUN.accelerator)]
+    assert {len(p) for p in embedding.split_passes(lengths, 50, RUN.accelerator)[:-1]} >= {50}
+    sizes = [len(p) for p in embedding.split_passes(lengths, 50, CPU_RUN.accelerator)]
     assert sizes == [50] * 10
 
 
 def test_each_of_several_gpus_gets_a_pass() -> None:
     eight = run_on(META, processes=8).accelerator
     lengths = np.full(256, 64)
-    assert len(emb_task.split_passes(lengths, 8, RUN.accelerator)) == 1
-    assert len(emb_task.split_passes(lengths, 8, eight)) == 8
+    assert len(embedding.split_passes(lengths, 8, RUN.accelerator)) == 1
+    assert len(embedding.split_passes(lengths, 8, eight)) == 8

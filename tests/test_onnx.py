@@ -19,12 +19,11 @@ from conftest import pack_command, train_qa_command
 from torch import nn
 from transformers import BertConfig, BertForQuestionAnswering, BertTokenizerFast
 
-import onnx_utils
-import qa_task
 import squad_utils
-from cli_utils import UserError
-from deploy import onnx_check
+from cli import UserError
+from deploy import onnx_check, onnx_file
 from squad_utils import Windows
+from tasks import qa
 
 LENGTH = 100  # max_seq_length_c; no multiple of 8
 
@@ -34,7 +33,7 @@ def windows(tiny_bert: Path, sample: Path) -> Windows:
     """Real windows, shorter than LENGTH, so that all are padded."""
     data = squad_utils.load_squad(str(sample / "dev-v1.1.json"), "--squad_dev_data")
     tokenizer = BertTokenizerFast.from_pretrained(tiny_bert)
-    return qa_task.make_windows(data, tokenizer, 16, 70, 32, for_training=False)
+    return qa.make_windows(data, tokenizer, 16, 70, 32, for_training=False)
 
 
 def save_model(folder: Path, **settings: Any) -> Path:
@@ -57,7 +56,7 @@ def exported(tmp_path_factory: pytest.TempPathFactory, windows: Windows) -> Path
     """A folder with a checkpoint of hidden size 128 (2 heads of 64) and its model.onnx."""
     folder = tmp_path_factory.mktemp("exported")
     save_model(folder, hidden_size=128, num_attention_heads=2, intermediate_size=256)
-    assert 0 <= qa_task.export(str(folder), windows, LENGTH).difference < 1e-5
+    assert 0 <= qa.export(str(folder), windows, LENGTH).difference < 1e-5
     return folder
 
 
@@ -150,7 +149,7 @@ def test_onnx_runtime_equals_pytorch(exported: Path, windows: Windows) -> None:
 def compile_openvino(folder: Path, shape: tuple[int, int]) -> openvino.CompiledModel:
     core = openvino.Core()
     model = core.read_model(folder / "model.onnx")
-    model.reshape({name: list(shape) for name in onnx_utils.INPUTS})
+    model.reshape({name: list(shape) for name in squad_utils.INPUTS})
     settings = {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": 1}
     return core.compile_model(model, "CPU", settings)
 
@@ -211,15 +210,15 @@ def test_a_mismatch_is_kept_under_another_name(
     (tmp_path / "model.onnx").write_bytes(b"of an earlier export")
     with monkeypatch.context() as patch:
         patch.setattr(torch.onnx, "export", export_then_change)
-        check = qa_task.export(str(tmp_path), windows, LENGTH)
+        check = qa.export(str(tmp_path), windows, LENGTH)
     assert not check.passed
     assert {file.name for file in tmp_path.iterdir()} == {*model, "model.failed.onnx"}
     with pytest.raises(
         UserError, match=r"differs .* by 0\.01 .* 0\.001 .*model\.failed\.onnx"
     ) as error:
-        onnx_utils.require(check, str(tmp_path))
+        onnx_file.require(check, str(tmp_path))
     assert "\n" not in str(error.value)
-    onnx_utils.require(qa_task.export(str(tmp_path), windows, LENGTH), str(tmp_path))
+    onnx_file.require(qa.export(str(tmp_path), windows, LENGTH), str(tmp_path))
     assert {file.name for file in tmp_path.iterdir()} == {*model, "model.onnx"}
 
 
@@ -231,9 +230,9 @@ def test_outputs_that_are_no_numbers_fail_the_check(
     with torch.no_grad():
         model.qa_outputs.weight[0, 0] = float("nan")
     model.save_pretrained(tmp_path)
-    check = qa_task.export(str(tmp_path), windows, LENGTH)
+    check = qa.export(str(tmp_path), windows, LENGTH)
     with pytest.raises(UserError, match="differs"):
-        onnx_utils.require(check, str(tmp_path))
+        onnx_file.require(check, str(tmp_path))
     assert not list(tmp_path.glob("model.onnx*"))
 
 
@@ -277,10 +276,10 @@ def test_a_failed_check_throws_nothing_away(
 
 def test_a_file_that_cannot_be_written_is_a_user_error(exported: Path, tmp_path: Path) -> None:
     """A folder that is not there: one line, no traceback."""
-    graph = onnx_utils.QaGraph(BertForQuestionAnswering.from_pretrained(exported))
+    graph = onnx_file.QaGraph(BertForQuestionAnswering.from_pretrained(exported))
     path = str(tmp_path / "none" / "model.onnx")
     with pytest.raises(UserError, match="none"):
-        onnx_utils.export_onnx(graph, path, [random_inputs(1, LENGTH)])
+        onnx_file.export_onnx(graph, path, [random_inputs(1, LENGTH)])
 
 
 def test_dropout_does_not_disturb_the_export(windows: Windows, tmp_path: Path) -> None:
@@ -294,13 +293,13 @@ def test_dropout_does_not_disturb_the_export(windows: Windows, tmp_path: Path) -
         attention_probs_dropout_prob=0.5,
         classifier_dropout=0.5,
     )
-    assert qa_task.export(str(folder), windows, LENGTH).difference < 1e-5
+    assert qa.export(str(folder), windows, LENGTH).difference < 1e-5
     model = BertForQuestionAnswering.from_pretrained(folder).train()
     model.set_attn_implementation("eager")
-    graph = onnx_utils.QaGraph(model)
+    graph = onnx_file.QaGraph(model)
     path = str(tmp_path / "again.onnx")
     batches = [squad_utils.make_batch(windows, np.array([0]), pad_to=LENGTH)]
-    assert onnx_utils.export_onnx(graph, path, batches).difference < 1e-5
+    assert onnx_file.export_onnx(graph, path, batches).difference < 1e-5
     assert not any(module.training for module in graph.modules())
     kinds = {node.op_type for node in onnx.load(path).graph.node}
     assert not kinds & {"Dropout", "RandomUniformLike", "Bernoulli"}

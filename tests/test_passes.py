@@ -16,11 +16,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-import run_utils
-import train_utils
-from cli_utils import UserError
-from training import passes
+from cli import UserError
+from training import loop, passes
 from training.passes import StepGradient
+from training.run import Run
 
 
 class Rows:
@@ -125,8 +124,8 @@ def test_a_step_that_is_not_finite_is_skipped_before_it_is_read(
     accelerator: Accelerator, what: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A GPU's figures are read steps later: the weights must not have taken the bad one."""
-    monkeypatch.setattr(train_utils, "_reads_now", lambda *_: False)  # but for an epoch's end
-    run = run_utils.Run(accelerator, str(tmp_path), {}, "new", 60.0, 1, "none")
+    monkeypatch.setattr(loop, "_reads_now", lambda *_: False)  # but for an epoch's end
+    run = Run(accelerator, str(tmp_path), {}, "new", 60.0, 1, "none")
     torch.manual_seed(0)
     model = nn.Linear(3, 1)
     weights: list[Tensor] = []
@@ -140,9 +139,9 @@ def test_a_step_that_is_not_finite_is_skipped_before_it_is_read(
                 error = torch.where(error.isnan(), torch.ones_like(error), error)
         return {"error": error}
 
-    stage = train_utils.Stage("test", 3, 1e-2, 16, 16)
+    stage = loop.Stage("test", 3, 1e-2, 16, 16)
     with pytest.raises(UserError, match="at step 5 of 9 "):
-        train_utils.train(run, model, stage, Rows(), loss)
+        loop.train(run, model, stage, Rows(), loss)
     run._lock_file.close()
     assert len(weights) == 6 and model.weight.isfinite().all()
     assert torch.equal(weights[4], weights[5]) and not torch.equal(weights[3], weights[4])

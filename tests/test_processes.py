@@ -14,7 +14,7 @@ from calls import first_questions, last_step, records, started, state_step, stat
 from conftest import run, train_qa_command
 from safetensors.torch import load_file
 
-import train_utils
+from training import machine
 
 # 2 micro-batches of 4 for each of 2 processes, 4 for one.
 FLAGS = (
@@ -51,8 +51,8 @@ def data(
     """A folder with data whose last step of an epoch is incomplete in the way of the name."""
     from transformers import AutoTokenizer
 
-    import qa_task
     from squad_utils import load_squad
+    from tasks import qa
 
     folder = tmp_path_factory.mktemp("data")
     first_questions(sample / "dev-v1.1.json", folder / "dev-v1.1.json", 5)
@@ -61,7 +61,7 @@ def data(
     low, high = LEFT_OVER[request.param]
     for count in range(44, 80):  # of five steps an epoch, at least
         first_questions(sample / "train-v1.1.json", train, count)
-        windows = qa_task.make_windows(
+        windows = qa.make_windows(
             load_squad(str(train), ""), tokenizer, 24, 256, 128, for_training=True
         )
         if low <= len(windows) % 16 <= high:
@@ -172,8 +172,8 @@ def executed(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, list[str]]]:
 
 
 def test_all_gpus_are_used(executed: list[tuple[str, list[str]]]) -> None:
-    assert train_utils.process_count(no_cuda=False) == 3
-    train_utils.use_all_gpus(no_cuda=False)
+    assert machine.process_count(no_cuda=False) == 3
+    machine.use_all_gpus(no_cuda=False)
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=3"]
     script = ["train_qa.py", "--output_dir=a b", "--seed=3"]
     assert executed == [(sys.executable, [*launch, *script])]
@@ -182,14 +182,14 @@ def test_all_gpus_are_used(executed: list[tuple[str, list[str]]]) -> None:
 def test_nothing_is_launched_twice_nor_without_need(
     executed: list[tuple[str, list[str]]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    train_utils.use_all_gpus(no_cuda=True)
-    assert train_utils.process_count(no_cuda=True) == 1
+    machine.use_all_gpus(no_cuda=True)
+    assert machine.process_count(no_cuda=True) == 1
     for count in (0, 1):
         monkeypatch.setattr(torch.cuda, "device_count", lambda count=count: count)
-        train_utils.use_all_gpus(no_cuda=False)
-        assert train_utils.process_count(no_cuda=False) == 1
+        machine.use_all_gpus(no_cuda=False)
+        assert machine.process_count(no_cuda=False) == 1
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
     monkeypatch.setenv("WORLD_SIZE", "2")
-    train_utils.use_all_gpus(no_cuda=False)
-    assert train_utils.process_count(no_cuda=False) == 2
+    machine.use_all_gpus(no_cuda=False)
+    assert machine.process_count(no_cuda=False) == 2
     assert executed == []

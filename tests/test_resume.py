@@ -30,9 +30,9 @@ from calls import (
 from conftest import run, train_qa_command
 from safetensors.torch import load_file, save_file
 
-import run_utils
-import train_utils
-from cli_utils import UserError
+from cli import UserError
+from training import loop, progress
+from training.run import Run
 
 FLAGS = (
     "--dropout=0.1",  # so that the state of the random generators matters
@@ -410,7 +410,7 @@ def test_stop_says_when_overwriting_would_start_again(
     command = train_qa_command(tiny_bert, few, out, *FLAGS, "--overwrite_output_dir")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(
-            run_utils.Progress,
+            progress.Progress,
             "advance",
             lambda self, *_: setattr(self.run, "stop_signal", signal.SIGTERM),
         )
@@ -444,7 +444,7 @@ class _Batches:
 def test_nan_keeps_the_last_good_state(what: str, bad_step: int, tmp_path: Path) -> None:
     accelerator = Accelerator(cpu=True)
     set_seed(0)
-    run_ = run_utils.Run(accelerator, str(tmp_path), {}, "new", 0.0, 1, "none")
+    run_ = Run(accelerator, str(tmp_path), {}, "new", 0.0, 1, "none")
     model = torch.nn.Linear(3, 1)
     start = model.weight.detach().clone()
     calls = []
@@ -458,9 +458,9 @@ def test_nan_keeps_the_last_good_state(what: str, bad_step: int, tmp_path: Path)
                 loss = torch.where(torch.isnan(loss), torch.ones_like(loss), loss)
         return {"error": loss}
 
-    stage = train_utils.Stage("test", 4, 1e-2, 4, 4)
+    stage = loop.Stage("test", 4, 1e-2, 4, 4)
     with pytest.raises(UserError, match=f"at step {bad_step} of 8 .*nan") as caught:
-        train_utils.train(run_, model, stage, _Batches(), loss_function, lambda model: {"f1": 0.0})
+        loop.train(run_, model, stage, _Batches(), loss_function, lambda model: {"f1": 0.0})
     assert "\n" not in str(caught.value) and "--learning_rate" in str(caught.value)
     if bad_step == 1:
         assert states(tmp_path) == []

@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 
-import squad_scores
-from cli_utils import UserError
+from cli import UserError
 from squad_utils import SquadData, load_squad
+from tasks import squad_scores
 
 COMMON = """
 import re

@@ -12,10 +12,10 @@ import pytest
 from calls import call, error_line
 from conftest import ROOT, emb_command, train_qa_command
 
-import context_index
-from cli_utils import UserError
-from context_index import ContextIndex, Embedder, Paragraph, build_index, load_embedder
+from cli import UserError
+from deploy import search
 from deploy.runtime import Runtime
+from deploy.search import ContextIndex, Embedder, Paragraph, build_index, load_embedder
 
 TEXTS = {
     "harbour.txt": "The harbour was built by Ada Brook in 1907.\n\nIt is of stone.\n \nIt is deep.",
@@ -55,7 +55,7 @@ def embedder(models: tuple[Path, Path]) -> Embedder:
 
 
 def test_paragraphs_and_where_they_are(folder: Path) -> None:
-    found = context_index.read_paragraphs([str(folder)])
+    found = search.read_paragraphs([str(folder)])
     names = [(Path(each.path).name, each.line, each.text) for each in found]
     assert names == [
         ("harbour.txt", 1, "The harbour was built by Ada Brook in 1907."),
@@ -64,17 +64,17 @@ def test_paragraphs_and_where_they_are(folder: Path) -> None:
         ("bridge.md", 3, "The bridge was opened in 1931.\nIt is painted red."),
     ]
     file = str(folder / "harbour.txt")
-    assert len(context_index.read_paragraphs([file, str(folder), file])) == 4
+    assert len(search.read_paragraphs([file, str(folder), file])) == 4
 
 
 def test_nothing_to_index(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"the folder .* has no \.txt or \.md file"):
-        context_index.read_paragraphs([str(tmp_path)])
+        search.read_paragraphs([str(tmp_path)])
     (tmp_path / "empty.txt").write_text(" \n\n ")
     with pytest.raises(UserError, match="no text to index"):
-        context_index.read_paragraphs([str(tmp_path)])
+        search.read_paragraphs([str(tmp_path)])
     with pytest.raises(UserError, match="no such file"):
-        context_index.read_paragraphs([str(tmp_path / "nowhere.txt")])
+        search.read_paragraphs([str(tmp_path / "nowhere.txt")])
 
 
 def test_nearest_against_brute_force() -> None:
@@ -142,7 +142,7 @@ def test_only_what_changed_is_embedded(
     assert len(build_index(embedder, [str(folder)]).paragraphs) == 3
     assert not embedded
     # A file that is damaged, or of another model, is as none.
-    (folder / context_index.INDEX_FILE).write_bytes(b"PK damaged")
+    (folder / search.INDEX_FILE).write_bytes(b"PK damaged")
     build_index(embedder, [str(folder)])
     assert len(embedded) == 3
 
@@ -151,9 +151,9 @@ def test_vectors_in_bf16_and_in_f32_are_not_mixed(
     models: tuple[Path, Path], folder: Path, embedder: Embedder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """An index that was made in one is made anew for the other."""
-    original = context_index.load_exported
+    original = search.load_exported
     monkeypatch.setattr(
-        context_index, "load_exported", lambda *a: replace(original(*a), arithmetic="bf16")
+        search, "load_exported", lambda *a: replace(original(*a), arithmetic="bf16")
     )
     other = load_embedder(str(models[1]), Runtime("openvino", "default"))
     assert other.key != embedder.key

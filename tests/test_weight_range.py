@@ -19,28 +19,28 @@ from hypothesis.extra import numpy as arrays
 from nncf.quantization.algorithms.fast_bias_correction.algorithm import FastBiasCorrection
 from transformers import BertConfig, BertForQuestionAnswering
 
-import nncf_utils
-import onnx_utils
-from cli_utils import UserError
-from deploy import cpu, int8_file, onnx_check
+from bert.attention import fuse_attention
+from cli import UserError
+from deploy import cpu, int8_file, onnx_check, onnx_file
 from deploy.int8_file import PAIR_LIMIT
-from fast_attention import fuse_attention
+from deploy.onnx_file import QA_OUTPUTS
+from int8 import calibration, quantizers, settings
 from int8.weight_range import WeightRange, least_scale
-from onnx_utils import INPUTS, QA_OUTPUTS
+from squad_utils import INPUTS
 
 LENGTH = 24
 Feed = dict[str, np.ndarray]
-Made = Callable[..., nncf_utils.NncfConfig]
+Made = Callable[..., settings.NncfConfig]
 
 
 @pytest.fixture
 def settings(tmp_path: Path) -> Made:
     """Settings of --nncf_config, read from a file with these keys."""
 
-    def make(**keys: object) -> nncf_utils.NncfConfig:
+    def make(**keys: object) -> settings.NncfConfig:
         path = tmp_path / "nncf_config.json"
         path.write_text(json.dumps({"model_type": "transformer", "preset": "mixed", **keys}))
-        return nncf_utils.read_nncf_config(str(path))
+        return settings.read_nncf_config(str(path))
 
     return make
 
@@ -92,15 +92,15 @@ def worst_case() -> BertForQuestionAnswering:
     return model
 
 
-def quantized(model: torch.nn.Module, config: nncf_utils.NncfConfig) -> torch.nn.Module:
-    return nncf_utils.calibrate(copy.deepcopy(model), config, [tensors(feed())])
+def quantized(model: torch.nn.Module, config: settings.NncfConfig) -> torch.nn.Module:
+    return calibration.calibrate(copy.deepcopy(model), config, [tensors(feed())])
 
 
 def file_of(model: torch.nn.Module, path: Path) -> tuple[onnx.ModelProto, onnx_check.Check]:
     """The exported file of a model with quantizers, and its check."""
     model = copy.deepcopy(model)
-    nncf_utils.make_exportable(model)
-    check = onnx_utils.export_onnx(onnx_utils.QaGraph(model), str(path), [feed()], int8=True)
+    quantizers.make_exportable(model)
+    check = onnx_file.export_onnx(onnx_file.QaGraph(model), str(path), [feed()], int8=True)
     return onnx.load(path), check
 
 
@@ -189,11 +189,11 @@ def test_a_file_keeps_its_range_after_training(
         optimizer.step()
         optimizer.zero_grad()
     with torch.no_grad():
-        for quantizer, weight in nncf_utils.second_factors(model):
+        for quantizer, weight in quantizers.second_factors(model):
             quantizer._scale_param_storage.data.mul_(0.5)
             if weight is not None:
                 weight.mul_(1 + 0.3 * torch.randn_like(weight))
-    nncf_utils.save_quantized(model, str(tmp_path))
+    quantizers.save_quantized(model, str(tmp_path))
     file, check = file_of(model, tmp_path / "model.onnx")
     weights = integer_weights(file)
     assert len(weights) == 13
@@ -208,7 +208,7 @@ def test_a_file_keeps_its_range_after_training(
 def test_training_uses_the_integers_of_the_file(settings: Made) -> None:
     """A scale that has become too small is raised before it rounds anything."""
     model = quantized(small_bert(), settings())
-    quantizer, weight = next(iter(nncf_utils.second_factors(model)))
+    quantizer, weight = next(iter(quantizers.second_factors(model)))
     with torch.no_grad():
         quantizer._scale_param_storage.mul_(0.1)
     rounded = quantizer(weight)
@@ -224,7 +224,7 @@ def test_two_uses_before_a_backward_pass(settings: Made) -> None:
     model.train()
     first, second = (model(**tensors(feed(seed))) for seed in (1, 2))
     (first.start_logits.sum() + second.end_logits.sum()).backward()
-    assert all(q._scale_param_storage.grad is not None for q, _ in nncf_utils.second_factors(model))
+    assert all(q._scale_param_storage.grad is not None for q, _ in quantizers.second_factors(model))
 
 
 def test_biases_are_corrected_for_the_rounding_that_stays(
@@ -233,7 +233,7 @@ def test_biases_are_corrected_for_the_rounding_that_stays(
     apply, seen = FastBiasCorrection.apply, []
 
     def look_then_apply(self: FastBiasCorrection, model: torch.nn.Module, *args, **kwargs):
-        for quantizer, weight in nncf_utils.second_factors(model.model):
+        for quantizer, weight in quantizers.second_factors(model.model):
             if weight is not None:
                 least = least_scale(weight, WeightRange.PAIRS)
                 seen.append(bool((quantizer.scale >= least).all()))
@@ -247,7 +247,7 @@ def test_biases_are_corrected_for_the_rounding_that_stays(
 def test_products_of_two_activations_hold_the_rule(settings: Made, tmp_path: Path) -> None:
     """Queries x keys in INT8: keys are 7 bits, however large they get."""
     model = quantized(small_bert(), settings())
-    keys = [q for q, weight in nncf_utils.second_factors(model) if weight is None]
+    keys = [q for q, weight in quantizers.second_factors(model) if weight is None]
     assert len(keys) == 2
     for quantizer in keys:
         with torch.no_grad():
@@ -257,9 +257,9 @@ def test_products_of_two_activations_hold_the_rule(settings: Made, tmp_path: Pat
     assert check.passed and not int8_file.may_saturate(file)
     full, _ = file_of(quantized(small_bert(), settings(weight_range="full")), tmp_path / "f.onnx")
     assert int8_file.multiplies_activations(full)
-    nncf_utils.save_quantized(model, str(tmp_path))
+    quantizers.save_quantized(model, str(tmp_path))
     again = fuse_attention(BertForQuestionAnswering.from_pretrained(tmp_path), plain=True)
-    again = nncf_utils.load_quantizers(again, str(tmp_path), "--model").eval()
+    again = quantizers.load_quantizers(again, str(tmp_path), "--model").eval()
     with torch.no_grad():
         first, second = (each(**tensors(feed(7))).start_logits for each in (model, again))
     assert torch.equal(first, second)
@@ -308,12 +308,12 @@ def test_the_verdict_is_of_the_file_and_not_of_the_machine(
         yield "OpenVINO", lambda: 1 / 0
 
     monkeypatch.setattr(onnx_check, "_as_users_do", wrong_runtime)
-    monkeypatch.setattr(onnx_utils, "this_cpu", lambda: cpu.Cpu("an old CPU", ("avx2",)))
+    monkeypatch.setattr(onnx_file, "this_cpu", lambda: cpu.Cpu("an old CPU", ("avx2",)))
     model = quantized(small_bert(), settings(weight_range="full"))
     _, check = file_of(model, tmp_path / "model.onnx")
     assert check.passed and check.difference < 1e-5
     assert check.runtimes["ONNX Runtime"] > 0.5 > check.runtimes["exact"]
-    described = onnx_utils.describe_check(check, str(tmp_path))["onnx_check"]
+    described = onnx_file.describe_check(check, str(tmp_path))["onnx_check"]
     assert described["runtimes"]["OpenVINO"] is None and described["passed"]
     lines = [each for each in capfd.readouterr().err.splitlines() if "warning: " in each]
     assert len(lines) == 2 and all("weight_range pairs" in line for line in lines)
@@ -349,8 +349,8 @@ def test_a_file_that_computes_something_else_fails(
         if part != "weight":
             break
     onnx.save(file, path)
-    graph = onnx_utils.QaGraph(copy.deepcopy(model))
-    nncf_utils.make_exportable(graph.model)
+    graph = onnx_file.QaGraph(copy.deepcopy(model))
+    quantizers.make_exportable(graph.model)
     assert not onnx_check.check_file(str(path), graph.eval(), [feed()], int8=True).passed
 
 
@@ -373,11 +373,11 @@ def test_roundings_that_flip_are_counted_and_do_not_fail(settings: Made, tmp_pat
     path = tmp_path / "model.onnx"
     file_of(model, path)
     moved = copy.deepcopy(model)
-    nncf_utils.make_exportable(moved)
+    quantizers.make_exportable(moved)
     with torch.no_grad():
         moved.bert.embeddings.LayerNorm.weight.mul_(1 + 3e-5 * torch.randn(32))
     feeds = [feed(seed) for seed in range(8)]
-    graph = onnx_utils.QaGraph(moved).eval()
+    graph = onnx_file.QaGraph(moved).eval()
     check = onnx_check.check_file(str(path), graph, feeds, int8=True)
     assert 0 < check.flipped < 0.01
     assert check.passed and check.difference < 1e-3
@@ -422,17 +422,17 @@ def test_a_folder_of_the_full_range_says_so_where_it_matters(
 ) -> None:  # fmt: skip
     """One that does not tell its range was made when all were full."""
     model = quantized(small_bert(), settings(weight_range=kind or "full"))
-    nncf_utils.save_quantized(model, str(tmp_path))
+    quantizers.save_quantized(model, str(tmp_path))
     if kind is None:
         path = tmp_path / "quantizers.json"
         config = json.loads(path.read_text())
         del config["weight_range"]
         path.write_text(json.dumps(config))
     for features, matters in ((("avx2", "vnni"), False), (("avx2",), True), ((), True)):
-        monkeypatch.setattr(nncf_utils, "this_cpu", lambda f=features: cpu.Cpu("a CPU", f))
+        monkeypatch.setattr(quantizers, "this_cpu", lambda f=features: cpu.Cpu("a CPU", f))
         base = fuse_attention(BertForQuestionAnswering.from_pretrained(tmp_path), plain=True)
-        loaded = nncf_utils.load_quantizers(base, str(tmp_path), "--model_student")
-        nncf_utils.warn_of_overflow(loaded, "--model_student folder")
+        loaded = quantizers.load_quantizers(base, str(tmp_path), "--model_student")
+        quantizers.warn_of_overflow(loaded, "--model_student folder")
         lines = capfd.readouterr().err.splitlines()
         told = [line for line in lines if "INT8 weights use the full range" in line]
         assert len(told) == (matters and kind != WeightRange.PAIRS)
@@ -442,6 +442,6 @@ def test_a_folder_of_the_full_range_becomes_safe(settings: Made, tmp_path: Path)
     """As training on from it with --nncf_config does."""
     model = quantized(small_bert(), settings(weight_range="full"))
     assert overflows(file_of(model, tmp_path / "model.onnx")[0])
-    nncf_utils.hold_weight_range(model, WeightRange.PAIRS)
+    quantizers.hold_weight_range(model, WeightRange.PAIRS)
     assert not overflows(file_of(model, tmp_path / "model.onnx")[0])
     assert set(INPUTS) == set(feed())

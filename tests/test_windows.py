@@ -14,10 +14,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import BertConfig, BertForQuestionAnswering, BertTokenizerFast
 
-import qa_task
 import squad_utils
-from cli_utils import UserError
+from cli import UserError
 from squad_utils import SquadData, Windows
+from tasks import qa
 
 FLAG = "--squad_train_data"
 CHUNKS = [
@@ -139,7 +139,7 @@ def make(
     tokenizer: BertTokenizerFast, data: SquadData, max_q: int, max_c: int, stride: int, **kwargs
 ) -> Windows:
     kwargs.setdefault("for_training", False)
-    return qa_task.make_windows(data, tokenizer, max_q, max_c, stride, **kwargs)
+    return qa.make_windows(data, tokenizer, max_q, max_c, stride, **kwargs)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -369,7 +369,7 @@ def test_rounding_up_stays_within_the_models_positions(
     )
     arrays = squad_utils.make_batch(cut, np.arange(len(cut)))
     batch = {name: torch.from_numpy(array) for name, array in arrays.items()}
-    outputs = qa_task.forward(BertForQuestionAnswering(config), batch)
+    outputs = qa.forward(BertForQuestionAnswering(config), batch)
     assert outputs.start_logits.isfinite().all()
 
 
@@ -439,7 +439,7 @@ def test_the_draw_of_answers_leaves_the_order(tokenizer: BertTokenizerFast, tmp_
     many = [("a b c d " * 8, [("?", [(0, "a"), (2, "b"), (4, "c")]) for _ in range(40)])]
     none = [("a b c d " * 8, [("?", []) for _ in range(40)])]
     batches = [
-        qa_task.QaBatches(make(tokenizer, load(tmp_path / "d.json", parts), 4, 48, 8), 8, 3)
+        qa.QaBatches(make(tokenizer, load(tmp_path / "d.json", parts), 4, 48, 8), 8, 3)
         for parts in (many, none)
     ]
     assert same(batches[0].steps(1), batches[1].steps(1))

@@ -23,8 +23,8 @@ from transformers import (
     DistilBertForQuestionAnswering,
 )
 
-import train_utils
 from deploy.cpu import Cpu
+from training import loop
 
 QUICK = 15  # seconds of CPU time: those on the clock grow with the other work of the machine
 SMALL = ("--num_train_epochs=0.01", "--total_train_batch_size=4", "--save_minutes=0")
@@ -436,7 +436,7 @@ def test_fp16_on_a_cpu(wrong: Wrong) -> None:
 
 
 def test_bf16_without_the_hardware(wrong: Wrong, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(train_utils, "this_cpu", lambda: Cpu("a CPU", ("avx2",)))
+    monkeypatch.setattr(loop, "this_cpu", lambda: Cpu("a CPU", ("avx2",)))
     line = wrong("--precision=bf16")
     assert "--precision=bf16: this CPU has no bf16" in line and "fp32" in line
 

@@ -1,16 +1,100 @@
-"""What a model becomes for the machine it trains on: half-precision teachers, compiled layers."""
+"""The machine a run uses: precision, processes, and what a model becomes for them."""
 
 from __future__ import annotations
 
 import contextlib
 import copy
+import ctypes
 import functools
 import importlib.util
+import os
+import sys
 from collections.abc import Callable, Iterator
 
 import torch
+import torch.distributed
 from accelerate import Accelerator
+from accelerate.utils import set_seed
 from torch import nn
+
+from cli import UserError
+from deploy.cpu import this_cpu
+
+PRECISIONS = ("auto", "fp32", "bf16", "fp16")
+
+
+# ------------------------------------------------------------------------------------------------
+# The machine: precision, processes
+def pick_precision(precision: str, no_cuda: bool) -> str:
+    """What accelerate calls it ("no", "bf16", "fp16") for --precision on this machine.
+
+    Raises:
+        UserError: the hardware lacks it.
+    """
+    if torch.cuda.is_available() and not no_cuda:
+        has_bf16, where = torch.cuda.is_bf16_supported(including_emulation=False), "this GPU"
+    else:
+        has_bf16, where = this_cpu().has_bf16, "this CPU"
+        if precision == "fp16":
+            raise UserError("--precision=fp16 needs a GPU; fp32 or auto is right on a CPU")
+    if precision == "bf16" and not has_bf16:
+        raise UserError(f"--precision=bf16: {where} has no bf16 arithmetic; use fp32 or auto")
+    if precision == "auto" and where == "this GPU" and not has_bf16:
+        has_fp16 = torch.cuda.get_device_capability() >= (7, 0)  # from which on it is faster
+        precision = "fp16" if has_fp16 else "fp32"
+    elif precision == "auto":
+        precision = "bf16" if has_bf16 else "fp32"
+    return {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}[precision]
+
+
+def process_count(no_cuda: bool) -> int:
+    """Processes that this run has, or will have once `use_all_gpus` has launched them."""
+    if "WORLD_SIZE" in os.environ:
+        return int(os.environ["WORLD_SIZE"])
+    return 1 if no_cuda else max(1, torch.cuda.device_count())
+
+
+def use_all_gpus(no_cuda: bool) -> None:
+    """Start this script again with a process for each GPU, if there are several and none launched.
+
+    Does not return in that case: torchrun takes the place of this process, so that signals and
+    the exit code are its own.
+    """
+    count = process_count(no_cuda)
+    if "WORLD_SIZE" in os.environ or count == 1:
+        return
+    print(f"using {count} GPUs", flush=True)
+    launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={count}"]
+    os.execv(sys.executable, [sys.executable, *launch, *sys.argv])
+
+
+def make_accelerator(precision: str, no_cuda: bool, seed: int) -> Accelerator:
+    """The accelerator of this process, with all random generators seeded."""
+    mixed_precision = pick_precision(precision, no_cuda)
+    if torch.cuda.is_available() and not no_cuda:
+        # So that a run that goes on ends as one that was never stopped: sums in a fixed order.
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        torch.utils.deterministic.fill_uninitialized_memory = False
+    accelerator = Accelerator(mixed_precision=mixed_precision, cpu=no_cuda)
+    set_seed(seed)
+    # Denormal numbers slow a CPU down a hundredfold and change no figure.
+    torch.set_flush_denormal(True)
+    _keep_freed_memory()
+    return accelerator
+
+
+def _keep_freed_memory() -> None:
+    """Let the C library keep the memory of freed tensors for the next ones, where it is glibc.
+
+    It gives large blocks back to the system at once, and each new one then costs a page fault
+    every 4 KB: on a CPU a third of a training step.
+    """
+    with contextlib.suppress(OSError, AttributeError):
+        mallopt = ctypes.CDLL("libc.so.6").mallopt
+        mallopt(-4, 0)  # M_MMAP_MAX: take all blocks from the heap ...
+        mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: ... and do not shrink it
+
 
 HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
 

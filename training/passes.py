@@ -12,20 +12,31 @@ from collections.abc import Callable
 from typing import Protocol
 
 import numpy as np
-import torch
 import torch.distributed
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from cli_utils import UserError, warn
+from cli import UserError, warn
 from training.machine import Compiled, compiled_layers, linear_weights, running
 
 PROBE_TOKENS = 2048  # of the first of two passes that tell how much memory a token takes
+
+
 MEMORY_SHARE = 0.85  # of the memory that passes may fill, by that estimate
+
+
 COUNTS = ("tokens", "positions")
+
+
 LAUNCH_BOUND = 0.7  # share of a pass's time in which the CPU launches kernels: a graph pays
+
+
 MAX_GRAPHS = 64
+
+
 COMPILE_OPERATIONS = 1e16  # of a stage on a GPU, from which on half a minute to compile is repaid
+
+
 WARM_UP_SHAPE = (16, 128)  # of the texts that layers are compiled by, whatever the run's are
 
 

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 try:
-    from torch.nn.attention.varlen import varlen_attn
-except ImportError:  # before torch 2.10
+    from torch.nn.attention.varlen import varlen_attn  # since torch 2.10
+except ImportError:
     varlen_attn = None
 
 

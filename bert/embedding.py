@@ -10,14 +10,11 @@ from torch import Tensor, nn
 from transformers import AutoConfig, BertModel, BertPreTrainedModel, PretrainedConfig
 from transformers.modeling_outputs import ModelOutput
 
-from bert_pack import (
-    PACKED_CLASSES,
-    PackedBertConfig,
-    PackedBertModel,
-    PackedBertPreTrainedModel,
-)
+from bert.packed import PACKED_CLASSES, PackedBertConfig, PackedBertModel, PackedBertPreTrainedModel
 
 POOLINGS = ("cls", "mean")
+
+
 POOLERS = ("pretrained", "identity")
 
 

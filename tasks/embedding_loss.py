@@ -14,23 +14,25 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import squad_utils
-from cli_utils import UserError
-from emb_task import Pairs, Texts, encode, split_passes
-from embedding_model import EmbeddingOutput
-from model_utils import state_errors
-from onnx_utils import INPUTS
-from run_utils import Run
+from bert.embedding import EmbeddingOutput
+from cli import UserError
+from squad_utils import INPUTS
+from tasks.embedding import Pairs, Texts, encode, split_passes
+from tasks.hidden_states import state_errors
 from training.passes import to_device
+from training.run import Run
 
 PASS_TEXTS = 16  # of similar length, in one pass of a CPU: what is mined has any length
+
+
 NEAREST = 32  # contexts read of each question: hardly ever do so many answer it
+
+
 NEAR_ZERO = 1e-12  # squared distances below it have no direction
 
 
 # ------------------------------------------------------------------------------------------------
 # --loss_cfg
-
-
 @dataclass(frozen=True)
 class LossCfg:
     """What --loss_cfg says.
@@ -97,8 +99,6 @@ def parse_loss_cfg(text: str) -> LossCfg:
 
 # ------------------------------------------------------------------------------------------------
 # Hard negatives
-
-
 class HardNegatives:
     """The nearest context that does not answer, for each question of an optimisation step.
 
@@ -261,10 +261,8 @@ def distance(a: Tensor, b: Tensor) -> Tensor:
 
 # ------------------------------------------------------------------------------------------------
 # Batches
-
-
 class PairBatches:
-    """Batches of pairs with their hard negatives, for `train_utils.train`."""
+    """Batches of pairs with their hard negatives, for `loop.train`."""
 
     def __init__(self, pairs: Pairs, negatives: HardNegatives, step_size: int, seed: int) -> None:
         self.pairs, self.negatives = pairs, negatives
@@ -331,8 +329,6 @@ def part(batch: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
 
 # ------------------------------------------------------------------------------------------------
 # The loss
-
-
 class EmbLoss:
     """The losses of a question q, its context c and its hard negative n, each [B].
 

@@ -20,20 +20,24 @@ from tokenizers import Tokenizer
 from tqdm import tqdm
 
 import squad_utils
-from cli_utils import UserError, read_text, warn
+from cli import UserError, read_text, warn
 from deploy.runtime import Infer, Runtime, load_exported
 from squad_utils import SpecialIds
 
 SUFFIXES = (".txt", ".md")  # of the files of a folder that are read
+
+
 INDEX_FILE = ".context_index.npz"
+
+
 BLANK_LINES = re.compile(r"\n\s*\n")
+
+
 SHAPES = (16, 32, 64, 128, 256, 384, 512)  # lengths that texts are padded to
 
 
 # ------------------------------------------------------------------------------------------------
 # Paragraphs
-
-
 @dataclass(frozen=True)
 class Paragraph:
     """A paragraph of a file; `line` is that of its first character, from 1."""
@@ -86,8 +90,6 @@ def read_paragraphs(paths: Sequence[str]) -> list[Paragraph]:
 
 # ------------------------------------------------------------------------------------------------
 # Vectors
-
-
 @dataclass(frozen=True)
 class Embedder:
     """An exported embedding model.
@@ -157,8 +159,6 @@ def load_embedder(folder: str, runtime: Runtime) -> Embedder:
 
 # ------------------------------------------------------------------------------------------------
 # The index
-
-
 @dataclass(frozen=True)
 class ContextIndex:
     """Paragraphs and their vectors [paragraphs, H]."""

@@ -1,8 +1,7 @@
-"""BERT models, packed or not: found, checked, loaded, frozen, compared by hidden states."""
+"""The folder of a BERT, packed or not: found, checked, loaded, saved."""
 
 from __future__ import annotations
 
-import difflib
 import functools
 import os
 from collections.abc import Sequence
@@ -11,45 +10,64 @@ from typing import Any
 import huggingface_hub
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import nn
 from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
-import bert_pack  # registers packed models with the Auto classes
-from cli_utils import UserError, is_main_process
-from fast_attention import fuse_attention
+from bert import (
+    embedding,  # noqa: F401 - registers all models with the Auto classes
+    packed,
+)
+from bert.attention import fuse_attention
+from cli import UserError, is_main_process, warn
+from deploy.cpu import this_cpu
+from int8 import quantizers
+from int8.quantizers import is_quantized
+from int8.weight_range import WeightRange
 from squad_utils import SpecialIds
 
 MODEL_TYPES = (
     "bert",
-    bert_pack.PackedBertConfig.model_type,
+    packed.PackedBertConfig.model_type,
 )  # config.json's model_type of what these scripts train
+
+
 WEIGHT_FILES = (
     "model.safetensors",
     "model.safetensors.index.json",
     "pytorch_model.bin",
     "pytorch_model.bin.index.json",
 )
-QUANTIZERS = "quantizers.json"  # in the folder of a quantized model: where its quantizers are
+
+
 STATE_MAPS = "state_maps.safetensors"  # in the folder of a merged one: maps that losses need
+
+
 TASK_ARCHITECTURES = (  # of fine-tuned models
     "BertForQuestionAnswering",
     "PackedBertForQuestionAnswering",
     "BertForEmbedding",
     "PackedBertForEmbedding",
 )
+
+
 UNMERGED = "unmerged"  # the folder, in that of a packed model, of the model before merging
+
+
 HUB_TIMEOUT = 5.0  # seconds that the hub has to answer; its own client retries for half a minute
 
+
 transformers_logging.set_verbosity_error()
+
+
 transformers_logging.disable_progress_bar()  # of reading weights; a download still shows its own
+
+
 huggingface_hub.utils.enable_progress_bars()
 
 
 # ------------------------------------------------------------------------------------------------
 # Finding and loading
-
-
 @functools.lru_cache
 def find_model(name: str, flag: str) -> dict[str, Any]:
     """Check that a model is there: a local folder with weights, or a name that the hub knows.
@@ -190,11 +208,9 @@ def load_model(name: str, flag: str, auto_class: Any, quiet: bool = False) -> Pr
         reason = (str(error).strip() or repr(error)).splitlines()[0]
         raise UserError(f"{flag}: the weights of {name} do not load: {reason}") from None
     if is_quantized(name):
-        import nncf_utils  # which imports this module
-
-        model = nncf_utils.load_quantizers(fuse_attention(model, plain=True), name, flag)
+        model = quantizers.load_quantizers(fuse_attention(model, plain=True), name, flag)
         if not quiet:
-            nncf_utils.warn_of_overflow(model, f"{flag} {name}")
+            warn_of_overflow(model, f"{flag} {name}")
     if is_main_process() and not quiet:
         count = sum(p.numel() for p in model.parameters())
         anew = sorted(info["missing_keys"])
@@ -205,13 +221,22 @@ def load_model(name: str, flag: str, auto_class: Any, quiet: bool = False) -> Pr
     return model
 
 
+def warn_of_overflow(model: nn.Module, what: str) -> None:
+    """Say that integer kernels of this CPU overflow with a model's weights, where that is so."""
+    cpu = this_cpu()
+    if model.weight_range == WeightRange.FULL and not cpu.sums_exactly:
+        here = f"this one, {cpu.name}" if cpu.features else "this one may be"
+        warn(
+            f"{what}: its INT8 weights use the full range: integer kernels overflow on CPUs without"
+            f" VNNI, such as {here}. Train it on with --nncf_config and weight_range: pairs"
+        )
+
+
 def load_for_export(folder: str, auto_class: Any) -> tuple[PreTrainedModel, bool]:
     """A saved checkpoint as it is exported to ONNX, and whether it has quantizers."""
     model, quantized = load_model(folder, "--output_dir", auto_class, quiet=True), False
     if is_quantized(folder):
-        import nncf_utils  # which imports this module
-
-        nncf_utils.make_exportable(model)
+        quantizers.make_exportable(model)
         quantized = True
     elif model.config.model_type == "bert":
         model.set_attn_implementation("eager")  # whose pattern OpenVINO fuses
@@ -260,11 +285,6 @@ def special_ids(tokenizer: Any) -> SpecialIds:
     return SpecialIds(tokenizer.cls_token_id, tokenizer.sep_token_id, tokenizer.pad_token_id)
 
 
-def is_quantized(name: str) -> bool:
-    """Whether a folder holds a model with quantizers."""
-    return os.path.isfile(os.path.join(name, QUANTIZERS))
-
-
 def load_state_maps(name: str, config: PretrainedConfig) -> nn.ModuleList | None:
     """The maps from the states of a merged model to its teacher's hidden size, which only losses
     need; None where the folder does not have them.
@@ -309,27 +329,14 @@ def unmerged_folder(name: str) -> str:
     return folder if os.path.isfile(os.path.join(folder, "config.json")) else name
 
 
-def save_model(model: PreTrainedModel, tokenizer: Any, output_dir: str) -> PreTrainedModel:
-    """Save a checkpoint with its tokenizer; of a packed model, merged, beside it as it was; of a
-    quantized one, the quantizers in files of their own.
-
-    Returns:
-        what is in output_dir itself, on the CPU.
-    """
-    model = model.to("cpu")
+def save_model(model: PreTrainedModel, tokenizer: Any, folder: str) -> None:
+    """Save a model on the CPU with its tokenizer; of a quantized one, the quantizers in files of
+    their own."""
     if hasattr(model, "__nncf_hooks"):
-        import nncf_utils
-
-        nncf_utils.save_quantized(model, output_dir)
-        save_vocabulary(tokenizer, output_dir)
-        return model
-    if isinstance(model.config, bert_pack.PackedBertConfig) and not model.config.merged:
-        model.save_pretrained(os.path.join(output_dir, UNMERGED))
-        save_vocabulary(tokenizer, os.path.join(output_dir, UNMERGED))
-        model = bert_pack.merge(model)
-    model.save_pretrained(output_dir)
-    save_vocabulary(tokenizer, output_dir)
-    return model
+        quantizers.save_quantized(model, folder)
+    else:
+        model.save_pretrained(folder)
+    save_vocabulary(tokenizer, folder)
 
 
 def save_vocabulary(tokenizer: Any, output_dir: str) -> None:
@@ -338,73 +345,3 @@ def save_vocabulary(tokenizer: Any, output_dir: str) -> None:
     by_id = sorted(tokenizer.get_vocab().items(), key=lambda item: item[1])
     with open(os.path.join(output_dir, "vocab.txt"), "w", encoding="utf-8") as file:
         file.writelines(f"{token}\n" for token, _ in by_id)
-
-
-# ------------------------------------------------------------------------------------------------
-# What trains
-
-
-def freeze(model: nn.Module, freeze_list: str, flag: str = "--freeze_list") -> int:
-    """Exclude parameters from training whose name has one of the listed substrings.
-
-    Args:
-        freeze_list: comma-separated substrings; "none" or "" freezes nothing.
-
-    Returns:
-        the number of frozen weights.
-
-    Raises:
-        UserError: a substring matches no parameter (shows close names), or nothing is left.
-    """
-    parts = [part.strip() for part in freeze_list.split(",") if part.strip()]
-    if parts == ["none"]:
-        parts = []
-    names = [name for name, _ in model.named_parameters()]
-    for part in parts:
-        if not any(part in name for name in names):
-            words = sorted({word for name in names for word in [name, *name.split(".")]})
-            by_case = [word for word in words if part.lower() in word.lower()]
-            close = by_case or difflib.get_close_matches(part, words, cutoff=0.4) or words
-            raise UserError(f"{flag}: no parameter's name has {part!r}; try {', '.join(close[:3])}")
-    for name, parameter in model.named_parameters():
-        trains = parameter.is_floating_point() and not any(part in name for part in parts)
-        parameter.requires_grad_(trains)
-    if not any(parameter.requires_grad for parameter in model.parameters()):
-        raise UserError(f"{flag}: {freeze_list} leaves nothing to train")
-    return sum(p.numel() for p in model.parameters() if not p.requires_grad)
-
-
-def set_dropout(model: nn.Module, probability: float) -> None:
-    """Set every dropout of the model; its saved configuration keeps the original figure."""
-    for module in model.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = probability
-
-
-# ------------------------------------------------------------------------------------------------
-# Supervision by a teacher's hidden states
-
-
-def state_errors(
-    student: Sequence[Tensor], teacher: Sequence[Tensor], attention_mask: Tensor
-) -> Tensor:
-    """Mean squared error between hidden states, for each pair of states.
-
-    Student state i of n_S (the embedding output is state 0) pairs with teacher state
-    floor(i (n_T - 1) / (n_S - 1)), so first and last meet first and last.
-
-    Args:
-        student, teacher: hidden states [B, L, H], as `output_hidden_states` gives them.
-        attention_mask: [B, L], 1 for tokens, 0 for padding, which does not count.
-
-    Returns:
-        [n_S, B], the mean over each row's tokens and H, so that it does not depend on the padding.
-    """
-    mask = attention_mask.to(torch.float32)
-    weight = mask / mask.sum(dim=1, keepdim=True)
-    errors = []
-    for i, state in enumerate(student):
-        target = teacher[i * (len(teacher) - 1) // max(1, len(student) - 1)]
-        error = (state.float() - target.float()).square().mean(dim=2)
-        errors.append((error * weight).sum(dim=1))
-    return torch.stack(errors)

@@ -9,11 +9,13 @@ from typing import Any
 
 from accelerate import Accelerator
 
-from cli_utils import ArgumentParser, UserError, is_main_process, number
-from run_utils import RUN_FOLDERS, Run, check_output_dir
-from train_utils import PRECISIONS, pick_precision
+from cli import ArgumentParser, UserError, is_main_process, number
+from training.machine import PRECISIONS, pick_precision
+from training.run import RUN_FOLDERS, Run, check_output_dir
 
 positive, not_negative = number(int, 1, 1_000_000), number(float, 0)
+
+
 over_0, rate = number(float, 0, low_open=True), number(float, 0, 1, True)
 
 
@@ -73,7 +75,7 @@ def check_arguments(args: argparse.Namespace) -> None:
 
 
 def claim_output_dir(args: argparse.Namespace, arguments: dict[str, Any]) -> str:
-    """What `run_utils.check_output_dir` finds; says so where this command has finished."""
+    """What `run.check_output_dir` finds; says so where this command has finished."""
     found = check_output_dir(args.output_dir, arguments, args.overwrite_output_dir)
     if found == "finished" and is_main_process():
         print(f"{args.output_dir} is finished; --overwrite_output_dir runs this command again")

@@ -15,28 +15,31 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-import onnx_utils
-import report_utils
 import squad_utils
-from cli_utils import UserError, is_main_process
+from bert.embedding import AutoModelForEmbedding
+from bert.model_folder import load_for_export, special_ids
+from cli import UserError, is_main_process
+from deploy import onnx_file
 from deploy.onnx_check import Check
-from embedding_model import AutoModelForEmbedding
-from model_utils import load_for_export, special_ids
-from onnx_utils import INPUTS
-from run_utils import Run
-from squad_utils import SpecialIds, SquadData, Tokens, load_squad
+from squad_utils import INPUTS, SpecialIds, SquadData, Tokens, load_squad
+from training import results
 from training.passes import to_device
+from training.run import Run
 
 CHECKED_TEXTS = 8  # on which the exported file is compared with PyTorch
+
+
 TOP = (1, 5, 10, 100, 200)  # of the nearest contexts
+
+
 QUESTION_BLOCK, CONTEXT_BLOCK = 1024, 65536  # of the distances computed at once: 256 MB
+
+
 PASS_TOKENS = 32768  # with padding, of one forward pass on a GPU
 
 
 # ------------------------------------------------------------------------------------------------
 # Texts
-
-
 @dataclass(frozen=True)
 class Texts:
     """Texts as the model reads them: [CLS] text [SEP], token types 0, cut to a length.
@@ -157,8 +160,6 @@ def make_pairs(
 
 # ------------------------------------------------------------------------------------------------
 # Vectors
-
-
 def split_passes(lengths: np.ndarray, least: int, accelerator: Accelerator) -> list[np.ndarray]:
     """Split texts that are in the order of their lengths into those of each forward pass.
 
@@ -303,8 +304,6 @@ class EmbEvaluation:
 
 # ------------------------------------------------------------------------------------------------
 # The task as the scripts see it
-
-
 class TextBatches:
     """Batches of single texts, questions and contexts, for losses that need no pairs."""
 
@@ -499,7 +498,7 @@ class EmbTask:
 
     def write_card(self, metrics: dict[str, Any], script: str, made: str) -> None:
         """Write the model card."""
-        report_utils.write_emb_card(self.args.output_dir, metrics, script, made)
+        results.write_emb_card(self.args.output_dir, metrics, script, made)
 
     def export(self) -> Check:
         """Export the checkpoint in the output folder to model.onnx; see `export`."""
@@ -508,15 +507,15 @@ class EmbTask:
 
 
 def export(output_dir: str, texts: Texts, max_seq_length_c: int) -> Check:
-    """Export the checkpoint in output_dir to model.onnx beside it; see `onnx_utils.export_onnx`.
+    """Export the checkpoint in output_dir to model.onnx beside it; see `onnx_file.export_onnx`.
 
     It is the saved checkpoint that is exported, so the check covers saving and loading too.
     """
     model, quantized = load_for_export(output_dir, AutoModelForEmbedding)
     by_length = np.argsort(texts.total_lengths, kind="stable")
     chosen = by_length[np.linspace(0, len(by_length) - 1, CHECKED_TEXTS).astype(int)]
-    return onnx_utils.export_onnx(
-        onnx_utils.EmbeddingGraph(model),
+    return onnx_file.export_onnx(
+        onnx_file.EmbeddingGraph(model),
         os.path.join(output_dir, "model.onnx"),
         [texts.batch(text[None], pad_to=max_seq_length_c) for text in chosen],
         quantized,

@@ -7,48 +7,51 @@ step. The rest is the same for question answering and for embeddings.
 from __future__ import annotations
 
 import argparse
+import contextlib
+import dataclasses
+import difflib
 import functools
+import os
+import shutil
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
+import torch
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import BertConfig, BertForQuestionAnswering, PreTrainedModel
 
-import nncf_utils
-import onnx_utils
-import report_utils
-from cli_utils import ArgumentParser, UserError, number
-from fast_attention import fuse_attention
-from model_utils import (
+from bert.attention import fuse_attention
+from bert.model_folder import (
+    UNMERGED,
     check_model,
     check_task,
     check_teacher,
     count_parameters,
-    freeze,
-    is_quantized,
     load_model,
     load_state_maps,
     load_teacher,
     load_tokenizer,
     save_model,
     save_state_maps,
-    set_dropout,
     unmerged_folder,
 )
-from run_arguments import check_arguments, claim_output_dir, not_negative, open_run, rate
-from run_utils import Run, summary
-from train_utils import (
-    Stage,
-    constant_rate,
-    make_accelerator,
-    train,
-    use_all_gpus,
-)
-from training.machine import in_half
-from training.passes import Batches, LossFunction
+from bert.packed import merge
+from cli import ArgumentParser, UserError, is_main_process, number, warn
+from deploy import onnx_file
+from int8 import quantizers
+from int8.calibration import calibrate, check_scope
+from int8.quantizers import hold_weight_range, is_quantized, save_quantized
+from int8.settings import NncfConfig, read_nncf_config
+from squad_utils import INPUTS
+from training import results
+from training.flags import check_arguments, claim_output_dir, not_negative, open_run, rate
+from training.loop import Stage, constant_rate, train
+from training.machine import in_half, make_accelerator, use_all_gpus
+from training.passes import Batches, LossFunction, to_device
+from training.run import CHECKPOINTS, Run, summary
 
 QUANTIZER_RATE = 0.01  # learning rate of the quantizers' ranges while nothing else trains
 
@@ -171,9 +174,7 @@ def fine_tune(
     arguments = {**vars(args), **task.hashes()}
     settings = None
     if args.nncf_config:
-        settings = nncf_utils.check_nncf_config(
-            args.nncf_config, args.model_student, task.auto_class
-        )
+        settings = check_nncf_config(args.nncf_config, args.model_student, task.auto_class)
         arguments["nncf"] = settings.raw
     found = claim_output_dir(args, arguments)
     if found == "finished":
@@ -194,13 +195,13 @@ def fine_tune(
             state_maps.to(accelerator.device)
     quantized = is_quantized(args.model_student)
     if settings and quantized:
-        nncf_utils.hold_weight_range(student, settings.weight_range)
+        quantizers.hold_weight_range(student, settings.weight_range)
         run.say(
             f"--model_student {args.model_student} is quantized already: training goes on, with"
             f" weight_range {settings.weight_range}"
         )
     elif settings:
-        student, quantized = nncf_utils.quantize(run, student, settings, task), True
+        student, quantized = quantize(run, student, settings, task), True
         frozen = freeze(student, args.freeze_list)  # another model, which quantizers belong to
     set_dropout(fuse_attention(student), args.dropout)
     run.say(f"{task.describe()}; {run.machine()}; {frozen / 1e6:.1f} M parameters frozen")
@@ -209,13 +210,20 @@ def fine_tune(
     taught_by = None if teacher is None else in_half(teacher, accelerator)
     learning = learn(run, task, taught_by, state_maps)
     train_stages(run, args, task, student, learning, evaluate)
+    unmerged = None
+    if getattr(student.config, "merged", True) is False:
+        unmerged, student = student, merge(student)
     # Of the weights that are delivered, in FP32 as the exported file computes.
     figures = evaluation(student.to(accelerator.device), precise=True)
     others = task.with_teacher(student, teacher) if teacher is not None else {}
 
     if run.main:
         with run.writing_results():
-            student = save_model(student, tokenizer, args.output_dir)
+            student = student.cpu()
+            save_model(student, tokenizer, args.output_dir)
+            if unmerged is not None:
+                folder = os.path.join(args.output_dir, UNMERGED)
+                save_model(unmerged.cpu(), tokenizer, folder)
             if quantized and state_maps is not None:
                 save_state_maps(state_maps, args.output_dir)
             task.write_answers()
@@ -223,25 +231,23 @@ def fine_tune(
             run.stop_if_asked()
             metrics = {
                 **figures,
-                **report_utils.describe_run(run, arguments, started),
+                **results.describe_run(run, arguments, started),
                 "counts": task.counts(),
                 "parameters": count_parameters(student),
-                **onnx_utils.describe_check(check, args.output_dir),
+                **onnx_file.describe_check(check, args.output_dir),
                 **others,
             }
             if quantized:
                 stages = ("fp32", "calibrated", "ranges", "weights", "fine-tuning")
-                metrics["stages"] = report_utils.stage_table(
-                    run, stages, {"kept": figures, **others}
-                )
-                metrics["int8"] = nncf_utils.what_is_int8(student)
-            report_utils.draw_curves(args.output_dir, task.score_names)
+                metrics["stages"] = results.stage_table(run, stages, {"kept": figures, **others})
+                metrics["int8"] = quantizers.what_is_int8(student)
+            results.draw_curves(args.output_dir, task.score_names)
             made = "quantized to INT8 on" if quantized else "fine-tuned on"
             task.write_card(metrics, script, made)
             run.finish(metrics)
             if quantized:
-                report_utils.show_table(metrics["stages"], task.score_names)
-        onnx_utils.require(check, args.output_dir)
+                results.show_table(metrics["stages"], task.score_names)
+        onnx_file.require(check, args.output_dir)
     accelerator.end_training()
     run.say(f"{args.output_dir}: {summary(figures)}; model.onnx checked")
 
@@ -261,7 +267,7 @@ def train_stages(
         plan = plan[names.index(position["stage"]) :]
     for stage in plan:
         if stage.name == "ranges":
-            nncf_utils.select_ranges(student)
+            quantizers.select_ranges(student)
         else:
             freeze(student, args.freeze_list)
         train(
@@ -276,3 +282,105 @@ def train_stages(
         )
     if args.keep == "best":
         run.load_best(student)
+
+
+# ------------------------------------------------------------------------------------------------
+# What trains
+def freeze(model: nn.Module, freeze_list: str, flag: str = "--freeze_list") -> int:
+    """Exclude parameters from training whose name has one of the listed substrings.
+
+    Args:
+        freeze_list: comma-separated substrings; "none" or "" freezes nothing.
+
+    Returns:
+        the number of frozen weights.
+
+    Raises:
+        UserError: a substring matches no parameter (shows close names), or nothing is left.
+    """
+    parts = [part.strip() for part in freeze_list.split(",") if part.strip()]
+    if parts == ["none"]:
+        parts = []
+    names = [name for name, _ in model.named_parameters()]
+    for part in parts:
+        if not any(part in name for name in names):
+            words = sorted({word for name in names for word in [name, *name.split(".")]})
+            by_case = [word for word in words if part.lower() in word.lower()]
+            close = by_case or difflib.get_close_matches(part, words, cutoff=0.4) or words
+            raise UserError(f"{flag}: no parameter's name has {part!r}; try {', '.join(close[:3])}")
+    for name, parameter in model.named_parameters():
+        trains = parameter.is_floating_point() and not any(part in name for part in parts)
+        parameter.requires_grad_(trains)
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise UserError(f"{flag}: {freeze_list} leaves nothing to train")
+    return sum(p.numel() for p in model.parameters() if not p.requires_grad)
+
+
+def set_dropout(model: nn.Module, probability: float) -> None:
+    """Set every dropout of the model; its saved configuration keeps the original figure."""
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = probability
+
+
+CALIBRATED = "calibrated"  # in CHECKPOINTS: the quantized model as calibration leaves it
+
+
+def check_nncf_config(path: str, model_name: str, auto_class: Any) -> NncfConfig:
+    """The settings of --nncf_config, checked against --model_student; says what is left out.
+
+    Raises:
+        UserError: as `read_nncf_config`, `check_scope` and `calibrate`.
+    """
+    config = read_nncf_config(path)
+    if config.left_out and is_main_process():
+        warn(
+            f"--nncf_config: {path} is of NNCF before 3.0; without a meaning today:"
+            f" {', '.join(config.left_out)}"
+        )
+    if not is_quantized(model_name):
+        model = load_model(model_name, "--model_student", auto_class, quiet=True)
+        check_scope(config, fuse_attention(model, plain=True).eval())
+        _try_settings(config)
+    return config
+
+
+def _try_settings(config: NncfConfig) -> None:
+    """Quantize a BERT of no size: NNCF tells what it refuses only then.
+
+    Raises:
+        UserError: as `calibrate`.
+    """
+    tiny = BertConfig(
+        hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8, vocab_size=8
+    )
+    arguments = {**config.arguments, "ignored_scope": None}  # which is of another model
+    sample = dict.fromkeys(INPUTS, torch.zeros(1, 8, dtype=torch.long))
+    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
+        model = fuse_attention(BertForQuestionAnswering(tiny), plain=True)
+        calibrate(model, dataclasses.replace(config, arguments=arguments), [sample])
+
+
+def quantize(run: Run, model: PreTrainedModel, config: NncfConfig, task: Any) -> PreTrainedModel:
+    """The model with quantizers, calibrated on the task's windows and evaluated before and after.
+
+    That is done once: a run that goes on, and the processes beside the main one, find the model
+    among the run's checkpoints.
+    """
+    device = run.accelerator.device
+    folder = os.path.join(run.output_dir, CHECKPOINTS, CALIBRATED)
+    model = fuse_attention(model, plain=True).eval().to(device)
+    run.evaluate_once("fp32", lambda: task.evaluation(model, precise=True))
+    if run.main and not is_quantized(folder):
+        samples = [to_device(sample, device) for sample in task.calibration(config.subset_size)]
+        run.say(f"calibrating quantizers on {len(samples)} windows")
+        quantized = calibrate(model, config, samples, run.stop_if_asked).cpu()
+        shutil.rmtree(f"{folder}.tmp", ignore_errors=True)
+        save_quantized(quantized, f"{folder}.tmp")
+        os.replace(f"{folder}.tmp", folder)
+    run.accelerator.wait_for_everyone()
+    quantized = load_model(folder, "--output_dir", task.auto_class, quiet=True).eval().to(device)
+    hold_weight_range(quantized, config.weight_range)
+    run.evaluate_once("calibrated", lambda: task.evaluation(quantized, precise=True))
+    run.note(quantized, "calibrated", 0, run.evaluated("calibrated")[task.best_by])
+    return quantized

@@ -20,15 +20,19 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from cli_utils import UserError, warn
+from cli import UserError, warn
 from deploy import onnx_check
 from deploy.cpu import this_cpu
 from deploy.int8_file import PAIR_LIMIT
 from deploy.onnx_check import Check
+from squad_utils import INPUTS
 
-INPUTS = ("input_ids", "attention_mask", "token_type_ids", "position_ids")
 QA_OUTPUTS = ("output_s", "output_e")
+
+
 OPSET = 17  # the first with LayerNormalization, and one that openvino-dev 2024.6 still reads
+
+
 MASKED = -1e4  # added to the scores of padding: 0 after softmax, and a number in FP16 too
 
 

@@ -14,10 +14,12 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from cli_utils import UserError, read_text
+from cli import UserError, read_text
 from squad_utils import SquadData
 
 Scorer = Callable[[SquadData, dict[str, str], dict[str, float]], dict[str, float]]
+
+
 PUNCTUATION = str.maketrans("", "", string.punctuation)
 
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from deploy.cpu import this_cpu
-from run_utils import Run, read_log
+from training.run import Run, read_log
 
 PACKAGES = ("torch", "transformers", "accelerate", "onnx", "onnxruntime", "numpy")
 
@@ -104,10 +104,10 @@ def draw_curves(output_dir: str, score_names: dict[str, str]) -> None:
     """
     if not any("loss" in record for record in read_log(output_dir)):
         return
-    import matplotlib
+    import matplotlib  # half a second, which only the end of a run needs
 
     matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    import matplotlib.pyplot as plt  # for the backend that is chosen by now
 
     records, borders = _one_after_another(read_log(output_dir))
     training = [record for record in records if "evaluation" not in record]

@@ -16,24 +16,23 @@ from accelerate.utils import gather_object
 from torch import Tensor, nn
 from transformers import AutoModelForQuestionAnswering
 
-import onnx_utils
-import report_utils
 import squad_utils
-from cli_utils import UserError, warn
+from bert.model_folder import load_for_export, special_ids
+from cli import UserError, warn
+from deploy import onnx_file
 from deploy.onnx_check import Check
-from model_utils import load_for_export, special_ids, state_errors
-from run_utils import Run, write_json
-from squad_scores import Scorer, load_scorer
 from squad_utils import SquadData, Windows, load_squad
+from tasks.hidden_states import state_errors
+from tasks.squad_scores import Scorer, load_scorer
+from training import results
 from training.passes import to_device
+from training.run import Run, write_json
 
 CHECKED_WINDOWS = 8  # on which the exported file is compared with PyTorch
 
 
 # ------------------------------------------------------------------------------------------------
 # The task as the scripts see it
-
-
 def check_lengths(args: argparse.Namespace) -> None:
     """Check that a context has room beside the longest question; warn of a stride that does not.
 
@@ -140,7 +139,7 @@ class QaTask:
             arrays = squad_utils.make_batch(
                 self.train_windows, window[None], pad_to=self.args.max_seq_length_c
             )
-            yield {name: torch.from_numpy(arrays[name]) for name in onnx_utils.INPUTS}
+            yield {name: torch.from_numpy(arrays[name]) for name in squad_utils.INPUTS}
 
     @property
     def num_examples(self) -> int:
@@ -173,7 +172,7 @@ class QaTask:
 
     def write_card(self, metrics: dict[str, Any], script: str, made: str) -> None:
         """Write the model card."""
-        report_utils.write_qa_card(self.args.output_dir, metrics, script, made)
+        results.write_qa_card(self.args.output_dir, metrics, script, made)
 
     def export(self) -> Check:
         """Export the checkpoint in the output folder to model.onnx; see `export`."""
@@ -182,8 +181,6 @@ class QaTask:
 
 # ------------------------------------------------------------------------------------------------
 # Batches
-
-
 def make_windows(
     data: SquadData,
     tokenizer: Any,
@@ -208,7 +205,7 @@ def make_windows(
 
 
 class QaBatches:
-    """Batches of windows and the spans to learn, for `train_utils.train`."""
+    """Batches of windows and the spans to learn, for `loop.train`."""
 
     def __init__(self, windows: Windows, step_size: int, seed: int) -> None:
         self.windows, self.step_size, self.seed = windows, step_size, seed
@@ -236,11 +233,9 @@ class QaBatches:
 
 # ------------------------------------------------------------------------------------------------
 # The loss
-
-
 def forward(model: nn.Module, batch: dict[str, Tensor], hidden_states: bool = False) -> Any:
     """The model's outputs for a batch, without its targets."""
-    inputs = {name: batch[name] for name in onnx_utils.INPUTS}
+    inputs = {name: batch[name] for name in squad_utils.INPUTS}
     return model(**inputs, output_hidden_states=hidden_states)
 
 
@@ -309,8 +304,6 @@ def soft_cross_entropy(student: Tensor, teacher: Tensor) -> Tensor:
 
 # ------------------------------------------------------------------------------------------------
 # Evaluation and export
-
-
 class QaEvaluation:
     """F1 and exact match on a SQuAD file, shared among all processes.
 
@@ -363,7 +356,7 @@ class QaEvaluation:
 
 
 def export(output_dir: str, windows: Windows, max_seq_length_c: int) -> Check:
-    """Export the checkpoint in output_dir to model.onnx beside it; see `onnx_utils.export_onnx`.
+    """Export the checkpoint in output_dir to model.onnx beside it; see `onnx_file.export_onnx`.
 
     It is the saved checkpoint that is exported, so the check covers saving and loading too.
     """
@@ -371,8 +364,8 @@ def export(output_dir: str, windows: Windows, max_seq_length_c: int) -> Check:
     # Spread over the lengths: the longest window and the shortest are both among them.
     by_length = np.argsort(windows.total_lengths, kind="stable")
     chosen = by_length[np.linspace(0, len(by_length) - 1, CHECKED_WINDOWS).astype(int)]
-    return onnx_utils.export_onnx(
-        onnx_utils.QaGraph(model),
+    return onnx_file.export_onnx(
+        onnx_file.QaGraph(model),
         os.path.join(output_dir, "model.onnx"),
         [squad_utils.make_batch(windows, w[None], pad_to=max_seq_length_c) for w in chosen],
         quantized,

@@ -1,4 +1,4 @@
-"""A run: the folder it owns, the states it can go on from, its log and its progress display.
+"""A run: the folder it owns, the states it can go on from, its log, the wish to stop it.
 
 A run belongs to one command. From its start until its end, `checkpoints/` in its folder holds
 `run.json` (the command's arguments) and the last two states; `metrics.json` takes their place.
@@ -24,12 +24,17 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from tqdm import tqdm
 
-from cli_utils import Interrupted, UserError, warn
+from cli import Interrupted, UserError, warn
 
 CHECKPOINTS = "checkpoints"
+
+
 KEPT_STATES = 2
+
+
 BEST = "best"  # in CHECKPOINTS: the weights that scored best so far
-PLAIN_LINE_SECONDS = 30.0  # between progress lines where there is no terminal
+
+
 # Arguments that may change between the start of a run and its continuation.
 FREE_ARGUMENTS = (
     "output_dir",
@@ -41,6 +46,8 @@ FREE_ARGUMENTS = (
     "per_gpu_eval_batch_size",
     "no_cuda",
 )
+
+
 # What a finished run leaves in its folder; --overwrite_output_dir removes these and nothing else.
 RUN_FILES = (
     "metrics.json",
@@ -61,13 +68,13 @@ RUN_FILES = (
     "special_tokens_map.json",
     "vocab.txt",
 )
+
+
 RUN_FOLDERS = (CHECKPOINTS, "tensorboard", "unmerged")
 
 
 # ------------------------------------------------------------------------------------------------
 # The folder
-
-
 def check_output_dir(output_dir: str, arguments: dict[str, Any], overwrite: bool) -> str:
     """Whether this command may write there, and what it finds: "new", "unfinished", "finished".
 
@@ -191,7 +198,7 @@ class Run:
         accelerator.wait_for_everyone()
         self._board = None
         if self.main and report_to == "tensorboard":
-            from torch.utils.tensorboard import SummaryWriter
+            from torch.utils.tensorboard import SummaryWriter  # which need not be installed
 
             self._board = SummaryWriter(os.path.join(output_dir, "tensorboard"))
         for number in (signal.SIGINT, signal.SIGTERM):
@@ -445,119 +452,6 @@ def read_log(output_dir: str) -> list[dict[str, Any]]:
             with contextlib.suppress(json.JSONDecodeError):
                 records.append(json.loads(line))
     return records
-
-
-# ------------------------------------------------------------------------------------------------
-# What is shown
-
-
-class Progress:
-    """Progress on a terminal (a bar) or elsewhere (plain lines now and then), and in the log."""
-
-    def __init__(
-        self, run: Run, stage: Any, step: int, total: int, earlier: dict[str, Any] | None
-    ) -> None:
-        """`stage` is a train_utils.Stage, `earlier` the `state` that this progress goes on from."""
-        self.run, self.stage, self.total = run, stage, total
-        self._line_at = time.monotonic()
-        self._continue(step, earlier or {"seconds": 0.0, "window_seconds": 0.0, "window": []})
-        terminal = run.main and sys.stderr.isatty()
-        self._lines = run.main and not terminal
-        self._name = stage.name
-        if stage.count > 1:
-            self._name = f"stage {stage.number}/{stage.count} {stage.name}"
-        self._bar = tqdm(
-            total=total, initial=step, desc=self._name, unit=" steps", disable=not terminal
-        )
-
-    def _continue(self, step: int, earlier: dict[str, Any]) -> None:
-        self.step = self._resumed_at_step = step
-        self._began, self._paused_at = time.monotonic(), None
-        self._earlier_seconds = earlier["seconds"]
-        self._window: list[dict[str, float]] = earlier["window"]  # steps since the last record
-        self._window_began = self._began - earlier["window_seconds"]
-
-    def go_back(self, step: int, earlier: dict[str, Any]) -> None:
-        """Count from an earlier step again, of which `earlier` is the `state`."""
-        self._continue(step, earlier)
-        self._bar.n = step
-        self._bar.refresh()
-
-    def state(self) -> dict[str, Any]:
-        """What a later part of the run needs, to go on with records and times."""
-        now = self._paused_at or time.monotonic()
-        return {
-            "seconds": self.seconds(),
-            "window_seconds": now - self._window_began,
-            "window": self._window,
-        }
-
-    def seconds(self) -> float:
-        """Seconds of training so far, earlier parts of the run included, pauses excluded."""
-        return self._earlier_seconds + (self._paused_at or time.monotonic()) - self._began
-
-    def pause(self) -> None:
-        self._paused_at = time.monotonic()
-
-    def resume(self) -> None:
-        away = time.monotonic() - (self._paused_at or time.monotonic())
-        self._began += away
-        self._window_began += away
-        self._paused_at = None
-
-    def advance(self, sums: dict[str, float], epoch: float, learning_rate: float) -> None:
-        """Count a step; every log_steps of them, and at the last, write and show a record."""
-        self.step += 1
-        self._bar.update()
-        self._window.append(sums)
-        if self.step % self.run.log_steps and self.step != self.total:
-            return
-        now = time.monotonic()
-        spent = max(now - self._window_began, 1e-9)
-        total = {key: sum(each[key] for each in self._window) for key in sums}
-        losses = [key for key in sums if key not in ("tokens", "positions", "examples")]
-        mean = {
-            key: sum(each[key] * each["examples"] for each in self._window) / total["examples"]
-            for key in losses
-        }
-        here = self.seconds() - self._earlier_seconds
-        pace = here / (self.step - self._resumed_at_step)
-        left = pace * (self.total - self.step)
-        left_all = left + pace * self.stage.work_after
-        record = {
-            "stage": self.stage.name,
-            "step": self.step,
-            "epoch": epoch,
-            **mean,
-            "learning_rate": learning_rate,
-            "examples_per_second": total["examples"] / spent,
-            "tokens_per_second": total["tokens"] / spent,
-            "padding": 1 - total["tokens"] / total["positions"],
-            "seconds": self.seconds(),
-            "seconds_left": left,
-            "seconds_left_all": left_all,
-        }
-        self.run.log(record)
-        text = (
-            f"loss {mean['loss']:.4g}, lr {learning_rate:.2e},"
-            f" {record['tokens_per_second']:,.0f} tokens/s, padding {record['padding']:.1%}"
-        )
-        until = f"{tqdm.format_interval(left)} left"
-        if self.stage.count > 1:
-            until += f", {tqdm.format_interval(left_all)} for all stages"
-            self._bar.set_postfix_str(f"{text}, {until}")
-        else:
-            self._bar.set_postfix_str(text)
-        if self._lines and (now - self._line_at >= PLAIN_LINE_SECONDS or self.step == self.total):
-            self._line_at = now
-            print(
-                f"{self._name} step {self.step}/{self.total}: {text}, {until}",
-                flush=True,
-            )
-        self._window, self._window_began = [], now
-
-    def close(self) -> None:
-        self._bar.close()
 
 
 def summary(figures: dict[str, Any]) -> str:

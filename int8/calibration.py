@@ -1,0 +1,133 @@
+"""Calibration: a model gets NNCF's quantizers, with ranges fitted to samples."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import difflib
+import functools
+import re
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+from unittest import mock
+
+import nncf.torch
+import torch
+from nncf.quantization.algorithms.post_training import algorithm as post_training
+from nncf.scopes import get_ignored_node_names_from_subgraph
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from cli import UserError
+from int8.quantizers import Operation, _graph, hold_weight_range, operations
+from int8.settings import NncfConfig
+from int8.weight_range import HoldWeightRange, WeightRange
+
+# What nncf.quantize raises for settings that its torch backend does not have.
+REFUSALS = (
+    ValueError,
+    nncf.InternalError,
+    nncf.ParameterNotSupportedError,
+    nncf.ValidationError,
+)
+
+
+def check_scope(config: NncfConfig, model: nn.Module) -> None:
+    """Check that every part of ignored_scope is something in the model.
+
+    Names and patterns may be those of modules; they become NNCF's, as do types and subgraphs.
+
+    Raises:
+        UserError: one of them matches nothing.
+    """
+    scope = config.arguments.get("ignored_scope")
+    if scope is None:
+        return
+    all_operations = operations(model)
+    names: set[str] = set()
+    for key, given in (
+        ("names", scope.names),
+        ("patterns", scope.patterns),
+        ("types", scope.types),
+    ):
+        for value in given:
+            matched = [o for o in all_operations if _matches(key, value, o)]
+            if not matched:
+                known = {"types": [o.kind for o in all_operations]}.get(
+                    key, [o.name for o in all_operations]
+                )
+                close = difflib.get_close_matches(value, known, n=3, cutoff=0.3) or known[:3]
+                raise UserError(
+                    f"--nncf_config: {config.path}: ignored_scope.{key}: {value!r} matches nothing"
+                    f" in this model; it has {', '.join(dict.fromkeys(close))}"
+                )
+            names.update(o.node for o in matched)
+    nodes = {o.name: o.node for o in all_operations}
+    for i, part in enumerate(scope.subgraphs):
+        ends = [[nodes.get(n, n) for n in given] for given in (part.inputs, part.outputs)]
+        try:
+            inside = get_ignored_node_names_from_subgraph(_graph(model), nncf.Subgraph(*ends))
+        except REFUSALS:
+            inside = []
+        if not inside:
+            raise UserError(
+                f"--nncf_config: {config.path}: ignored_scope.subgraphs[{i}]: no way leads from its"
+                " inputs to its outputs in this model"
+            )
+        names.update(inside)
+    config.arguments["ignored_scope"] = dataclasses.replace(
+        scope, names=sorted(names), patterns=[], types=[], subgraphs=[], validate=False
+    )
+
+
+def _matches(key: str, value: str, operation: Operation) -> bool:
+    if key == "types":
+        return operation.kind == value
+    if key == "names":
+        return value in (operation.name, operation.node)
+    return any(re.fullmatch(value, name) for name in (operation.name, operation.node))
+
+
+def calibrate(
+    model: PreTrainedModel,
+    config: NncfConfig,
+    samples: Sequence[dict[str, Tensor]],
+    before_each: Callable[[], None] = lambda: None,
+) -> PreTrainedModel:
+    """A copy of `model` with quantizers whose ranges fit the samples.
+
+    Args:
+        samples: inputs [1, max_seq_length_c] each, padded as they will be at run time.
+        before_each: called before each of them, in each of NNCF's passes over them.
+
+    Raises:
+        UserError: settings that NNCF has, but not for torch models.
+    """
+
+    def inputs(sample: dict[str, Tensor]) -> dict[str, Tensor]:
+        before_each()
+        return sample
+
+    arguments = {**config.arguments, "subset_size": len(samples)}
+    try:
+        with torch.no_grad(), _holding(config.weight_range):
+            model = nncf.quantize(model.eval(), nncf.Dataset(list(samples), inputs), **arguments)
+            return hold_weight_range(model, config.weight_range)
+    except REFUSALS as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(f"--nncf_config: {config.path}: NNCF refuses it: {reason}") from None
+
+
+@contextlib.contextmanager
+def _holding(weight_range: WeightRange) -> Iterator[None]:
+    """Let nncf.quantize hold the range of weights before it corrects biases."""
+    make_pipeline = post_training.create_ptq_pipeline
+
+    def with_range(**arguments: Any) -> Any:
+        pipeline = make_pipeline(**arguments)
+        hold_all = functools.partial(hold_weight_range, weight_range=weight_range)
+        pipeline.pipeline_steps[-1].insert(1, HoldWeightRange(hold_all))  # 0 fits the ranges
+        return pipeline
+
+    with mock.patch.object(post_training, "create_ptq_pipeline", with_range):
+        yield

@@ -1,0 +1,319 @@
+"""The quantizers of a model: trained, saved, loaded, exported, counted.
+
+A quantized model is the FP32 model with NNCF's fake quantizers hooked into it: they round what
+goes into linear layers, and their weights, to the values that INT8 arithmetic will have, and they
+train like anything else. The exporter turns them into QuantizeLinear / DequantizeLinear.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import os
+from collections.abc import Iterator
+from typing import Any
+
+import nncf.torch
+import numpy as np
+import torch
+from nncf.torch.function_hook.hook_storage import decode_hook_name
+from nncf.torch.function_hook.nncf_graph.nncf_graph_builder import build_nncf_graph
+from nncf.torch.function_hook.wrapper import get_hook_storage, wrap_model
+from nncf.torch.quantization.layers import BaseQuantizer, SymmetricQuantizer
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from cli import UserError
+from int8.weight_range import WeightRange, hold_in_use, use_seven_bits
+from squad_utils import INPUTS
+
+QUANTIZERS = "quantizers.json"  # in the folder of a quantized model: where its quantizers are
+
+
+def is_quantized(name: str) -> bool:
+    """Whether a folder holds a model with quantizers."""
+    return os.path.isfile(os.path.join(name, QUANTIZERS))
+
+
+QUANTIZER_WEIGHTS = "quantizers.safetensors"  # beside QUANTIZERS: their ranges
+
+
+HOOKS = "__nncf_hooks."  # what the names of the quantizers' parameters begin with
+
+
+WEIGHT_RANGE = "weight_range"  # in QUANTIZERS, beside NNCF's own keys
+
+
+nncf.set_log_level(logging.ERROR)
+
+
+# It warns at each saved state that ranges which several inputs share are stored once.
+logging.getLogger("accelerate.utils.other").setLevel(logging.ERROR)
+
+
+# ------------------------------------------------------------------------------------------------
+# Calibration
+@dataclasses.dataclass(frozen=True)
+class Operation:
+    """One operation of a model.
+
+    Attributes:
+        name: that of its module, e.g. "bert.layers.0.qkv"; NNCF's where it has no weights.
+        node: NNCF's name, which ignored_scope goes by.
+        kind: e.g. "linear", "matmul", "softmax".
+    """
+
+    name: str
+    node: str
+    kind: str
+
+
+# What arithmetic is done in; the rest moves numbers about.
+KINDS = ("embedding", "linear", "matmul", "softmax", "layer_norm", "gelu", "relu", "add", "mul")
+
+
+def operations(model: nn.Module) -> list[Operation]:
+    """The operations that compute in one pass of the model, in their order."""
+    found = []
+    graph = _graph(model)
+    for node in graph.get_all_nodes():
+        if node.node_type not in KINDS:
+            continue
+        sources = [_source(graph, edge.from_node)[0] for edge in graph.get_input_edges(node)]
+        weights = [
+            source.node_name.removesuffix(".weight")
+            for source in sources
+            if source.node_type == "nncf_model_const" and source.node_name.endswith(".weight")
+        ]
+        name = weights[0] if weights else node.node_name
+        found.append(Operation(name, node.node_name, node.node_type))
+    return found
+
+
+def _graph(model: nn.Module) -> Any:
+    """NNCF's graph of one pass of a model."""
+    ids = torch.zeros(1, 8, dtype=torch.long, device=next(model.parameters()).device)
+    return build_nncf_graph(wrap_model(model), dict.fromkeys(INPUTS, ids))
+
+
+# ------------------------------------------------------------------------------------------------
+# The quantizers of a model
+def quantizers(model: nn.Module) -> Iterator[tuple[str, BaseQuantizer]]:
+    """NNCF's name and module of each quantizer."""
+    for name, module in get_hook_storage(model).named_hooks():
+        if isinstance(module, BaseQuantizer):
+            yield name, module
+
+
+def select_ranges(model: nn.Module) -> None:
+    """Let the ranges of the quantizers train, and nothing else."""
+    model.requires_grad_(False)
+    for _, quantizer in quantizers(model):
+        quantizer.enable_gradients()
+
+
+def weight_quantizer(name: str) -> bool:
+    """Whether a quantizer, by its name, is one of weights: the second input of an operation that
+    has weights."""
+    _, operation, port = decode_hook_name(name)
+    return port == 1 and operation.split("/")[-2] in ("linear", "embedding")
+
+
+def second_factors(model: nn.Module) -> Iterator[tuple[SymmetricQuantizer, Tensor | None]]:
+    """The quantizer of each second factor of a matrix product that is INT8.
+
+    Yields:
+        the quantizer, and the weight [N, K] of a linear layer; None in its place for a product of
+        two activations.
+    """
+    parameters, storage = dict(model.named_parameters()), get_hook_storage(model)
+    graph = _graph(model)
+    for node in graph.get_all_nodes():
+        if node.node_type not in ("linear", "matmul"):
+            continue
+        inputs = {edge.input_port_id: edge.from_node for edge in graph.get_input_edges(node)}
+        (_, first), (source, second) = (_source(graph, inputs[port]) for port in (0, 1))
+        if second is None or (node.node_type == "matmul" and first is None):
+            continue
+        quantizer = storage.get_submodule(second)
+        if isinstance(quantizer, SymmetricQuantizer):
+            yield quantizer, parameters[source.node_name] if node.node_type == "linear" else None
+
+
+def hold_weight_range(model: nn.Module, weight_range: WeightRange) -> nn.Module:
+    """Hold the range of all weights of linear layers from now on, and return the model.
+
+    The second factor of a product of two activations, such as the keys', has 7 bits then, for the
+    same reason as weights.
+    """
+    for quantizer, weight in list(second_factors(model)):
+        if weight is not None:
+            hold_in_use(quantizer, weight, weight_range)
+        elif weight_range != WeightRange.FULL:
+            use_seven_bits(quantizer)
+    model.weight_range = weight_range
+    return model
+
+
+def save_quantized(model: PreTrainedModel, folder: str) -> None:
+    """Save a model so that its weights load as any checkpoint's: quantizers in their own files."""
+    hold_weight_range(model, model.weight_range)  # the last step may have moved weights since
+    # Cloned, since a range that several inputs share may be stored only once in a file.
+    state = {name: value.clone().contiguous() for name, value in model.state_dict().items()}
+    ranges = {name: state.pop(name) for name in list(state) if name.startswith(HOOKS)}
+    model.save_pretrained(folder, state_dict=state)
+    save_file(ranges, os.path.join(folder, QUANTIZER_WEIGHTS))
+    with open(os.path.join(folder, QUANTIZERS), "w", encoding="utf-8") as file:
+        json.dump({**nncf.torch.get_config(model), WEIGHT_RANGE: model.weight_range}, file)
+
+
+def load_quantizers(model: PreTrainedModel, folder: str, flag: str) -> PreTrainedModel:
+    """Put the quantizers of a folder into its model.
+
+    Raises:
+        UserError: the files are damaged.
+    """
+    try:
+        with open(os.path.join(folder, QUANTIZERS), encoding="utf-8") as file:
+            config = json.load(file)
+        weight_range = WeightRange(config.pop(WEIGHT_RANGE, WeightRange.FULL))
+        model = nncf.torch.load_from_config(model, config)
+        state = load_file(os.path.join(folder, QUANTIZER_WEIGHTS))
+        missing = [
+            name
+            for name in model.load_state_dict(state, strict=False).missing_keys
+            if name.startswith(HOOKS)
+        ]
+    except Exception as error:
+        reason = (str(error).strip() or repr(error)).splitlines()[0]
+        raise UserError(f"{flag}: the quantizers of {folder} do not load: {reason}") from None
+    if missing:
+        raise UserError(f"{flag}: {folder}/{QUANTIZER_WEIGHTS} lacks {missing[0]}")
+    return hold_weight_range(model, weight_range)
+
+
+def what_is_int8(model: nn.Module) -> list[dict[str, Any]]:
+    """For each kind of operation: how many there are, how many are INT8, and why others are not."""
+    inputs: dict[str, set[int]] = {}
+    graph = _graph(model)
+    for node in graph.get_all_nodes():
+        if node.node_type not in KINDS:
+            continue
+        for edge in graph.get_input_edges(node):
+            if _source(graph, edge.from_node)[1] is not None:
+                inputs.setdefault(node.node_name, set()).add(edge.input_port_id)
+    counts: dict[str, list[list[str]]] = {}
+    for operation in operations(model):
+        # An embedding reads indices: its table is all that can be INT8.
+        needed = {1} if operation.kind == "embedding" else {0, 1}
+        int8 = operation.kind in INT8_KINDS and needed <= inputs.get(operation.node, set())
+        counts.setdefault(operation.kind, [[], []])[int8].append(operation.name)
+    return [
+        {
+            "kind": kind,
+            "int8": len(quantized),
+            "float": len(others),
+            **({"why": WHY_FLOAT.get(kind, "in ignored_scope")} if others else {}),
+        }
+        for kind, (others, quantized) in counts.items()
+    ]
+
+
+INT8_KINDS = ("embedding", "linear", "matmul")
+
+
+WHY_FLOAT = {
+    "matmul": "an input is softmax's, which 8 bits round too coarsely, or it is in ignored_scope",
+    "softmax": "exponentials need the range of floating point",
+    "layer_norm": "a variance needs the range of floating point",
+    "gelu": "its input is a sum in floating point already",
+    "relu": "its input is a sum in floating point already",
+    "add": "residual sums keep their precision",
+    "mul": "scales of attention and masks",
+}
+
+
+MOVING = (
+    "transpose",
+    "flatten",
+    "unflatten",
+    "view",
+    "reshape",
+    "permute",
+    "chunk",
+    "unbind",
+    "contiguous",
+)
+
+
+def _source(graph: Any, node: Any) -> tuple[Any, str | None]:
+    """Where numbers come from, seen through quantizers and what only moves them; and the name of
+    the last quantizer on the way, or None."""
+    quantizer = None
+    while True:
+        is_quantizer = node.node_type in ("symmetric_quantize", "asymmetric_quantize")
+        edges = sorted(graph.get_input_edges(node), key=lambda edge: edge.input_port_id)
+        if is_quantizer and quantizer is None:
+            names = [edge.from_node.node_name for edge in edges]  # its own parameters among them
+            parameter = next(name for name in names if name.startswith(HOOKS))
+            quantizer = parameter.removeprefix(HOOKS).rpartition(".")[0]
+        if not edges or not (is_quantizer or node.node_type in MOVING):
+            return node, quantizer
+        node = edges[0].from_node
+
+
+# ------------------------------------------------------------------------------------------------
+# Export
+class _FakeQuantize(nn.Module):
+    """A quantizer as the one operation that PyTorch exports as QuantizeLinear, DequantizeLinear."""
+
+    def __init__(self, quantizer: BaseQuantizer) -> None:
+        super().__init__()
+        quantizer.set_levels()
+        self.low, self.high, scale, zero_point = quantizer.get_parameters_for_torch_fq()
+        self.cut_off = None
+        if quantizer.is_half_range:  # QuantizeLinear knows none but all of INT8
+            self.cut_off = [float(limit) for limit in quantizer.get_input_low_input_high()]
+        self.per_channel = quantizer.per_channel
+        self.axis = next((i for i, n in enumerate(quantizer.scale_shape) if n > 1), 0)
+        self.register_buffer("scale", scale if self.per_channel else scale[0])
+        self.register_buffer("zero_point", zero_point if self.per_channel else zero_point[0])
+
+    def forward(self, values: Tensor) -> Tensor:
+        if self.cut_off:
+            values = values.clamp(*self.cut_off)
+        limits = (self.low, self.high)
+        if self.per_channel:
+            return torch.fake_quantize_per_channel_affine(
+                values, self.scale, self.zero_point, self.axis, *limits
+            )
+        return torch.fake_quantize_per_tensor_affine(values, self.scale, self.zero_point, *limits)
+
+    def integers_of(self, rounded: Tensor) -> np.ndarray:
+        """The integers behind activations that `forward` has rounded, as QuantizeLinear gives
+        them: int8 or uint8."""
+        integers = torch.round(rounded / self.scale) + self.zero_point
+        return integers.numpy().astype(np.int8 if self.low < 0 else np.uint8)
+
+
+@torch.no_grad()
+def make_exportable(model: PreTrainedModel) -> None:
+    """Put operations that export to ONNX in the place of NNCF's quantizers, in place.
+
+    Weights of a narrow range are rounded to it, since QuantizeLinear knows none but all of INT8.
+    """
+    parameters = dict(model.named_parameters())
+    storage = get_hook_storage(model)
+    known = {node.node_name for node in _graph(model).get_all_nodes()}
+    for name, _ in quantizers(model):
+        operation = decode_hook_name(name)[1]
+        assert operation in known, f"{operation} has a quantizer, but is not in the model"
+    weights = {operation.node: operation.name for operation in operations(model)}
+    for name, quantizer in list(quantizers(model)):
+        if weight_quantizer(name) and quantizer.narrow_range:
+            weight = parameters[f"{weights[decode_hook_name(name)[1]]}.weight"]
+            low, high = quantizer.get_input_low_input_high()
+            weight.copy_(quantizer.quantize(weight.clamp(low, high)))
+        storage.set_submodule(name, _FakeQuantize(quantizer))

@@ -1,0 +1,89 @@
+"""Learning from a teacher's hidden states."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from bert.attention import mask_for
+from squad_utils import INPUTS
+from training.run import Run
+
+
+# ------------------------------------------------------------------------------------------------
+# Supervision by a teacher's hidden states
+def state_errors(
+    student: Sequence[Tensor], teacher: Sequence[Tensor], attention_mask: Tensor
+) -> Tensor:
+    """Mean squared error between hidden states, for each pair of states.
+
+    Student state i of n_S (the embedding output is state 0) pairs with teacher state
+    floor(i (n_T - 1) / (n_S - 1)), so first and last meet first and last.
+
+    Args:
+        student, teacher: hidden states [B, L, H], as `output_hidden_states` gives them.
+        attention_mask: [B, L], 1 for tokens, 0 for padding, which does not count.
+
+    Returns:
+        [n_S, B], the mean over each row's tokens and H, so that it does not depend on the padding.
+    """
+    mask = attention_mask.to(torch.float32)
+    weight = mask / mask.sum(dim=1, keepdim=True)
+    errors = []
+    for i, state in enumerate(student):
+        target = teacher[i * (len(teacher) - 1) // max(1, len(student) - 1)]
+        error = (state.float() - target.float()).square().mean(dim=2)
+        errors.append((error * weight).sum(dim=1))
+    return torch.stack(errors)
+
+
+class StateLoss:
+    """The weighted squared errors of states 0..k, each [B], as `state_0` ... `state_k`.
+
+    Student state i of n layers has teacher state floor(i N / n) of N as its target. With an
+    embedding_weight, `embedding` is the squared error of the embeddings, a mean over H like the
+    states'.
+    """
+
+    def __init__(
+        self,
+        run: Run,
+        teacher: PreTrainedModel,
+        num_layers: int,
+        weights: tuple[float, ...],
+        embedding_weight: float = 0.0,
+    ) -> None:
+        """`num_layers` is the student's n; the teacher may have been cut to the layers needed."""
+        self.run, self.teacher, self.weights = run, teacher, weights
+        self.embedding_weight = embedding_weight
+        depth = teacher.config.num_hidden_layers
+        self.targets = [i * depth // num_layers for i in range(len(weights))]
+
+    def __call__(self, model: nn.Module, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        inputs = {name: batch[name] for name in INPUTS}
+        with torch.no_grad(), self.run.accelerator.autocast():
+            taught = teacher_states(self.teacher.base_model, inputs, self.targets[-1])
+        k, mask = len(self.weights) - 1, batch["attention_mask"]
+        outputs = model(**inputs, output_hidden_states=True, num_layers=k)
+        errors = state_errors(outputs.hidden_states, [taught[j] for j in self.targets], mask)
+        losses = {f"state_{i}": self.weights[i] * error for i, error in enumerate(errors)}
+        if self.embedding_weight:
+            with torch.no_grad(), self.run.accelerator.autocast():
+                target = self.teacher.embed(taught[-1], mask)
+            error = (outputs.embedding.float() - target.float()).square().mean(dim=1)
+            losses["embedding"] = self.embedding_weight * error
+        return losses
+
+
+def teacher_states(bert: PreTrainedModel, inputs: dict[str, Tensor], count: int) -> list[Tensor]:
+    """The hidden states 0..count of a BERT, [B, L, H]; only its first `count` layers run."""
+    head_size = bert.config.hidden_size // bert.config.num_attention_heads
+    mask = mask_for(inputs["attention_mask"], head_size)
+    ids = {name: value for name, value in inputs.items() if name != "attention_mask"}
+    states = [bert.embeddings(**ids)]
+    for layer in bert.encoder.layer[:count]:
+        states.append(layer(states[-1], mask))
+    return states

@@ -1,0 +1,84 @@
+"""Who imports whom: the order of the rooms, no circle, no import inside a function without a reason."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+
+SCRIPTS = ("train_qa", "train_qcemb", "pack_and_distill")
+# From the ground up. A module imports its own room and those in front of it.
+ORDER = (
+    ("cli",),
+    ("squad_utils",),
+    ("int8", "deploy"),
+    ("bert",),
+    ("bert_pack", "training"),
+    ("tasks",),
+    (*SCRIPTS, "ask"),
+)
+LEVEL = {room: level for level, rooms in enumerate(ORDER) for room in rooms}
+WITHOUT_TORCH = (
+    "cli",
+    "squad_utils",
+    "ask",
+    "deploy.cpu",
+    "deploy.runtime",
+    "deploy.search",
+    "deploy.int8_file",
+)
+FILES = {
+    ".".join(path.relative_to(ROOT).with_suffix("").parts): path
+    for path in sorted(ROOT.rglob("*.py"))
+    if path.relative_to(ROOT).parts[0].removesuffix(".py") in LEVEL
+}
+
+
+def imports(path: Path) -> list[tuple[ast.stmt, str]]:
+    """Each import of a file: its statement, and the module that it names."""
+    found = []
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found += [(node, alias.name) for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            modules = [f"{node.module}.{alias.name}" for alias in node.names]
+            found += [(node, m if m in FILES else str(node.module)) for m in modules]
+    return found
+
+
+def room(module: str) -> str:
+    return module.partition(".")[0]
+
+
+@pytest.mark.parametrize("module", FILES)
+def test_a_module_imports_only_rooms_below_its_own(module: str) -> None:
+    for _, imported in imports(FILES[module]):
+        if room(imported) in LEVEL and room(imported) != room(module):
+            assert LEVEL[room(imported)] < LEVEL[room(module)], f"{module} imports {imported}"
+    if module == "ask":
+        ours = {room(imported) for _, imported in imports(FILES[module])} & LEVEL.keys()
+        assert ours <= {"cli", "squad_utils", "deploy"}
+
+
+def test_no_module_imports_itself_by_way_of_others() -> None:
+    graph = {m: {i for _, i in imports(path) if i in FILES} for m, path in FILES.items()}
+    while leaves := [module for module, needed in graph.items() if not needed & graph.keys()]:
+        for module in leaves:
+            del graph[module]
+    assert not graph, f"these import one another: {', '.join(graph)}"
+
+
+@pytest.mark.parametrize("module", WITHOUT_TORCH)
+def test_what_answers_questions_needs_no_torch(module: str) -> None:
+    assert not {"torch", "transformers", "nncf"} & {room(i) for _, i in imports(FILES[module])}
+
+
+@pytest.mark.parametrize("module", FILES)
+def test_an_import_inside_a_function_gives_its_reason(module: str) -> None:
+    lines = FILES[module].read_text(encoding="utf-8").splitlines()
+    for node, imported in imports(FILES[module]):
+        if node.col_offset:
+            near = lines[node.lineno - 2 : node.lineno]
+            assert any("#" in line for line in near), f"{module}, line {node.lineno}: {imported}"

@@ -1,0 +1,124 @@
+"""What is shown of a run while it trains: a bar, or lines, and records in its log."""
+
+from __future__ import annotations
+
+import sys
+import time
+from typing import Any
+
+from tqdm import tqdm
+
+from training.run import Run
+
+PLAIN_LINE_SECONDS = 30.0  # between progress lines where there is no terminal
+
+
+# ------------------------------------------------------------------------------------------------
+# What is shown
+class Progress:
+    """Progress on a terminal (a bar) or elsewhere (plain lines now and then), and in the log."""
+
+    def __init__(
+        self, run: Run, stage: Any, step: int, total: int, earlier: dict[str, Any] | None
+    ) -> None:
+        """`stage` is a loop.Stage, `earlier` the `state` that this progress goes on from."""
+        self.run, self.stage, self.total = run, stage, total
+        self._line_at = time.monotonic()
+        self._continue(step, earlier or {"seconds": 0.0, "window_seconds": 0.0, "window": []})
+        terminal = run.main and sys.stderr.isatty()
+        self._lines = run.main and not terminal
+        self._name = stage.name
+        if stage.count > 1:
+            self._name = f"stage {stage.number}/{stage.count} {stage.name}"
+        self._bar = tqdm(
+            total=total, initial=step, desc=self._name, unit=" steps", disable=not terminal
+        )
+
+    def _continue(self, step: int, earlier: dict[str, Any]) -> None:
+        self.step = self._resumed_at_step = step
+        self._began, self._paused_at = time.monotonic(), None
+        self._earlier_seconds = earlier["seconds"]
+        self._window: list[dict[str, float]] = earlier["window"]  # steps since the last record
+        self._window_began = self._began - earlier["window_seconds"]
+
+    def go_back(self, step: int, earlier: dict[str, Any]) -> None:
+        """Count from an earlier step again, of which `earlier` is the `state`."""
+        self._continue(step, earlier)
+        self._bar.n = step
+        self._bar.refresh()
+
+    def state(self) -> dict[str, Any]:
+        """What a later part of the run needs, to go on with records and times."""
+        now = self._paused_at or time.monotonic()
+        return {
+            "seconds": self.seconds(),
+            "window_seconds": now - self._window_began,
+            "window": self._window,
+        }
+
+    def seconds(self) -> float:
+        """Seconds of training so far, earlier parts of the run included, pauses excluded."""
+        return self._earlier_seconds + (self._paused_at or time.monotonic()) - self._began
+
+    def pause(self) -> None:
+        self._paused_at = time.monotonic()
+
+    def resume(self) -> None:
+        away = time.monotonic() - (self._paused_at or time.monotonic())
+        self._began += away
+        self._window_began += away
+        self._paused_at = None
+
+    def advance(self, sums: dict[str, float], epoch: float, learning_rate: float) -> None:
+        """Count a step; every log_steps of them, and at the last, write and show a record."""
+        self.step += 1
+        self._bar.update()
+        self._window.append(sums)
+        if self.step % self.run.log_steps and self.step != self.total:
+            return
+        now = time.monotonic()
+        spent = max(now - self._window_began, 1e-9)
+        total = {key: sum(each[key] for each in self._window) for key in sums}
+        losses = [key for key in sums if key not in ("tokens", "positions", "examples")]
+        mean = {
+            key: sum(each[key] * each["examples"] for each in self._window) / total["examples"]
+            for key in losses
+        }
+        here = self.seconds() - self._earlier_seconds
+        pace = here / (self.step - self._resumed_at_step)
+        left = pace * (self.total - self.step)
+        left_all = left + pace * self.stage.work_after
+        record = {
+            "stage": self.stage.name,
+            "step": self.step,
+            "epoch": epoch,
+            **mean,
+            "learning_rate": learning_rate,
+            "examples_per_second": total["examples"] / spent,
+            "tokens_per_second": total["tokens"] / spent,
+            "padding": 1 - total["tokens"] / total["positions"],
+            "seconds": self.seconds(),
+            "seconds_left": left,
+            "seconds_left_all": left_all,
+        }
+        self.run.log(record)
+        text = (
+            f"loss {mean['loss']:.4g}, lr {learning_rate:.2e},"
+            f" {record['tokens_per_second']:,.0f} tokens/s, padding {record['padding']:.1%}"
+        )
+        until = f"{tqdm.format_interval(left)} left"
+        if self.stage.count > 1:
+            until += f", {tqdm.format_interval(left_all)} for all stages"
+            self._bar.set_postfix_str(f"{text}, {until}")
+        else:
+            self._bar.set_postfix_str(text)
+        if self._lines and (now - self._line_at >= PLAIN_LINE_SECONDS or self.step == self.total):
+            self._line_at = now
+            print(
+                f"{self._name} step {self.step}/{self.total}: {text}, {until}",
+                flush=True,
+            )
+        self._window, self._window_began = [], now
+
+    def close(self) -> None:
+        self._bar.close()
