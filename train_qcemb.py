@@ -74,7 +74,7 @@ def main() -> None:
         run.accelerator.register_for_checkpointing(negatives)
         batches = PairBatches(task.train_pairs, negatives, args.total_train_batch_size, args.seed)
         loss = EmbLoss(run, teacher, cfg, args.supervision_weight, state_maps)
-        return Learning(loss, batches, negatives)
+        return Learning(loss, batches)
 
     fine_tune(args, EmbTask, "train_qcemb.py", learn)
 

@@ -32,6 +32,7 @@ from squad_utils import SpecialIds, Tokens, Windows
 from training.fine_tuning import freeze
 from training.loop import Stage, train
 from training.machine import make_accelerator
+from training.passes import Batches
 from training.run import Run, read_log
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -140,7 +141,7 @@ def random_tokens(rng: np.random.Generator, texts: int, length: int, vocabulary:
     return Tokens(ids, np.arange(texts + 1, dtype=np.int64) * length, None)
 
 
-class RandomBatches:
+class RandomBatches(Batches):
     """Batches of random windows, all of the same length, for `loop.train`.
 
     Attributes:
@@ -242,7 +243,6 @@ def timed(
     size: int,
     passes_of: int,
     operations: float | None = None,
-    before_step: Any = None,
     profile: str | None = None,
 ) -> dict[str, Any]:
     """Train `model` for some steps in the scripts' own loop; figures of those after the warm-up.
@@ -259,7 +259,7 @@ def timed(
         clock = Clock(sizes.warm_up, sizes.warm_up + steps, profiler)
         count = sizes.warm_up + steps + 1
         stage = Stage("timed", 1, 1e-5, size, passes_of, schedule=clock, max_steps=count)
-        train(run, model, stage, batches, loss, before_step=before_step)
+        train(run, model, stage, batches, loss)
         return clock
 
     if bench.device == "cuda":

@@ -23,7 +23,7 @@ from deploy import onnx_file
 from deploy.onnx_check import Check
 from squad_utils import INPUTS, SpecialIds, SquadData, Tokens, load_squad
 from training import results
-from training.passes import to_device
+from training.passes import Batches, to_device
 from training.run import Run
 
 CHECKED_TEXTS = 8  # on which the exported file is compared with PyTorch
@@ -304,7 +304,7 @@ class EmbEvaluation:
 
 # ------------------------------------------------------------------------------------------------
 # The task as the scripts see it
-class TextBatches:
+class TextBatches(Batches):
     """Batches of single texts, questions and contexts, for losses that need no pairs."""
 
     def __init__(self, pairs: Pairs, step_size: int, seed: int) -> None:

@@ -19,7 +19,7 @@ from cli import UserError
 from squad_utils import INPUTS
 from tasks.embedding import Pairs, Texts, encode, split_passes
 from tasks.hidden_states import state_errors
-from training.passes import to_device
+from training.passes import Batches, to_device
 from training.run import Run
 
 PASS_TEXTS = 16  # of similar length, in one pass of a CPU: what is mined has any length
@@ -261,7 +261,7 @@ def distance(a: Tensor, b: Tensor) -> Tensor:
 
 # ------------------------------------------------------------------------------------------------
 # Batches
-class PairBatches:
+class PairBatches(Batches):
     """Batches of pairs with their hard negatives, for `loop.train`."""
 
     def __init__(self, pairs: Pairs, negatives: HardNegatives, step_size: int, seed: int) -> None:
@@ -272,6 +272,10 @@ class PairBatches:
         """The pairs of each optimisation step of an epoch, of contexts of similar length."""
         lengths = self.pairs.contexts.total_lengths[self.pairs.context]
         return squad_utils.plan_steps(lengths, self.step_size, self.seed, epoch)
+
+    def prepare(self, model: nn.Module, step: int, chosen: np.ndarray) -> None:
+        """Mine the step's negatives."""
+        self.negatives(model, step, chosen)
 
     def tokens(self, chosen: np.ndarray) -> np.ndarray:
         """Tokens of each pair without padding, int64 [len(chosen)]: its question, its context, and

@@ -25,7 +25,7 @@ from squad_utils import SquadData, Windows, load_squad
 from tasks.hidden_states import state_errors
 from tasks.squad_scores import Scorer, load_scorer
 from training import results
-from training.passes import to_device
+from training.passes import Batches, to_device
 from training.run import Run, write_json
 
 CHECKED_WINDOWS = 8  # on which the exported file is compared with PyTorch
@@ -204,7 +204,7 @@ def make_windows(
     )
 
 
-class QaBatches:
+class QaBatches(Batches):
     """Batches of windows and the spans to learn, for `loop.train`."""
 
     def __init__(self, windows: Windows, step_size: int, seed: int) -> None:

@@ -38,6 +38,7 @@ from bert.attention import fuse_attention
 from bert_pack import PackCfg, pack
 from tasks import hidden_states
 from training import loop
+from training.passes import Batches
 from training.run import Run
 
 PLAN = ["embeddings", "grow 1", "grow 2", "feed-forward", "heads", "final"]
@@ -386,7 +387,7 @@ def test_every_stage_is_cast_and_no_evaluation(tmp_path: Path) -> None:
 # Divergence
 
 
-class Line:
+class Line(Batches):
     """Batches of one number each, for a model of one weight."""
 
     def steps(self, epoch: int) -> list[Any]:

@@ -1,4 +1,4 @@
-"""Who imports whom: the order of the rooms, no circle, no import inside a function without a reason."""
+"""Who imports whom: the order of the rooms, no circle, a reason for imports inside functions."""
 
 from __future__ import annotations
 

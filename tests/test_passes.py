@@ -18,11 +18,11 @@ from torch import Tensor, nn
 
 from cli import UserError
 from training import loop, passes
-from training.passes import StepGradient
+from training.passes import Batches, StepGradient
 from training.run import Run
 
 
-class Rows:
+class Rows(Batches):
     """Examples of 1 to 9 tokens, for a model of three weights; three steps an epoch."""
 
     lengths = np.random.default_rng(0).integers(1, 10, 48)
@@ -124,7 +124,7 @@ def test_a_step_that_is_not_finite_is_skipped_before_it_is_read(
     accelerator: Accelerator, what: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A GPU's figures are read steps later: the weights must not have taken the bad one."""
-    monkeypatch.setattr(loop, "_reads_now", lambda *_: False)  # but for an epoch's end
+    monkeypatch.setattr(loop.Training, "reads_now", lambda training: training.ends_epoch)
     run = Run(accelerator, str(tmp_path), {}, "new", 60.0, 1, "none")
     torch.manual_seed(0)
     model = nn.Linear(3, 1)

@@ -32,6 +32,7 @@ from safetensors.torch import load_file, save_file
 
 from cli import UserError
 from training import loop, progress
+from training.passes import Batches
 from training.run import Run
 
 FLAGS = (
@@ -424,7 +425,7 @@ def test_stop_says_when_overwriting_would_start_again(
 # A loss that is no number
 
 
-class _Batches:
+class _Batches(Batches):
     """Two steps an epoch of 4 random examples."""
 
     def steps(self, epoch: int) -> list[np.ndarray]:

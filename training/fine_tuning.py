@@ -18,7 +18,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 from transformers import BertConfig, BertForQuestionAnswering, PreTrainedModel
@@ -58,15 +57,10 @@ QUANTIZER_RATE = 0.01  # learning rate of the quantizers' ranges while nothing e
 
 @dataclass(frozen=True)
 class Learning:
-    """What a task trains by.
-
-    Attributes:
-        before_step: called with the model, the step and its examples before each step, or None.
-    """
+    """What a task trains by."""
 
     loss: LossFunction
     batches: Batches
-    before_step: Callable[[nn.Module, int, np.ndarray], None] | None = None
 
 
 def add_fine_tuning_arguments(parser: ArgumentParser, teacher: str) -> None:
@@ -277,7 +271,6 @@ def train_stages(
             learning.batches,
             learning.loss,
             evaluate,
-            before_step=learning.before_step,
             keep=task.best_by if args.keep == "best" else None,
         )
     if args.keep == "best":

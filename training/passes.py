@@ -8,8 +8,8 @@ many examples as the flag says. On a GPU it takes as many as the memory holds.
 from __future__ import annotations
 
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import Protocol
 
 import numpy as np
 import torch.distributed
@@ -40,17 +40,25 @@ COMPILE_OPERATIONS = 1e16  # of a stage on a GPU, from which on half a minute to
 WARM_UP_SHAPE = (16, 128)  # of the texts that layers are compiled by, whatever the run's are
 
 
-class Batches(Protocol):
+class Batches(ABC):
     """What a task gives the loop. The same for every process and accumulation."""
 
+    @abstractmethod
     def steps(self, epoch: int) -> list[np.ndarray]:
         """The examples of each optimisation step of an epoch, as indices."""
 
+    @abstractmethod
     def tokens(self, chosen: np.ndarray) -> np.ndarray:
         """Tokens of each example, int64 [len(chosen)], padding left out."""
 
+    @abstractmethod
     def batch(self, epoch: int, chosen: np.ndarray) -> dict[str, Tensor]:
         """The batch of a few examples; `attention_mask` [B, L] among its tensors."""
+
+    def prepare(  # noqa: B027 - most tasks have nothing to prepare
+        self, model: nn.Module, step: int, chosen: np.ndarray
+    ) -> None:
+        """Called with the examples of a step before its batches are made."""
 
 
 # From model and batch to named losses, each [B], one figure an example. The sum is minimised.
