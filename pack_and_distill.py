@@ -36,9 +36,8 @@ from bert_pack import HeadImportance, PackCfg
 from cli import ArgumentParser, UserError, is_main_process, number, run_main
 from deploy import onnx_file
 from int8.quantizers import is_quantized
-from tasks.embedding import EmbTask
+from tasks import TASKS, EmbeddingTask, Task
 from tasks.hidden_states import StateLoss
-from tasks.qa import QaTask
 from training import results
 from training.flags import (
     add_data_arguments,
@@ -59,14 +58,6 @@ signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends the seconds of impor
 
 
 STAGES = ("embeddings", "grow", "feed-forward", "heads", "final")
-
-
-TASKS = {
-    "BertForQuestionAnswering": QaTask,
-    "PackedBertForQuestionAnswering": QaTask,
-    "BertForEmbedding": EmbTask,
-    "PackedBertForEmbedding": EmbTask,
-}
 
 
 QUARTER = 0.25  # epochs of the first stages, which have little to learn each
@@ -231,7 +222,7 @@ def select_trained(student: nn.Module, part: Distillation) -> None:
 # The run
 def check_models(
     args: argparse.Namespace, cfg: PackCfg
-) -> tuple[PreTrainedConfig, PreTrainedConfig, Any, type[QaTask]]:
+) -> tuple[PreTrainedConfig, PreTrainedConfig, Any, type[Task]]:
     """Student's and teacher's configurations, the student's tokenizer, and the task of both.
 
     Raises:
@@ -246,29 +237,30 @@ def check_models(
     student_name = unmerged_folder(args.model_student)
     student = check_model(student_name, "--model_student", args.max_seq_length_c)
     teacher = check_model(args.model_teacher, "--model_teacher", args.max_seq_length_c)
-    tasks = []
+    found: list[type[Task]] = []
     for flag, config in (("--model_student", student), ("--model_teacher", teacher)):
         architecture = (config.architectures or ["no architecture"])[0]
-        if architecture not in TASKS:
+        task = next((each for each in TASKS if architecture in each.architectures), None)
+        if task is None:
             raise UserError(
                 f"{flag}: {getattr(args, flag[2:])} is {architecture}, a model of no task that can"
                 " be distilled; fine-tune it first (train_qa.py, train_qcemb.py)"
             )
-        tasks.append(TASKS[architecture])
-    if tasks[0] is not tasks[1]:
+        found.append(task)
+    if found[0] is not found[1]:
         raise UserError("--model_student and --model_teacher are of different tasks")
     if isinstance(teacher, PackedBertConfig):
         raise UserError(f"--model_teacher: {args.model_teacher} is packed; give the model it is of")
     if args.embedding_weight and "final" not in args.stages:
         raise UserError("--embedding_weight counts in the final stage, which --stages leaves out")
     for flag in ("eval_extra_contexts", "embedding_weight"):
-        if getattr(args, flag) and tasks[0] is not EmbTask:
+        if getattr(args, flag) and found[0] is not EmbeddingTask:
             raise UserError(f"--{flag} is for embedding models; leave it out")
     tokenizer = load_tokenizer(student_name, "--model_student", student)
     check_teacher(args.model_teacher, teacher, student, tokenizer)
     if not isinstance(student, PackedBertConfig):
         bert_pack.check_pack_cfg(cfg, student)
-        return student, teacher, tokenizer, tasks[0]
+        return student, teacher, tokenizer, found[0]
     if args.start != "teacher":
         raise UserError(f"--start: {args.model_student} is packed, its weights stay; leave it out")
     differing = [
@@ -281,11 +273,11 @@ def check_models(
             f"--pack_cfg: {args.model_student} was packed with {', '.join(differing)}; give what it"
             " was packed with to distill on, or an unpacked model"
         )
-    return student, teacher, tokenizer, tasks[0]
+    return student, teacher, tokenizer, found[0]
 
 
 def show_sizes(
-    task: QaTask, teacher: PreTrainedConfig, student: PreTrainedConfig, cfg: PackCfg, length: int
+    task: Task, teacher: PreTrainedConfig, student: PreTrainedConfig, cfg: PackCfg, length: int
 ) -> dict[str, Any]:
     """Print and return parameters, operations and FP32 size of teacher and merged student."""
     if not isinstance(student, PackedBertConfig):
@@ -306,7 +298,7 @@ def show_sizes(
 
 
 def pack_student(
-    args: argparse.Namespace, cfg: PackCfg, task: QaTask, run: Run, anew: bool
+    args: argparse.Namespace, cfg: PackCfg, task: Task, run: Run, anew: bool
 ) -> PreTrainedModel:
     """The student as distillation begins: packed, or loaded if it is so already.
 
@@ -335,7 +327,7 @@ def measure_importance(
     importance: HeadImportance,
     student: PreTrainedModel,
     teacher: PreTrainedModel,
-    task: QaTask,
+    task: Task,
 ) -> None:
     """Measure the importance of all heads on a sample, where no stage before has done so."""
     run.say(f"measuring the importance of heads on {SAMPLE_WINDOWS} windows")
@@ -355,7 +347,7 @@ def measure_importance(
 
 def distill(
     run: Run,
-    task: QaTask,
+    task: Task,
     student: PreTrainedModel,
     teacher: PreTrainedModel,
     plan: list[Distillation],
@@ -456,7 +448,7 @@ def main() -> None:
     merged = merge(student)
     figures = evaluation(merged.to(accelerator.device), precise=True)
     run.evaluate_once("merged", lambda: figures)
-    others = task.with_teacher(merged, teacher)
+    others = task.score_in_teacher_index(merged, teacher)
     if run.main:
         with run.writing_results():
             save_model(student.cpu(), tokenizer, os.path.join(args.output_dir, UNMERGED))

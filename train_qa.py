@@ -11,14 +11,11 @@ import signal
 
 signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends the seconds of imports without a word
 
-from torch import nn
-from transformers import PreTrainedModel
 
 from cli import ArgumentParser, run_main
-from tasks.qa import QaLoss, QaTask
-from training.fine_tuning import Learning, add_fine_tuning_arguments, fine_tune
+from tasks import TASKS, QaTask
+from training.fine_tuning import add_fine_tuning_arguments, fine_tune
 from training.flags import add_data_arguments, add_run_arguments, not_negative
-from training.run import Run
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -33,15 +30,7 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def main() -> None:
-    args = parse_arguments()
-
-    def learn(
-        run: Run, task: QaTask, teacher: PreTrainedModel | None, state_maps: nn.ModuleList | None
-    ) -> Learning:
-        loss = QaLoss(run, teacher, args.kd_weight, args.supervision_weight, state_maps)
-        return Learning(loss, task.batches(args.total_train_batch_size))
-
-    fine_tune(args, QaTask, "train_qa.py", learn)
+    fine_tune(parse_arguments(), QaTask, "train_qa.py", TASKS)
 
 
 if __name__ == "__main__":

@@ -11,16 +11,13 @@ import signal
 
 signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends the seconds of imports without a word
 
-from torch import nn
-from transformers import PreTrainedModel
 
 from bert.embedding import POOLERS, POOLINGS
 from cli import ArgumentParser, UserError, number, run_main
-from tasks.embedding import EmbTask
-from tasks.embedding_loss import EmbLoss, HardNegatives, PairBatches, parse_loss_cfg
-from training.fine_tuning import Learning, add_fine_tuning_arguments, fine_tune
+from tasks import TASKS, EmbeddingTask
+from tasks.embedding_loss import parse_loss_cfg
+from training.fine_tuning import add_fine_tuning_arguments, fine_tune
 from training.flags import add_data_arguments, add_run_arguments, positive
-from training.run import Run
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -57,26 +54,7 @@ def main() -> None:
         raise UserError(
             f"--loss_cfg: emb_loss:{cfg.emb_loss} needs a teacher: --supervision_weight over 0"
         )
-
-    def learn(
-        run: Run, task: EmbTask, teacher: PreTrainedModel | None, state_maps: nn.ModuleList | None
-    ) -> Learning:
-        negatives = HardNegatives(
-            run,
-            task.train_pairs,
-            args.hnm_num,
-            args.hnm_batch_size,
-            args.hnm_hist_num,
-            args.hnm_hist_alpha,
-            args.seed,
-            cfg,
-        )
-        run.accelerator.register_for_checkpointing(negatives)
-        batches = PairBatches(task.train_pairs, negatives, args.total_train_batch_size, args.seed)
-        loss = EmbLoss(run, teacher, cfg, args.supervision_weight, state_maps)
-        return Learning(loss, batches)
-
-    fine_tune(args, EmbTask, "train_qcemb.py", learn)
+    fine_tune(args, EmbeddingTask, "train_qcemb.py", TASKS)
 
 
 if __name__ == "__main__":

@@ -32,8 +32,7 @@ def main() -> None:
 
     import squad_utils
     from bert.model_folder import load_config, load_for_export, load_tokenizer
-    from deploy import onnx_check
-    from deploy.onnx_file import QaGraph
+    from deploy import onnx_check, onnx_file
     from squad_utils import INPUTS
     from tasks import qa
 
@@ -53,7 +52,9 @@ def main() -> None:
     onnx.save(file, path)
     try:
         model, int8 = load_for_export(args.model, AutoModelForQuestionAnswering)
-        check = onnx_check.check_file(path, QaGraph(model).eval(), feeds, int8)
+        check = onnx_check.check_file(
+            path, onnx_file.ExportedGraph(model, qa.QaTask.outputs).eval(), feeds, int8
+        )
     finally:
         os.remove(path)
     print(json.dumps({"passed": check.passed, **dataclasses.asdict(check)}, indent=1))

@@ -20,8 +20,9 @@ from squad_utils import (
     INPUTS,
     load_squad,
 )
-from tasks.embedding import Texts, make_pairs, ranks, retrieval_figures
+from tasks.embedding import ranks, retrieval_figures
 from tasks.embedding_loss import distance
+from tasks.texts import Texts, make_pairs
 
 
 def in_pytorch(model: torch.nn.Module, texts: Texts) -> Tensor:

@@ -35,10 +35,10 @@ from bert import attention
 from bert.attention import fuse_attention
 from bert.embedding import BertForEmbedding
 from int8 import calibration, settings
-from tasks.embedding import Pairs, Texts
-from tasks.embedding_loss import EmbLoss, HardNegatives, PairBatches, parse_loss_cfg
+from tasks.embedding_loss import EmbeddingLoss, HardNegatives, PairBatches, parse_loss_cfg
 from tasks.hidden_states import StateLoss
 from tasks.qa import QaLoss
+from tasks.texts import Pairs, Texts
 from training import passes
 from training.fine_tuning import freeze, set_dropout
 
@@ -271,7 +271,7 @@ def measure_embeddings(bench: Bench) -> dict[str, Any]:
         with timing_run(bench) as run:
             mining = HardNegatives(run, pairs, sizes.mined, 8, 32, 1.0, 0, cfg)
             batches = PairBatches(pairs, mining, count, 0)
-            loss = EmbLoss(run, teacher, cfg, 0.02)
+            loss = EmbeddingLoss(run, teacher, cfg, 0.02)
             found = timed(bench, run, model, batches, loss, count, 2)
         found["tokens_a_second_mined_too"] = tokens / found["seconds_a_step"]
         figures |= {f"{name}{key}": each for key, each in found.items()}

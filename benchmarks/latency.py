@@ -73,6 +73,7 @@ def export_random(folder: str) -> dict[str, str]:
     from bert_pack import PackCfg, packed_config
     from deploy import onnx_file
     from int8 import calibration, quantizers, settings
+    from tasks import qa
 
     large = BertConfig(
         vocab_size=30522,
@@ -104,7 +105,7 @@ def export_random(folder: str) -> dict[str, str]:
             model = calibration.calibrate(model, nncf_config, [sample] * 2)
             quantizers.make_exportable(model)
         paths[name] = os.path.join(folder, f"{name}.onnx")
-        graph = onnx_file.QaGraph(model)
+        graph = onnx_file.ExportedGraph(model, qa.QaTask.outputs)
         onnx_file.export_onnx(graph, paths[name], [batch], int8)
         print(f"  {os.path.getsize(paths[name]) / 1e6:.1f} MB", flush=True)
     return paths

@@ -80,12 +80,14 @@ def in_pytorch(folder: str, moved: float = 0.0) -> Infer:
 
     from bert.model_folder import load_config, load_model
     from deploy import onnx_file
+    from tasks import EmbeddingTask, QaTask
 
     embeds = "Embedding" in load_config(folder, "--model").architectures[0]
     model = load_model(folder, "--model", auto_class(embeds), quiet=True).eval()
     gains = model.bert.embeddings.LayerNorm.weight.data
     gains.mul_(1 + moved * torch.randn(gains.shape, generator=torch.Generator().manual_seed(0)))
-    graph = (onnx_file.EmbeddingGraph if embeds else onnx_file.QaGraph)(model)
+    outputs = (EmbeddingTask if embeds else QaTask).outputs
+    graph = onnx_file.ExportedGraph(model, outputs)
 
     def run(feed: dict[str, np.ndarray]) -> Sequence[np.ndarray]:
         with torch.no_grad():
@@ -196,11 +198,11 @@ class Searching:
     def __init__(self, folder: str, dev: str) -> None:
         import squad_utils
         from bert.model_folder import load_config, load_tokenizer
-        from tasks import embedding
+        from tasks import texts
 
         data = squad_utils.load_squad(dev, "--squad_dev_data")
         tokenizer = load_tokenizer(folder, "--model", load_config(folder, "--model"))
-        self.pairs = embedding.make_pairs(data, tokenizer, 32, 384)
+        self.pairs = texts.make_pairs(data, tokenizer, 32, 384)
 
     def feeds(self) -> Iterator[dict[str, np.ndarray]]:
         """The inputs of each question, then of each context."""

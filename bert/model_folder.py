@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Sequence
 from typing import Any
 
 import huggingface_hub
@@ -41,14 +40,6 @@ WEIGHT_FILES = (
 
 
 STATE_MAPS = "state_maps.safetensors"  # in the folder of a merged one: maps that losses need
-
-
-TASK_ARCHITECTURES = (  # of fine-tuned models
-    "BertForQuestionAnswering",
-    "PackedBertForQuestionAnswering",
-    "BertForEmbedding",
-    "PackedBertForEmbedding",
-)
 
 
 UNMERGED = "unmerged"  # the folder, in that of a packed model, of the model before merging
@@ -139,25 +130,6 @@ def check_model(name: str, flag: str, max_seq_length_c: int) -> PretrainedConfig
             f" {config.max_position_embeddings} positions of {name}"
         )
     return config
-
-
-def check_task(
-    config: PretrainedConfig, name: str, flag: str, architectures: Sequence[str]
-) -> None:
-    """Check that a model is of a task, or of none yet.
-
-    Args:
-        architectures: those of the task, as a configuration names them.
-
-    Raises:
-        UserError: it is of another task.
-    """
-    architecture = (config.architectures or [""])[0]
-    if architecture in TASK_ARCHITECTURES and architecture not in architectures:
-        raise UserError(
-            f"{flag}: {name} is a model of another task ({architecture});"
-            f" {' or '.join(architectures)} is needed, or a BERT that is not fine-tuned"
-        )
 
 
 def check_teacher(name: str, teacher: PretrainedConfig, student: PretrainedConfig,

@@ -11,7 +11,7 @@ import math
 import os
 import warnings
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
@@ -36,11 +36,13 @@ OPSET = 17  # the first with LayerNormalization, and one that openvino-dev 2024.
 MASKED = -1e4  # added to the scores of padding: 0 after softmax, and a number in FP16 too
 
 
-class ExportedGraph(nn.Module):
-    """What a file computes: four int64 [B, L] inputs to the outputs of a model in `fields`.
+@dataclass(frozen=True)
+class Outputs:
+    """The outputs of an exported file.
 
     Attributes:
-        names: those of the outputs in the file.
+        fields: of the model's own output.
+        names: in the file.
         per_token: whether they are [B, L]; a shape alone does not tell, where L is the width too.
     """
 
@@ -48,9 +50,13 @@ class ExportedGraph(nn.Module):
     names: tuple[str, ...]
     per_token: bool
 
-    def __init__(self, model: PreTrainedModel) -> None:
+
+class ExportedGraph(nn.Module):
+    """What a file computes: four int64 [B, L] inputs to the outputs of a model."""
+
+    def __init__(self, model: PreTrainedModel, outputs: Outputs) -> None:
         super().__init__()
-        self.model = model
+        self.model, self.outputs = model, outputs
 
     def forward(
         self,
@@ -65,23 +71,7 @@ class ExportedGraph(nn.Module):
             token_type_ids=token_type_ids,
             position_ids=position_ids,
         )
-        return tuple(outputs[field] for field in self.fields)
-
-
-class QaGraph(ExportedGraph):
-    """The QA file: start and end logits, [B, L] each."""
-
-    fields = ("start_logits", "end_logits")
-    names = QA_OUTPUTS
-    per_token = True
-
-
-class EmbeddingGraph(ExportedGraph):
-    """The embedding file: embeddings, [B, H]."""
-
-    fields = ("embedding",)
-    names = ("embedding",)
-    per_token = False
+        return tuple(outputs[field] for field in self.outputs.fields)
 
 
 def added_mask(attention_mask: Tensor) -> Tensor:
@@ -192,8 +182,8 @@ def _trace(graph: ExportedGraph, path: str, example: dict[str, np.ndarray]) -> N
     inputs = tuple(torch.from_numpy(example[name]) for name in INPUTS)
     shapes = {name: inputs[0].shape for name in INPUTS}
     with torch.no_grad():
-        shapes |= {n: o.shape for n, o in zip(graph.names, graph(*inputs), strict=True)}
-    lengthy = INPUTS + graph.names if graph.per_token else INPUTS
+        shapes |= {n: o.shape for n, o in zip(graph.outputs.names, graph(*inputs), strict=True)}
+    lengthy = INPUTS + graph.outputs.names if graph.outputs.per_token else INPUTS
     axes = {name: {0: "batch", **({1: "length"} if name in lengthy else {})} for name in shapes}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of tracing: the check runs it on other inputs
@@ -204,7 +194,7 @@ def _trace(graph: ExportedGraph, path: str, example: dict[str, np.ndarray]) -> N
             dynamo=False,  # its graphs keep OpenVINO's attention pattern
             opset_version=OPSET,
             input_names=list(INPUTS),
-            output_names=list(graph.names),
+            output_names=list(graph.outputs.names),
             dynamic_axes=axes,
         )
     model = onnx.load(path)

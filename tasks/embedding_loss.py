@@ -17,8 +17,8 @@ import squad_utils
 from bert.embedding import EmbeddingOutput
 from cli import UserError
 from squad_utils import INPUTS
-from tasks.embedding import Pairs, Texts, encode, split_passes
 from tasks.hidden_states import state_errors
+from tasks.texts import Pairs, Texts, encode, split_passes
 from training.passes import Batches, to_device
 from training.run import Run
 
@@ -333,7 +333,7 @@ def part(batch: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
 
 # ------------------------------------------------------------------------------------------------
 # The loss
-class EmbLoss:
+class EmbeddingLoss:
     """The losses of a question q, its context c and its hard negative n, each [B].
 
     - `triplet`: softplus(|q - c| - |q - n|), and with triplet_num 2 also

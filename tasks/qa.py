@@ -14,21 +14,20 @@ import torch
 import torch.nn.functional as F
 from accelerate.utils import gather_object
 from torch import Tensor, nn
-from transformers import AutoModelForQuestionAnswering
+from transformers import AutoModelForQuestionAnswering, PreTrainedModel
 
 import squad_utils
-from bert.model_folder import load_for_export, special_ids
+from bert.model_folder import special_ids
 from cli import UserError, warn
 from deploy import onnx_file
-from deploy.onnx_check import Check
-from squad_utils import SquadData, Windows, load_squad
+from deploy.onnx_file import QA_OUTPUTS
+from squad_utils import SquadData, Windows
 from tasks.hidden_states import state_errors
 from tasks.squad_scores import Scorer, load_scorer
+from tasks.task import Rows, Task
 from training import results
-from training.passes import Batches, to_device
+from training.passes import Batches, LossFunction, to_device
 from training.run import Run, write_json
-
-CHECKED_WINDOWS = 8  # on which the exported file is compared with PyTorch
 
 
 # ------------------------------------------------------------------------------------------------
@@ -53,18 +52,18 @@ def check_lengths(args: argparse.Namespace) -> None:
         )
 
 
-class QaTask:
-    """Extractive QA for a script: what is read, trained on, evaluated, written and exported.
+class QaTask(Task):
+    """Extractive QA for a script: windows, and the answers in them.
 
     Attributes:
         train_windows, dev_windows: after `tokenize`.
-        evaluation: after `make_evaluation`.
     """
 
     auto_class = AutoModelForQuestionAnswering
     architectures = ("BertForQuestionAnswering", "PackedBertForQuestionAnswering")
-    best_by = "f1"  # of two evaluations, the one with more of it is better
+    best_by = "f1"
     score_names: ClassVar[dict[str, str]] = {"f1": "F1", "exact_match": "exact match"}
+    outputs = onnx_file.Outputs(("start_logits", "end_logits"), QA_OUTPUTS, per_token=True)
     train_windows: Windows
     dev_windows: Windows
     evaluation: QaEvaluation
@@ -76,17 +75,8 @@ class QaTask:
             UserError: one of them is not what it should be, or a window has no room for a context.
         """
         check_lengths(args)
-        self.args = args
-        self.train_data = load_squad(args.squad_train_data, "--squad_train_data")
-        self.dev_data = load_squad(args.squad_dev_data, "--squad_dev_data")
+        super().__init__(args)
         self.scorer = load_scorer(args.squad_eval_script, self.dev_data)
-
-    def hashes(self) -> dict[str, str]:
-        """What tells the data from other files of the same name."""
-        return {
-            "sha256_train": self.train_data.sha256[:16],
-            "sha256_dev": self.dev_data.sha256[:16],
-        }
 
     def tokenize(self, tokenizer: Any) -> None:
         """Cut both files into windows.
@@ -103,18 +93,11 @@ class QaTask:
                 " context at answer_start, so there is nothing to learn"
             )
 
-    def adapt(self, student: nn.Module) -> None:
-        """Nothing: no flag changes the model."""
-
     def make_evaluation(self, run: Run) -> QaEvaluation:
         """The evaluation on the dev file."""
         size = self.args.per_gpu_eval_batch_size
         self.evaluation = QaEvaluation(run, self.dev_data, self.dev_windows, self.scorer, size)
         return self.evaluation
-
-    def with_teacher(self, student: nn.Module, teacher: nn.Module) -> dict[str, dict[str, float]]:
-        """Nothing: what a QA student finds depends on no teacher's index."""
-        return {}
 
     def batches(self, step_size: int) -> QaBatches:
         """Batches of the training file."""
@@ -131,15 +114,21 @@ class QaTask:
             arrays = squad_utils.make_batch(windows, some)
             yield {name: torch.from_numpy(array) for name, array in arrays.items()}
 
-    def calibration(self, count: int) -> Iterator[dict[str, Tensor]]:
-        """`count` training windows, or all where there are fewer, as they are at run time: inputs
-        [1, max_seq_length_c] each, padded."""
-        chosen = np.random.default_rng([self.args.seed, 3]).permutation(len(self.train_windows))
-        for window in chosen[:count]:
-            arrays = squad_utils.make_batch(
-                self.train_windows, window[None], pad_to=self.args.max_seq_length_c
-            )
-            yield {name: torch.from_numpy(arrays[name]) for name in squad_utils.INPUTS}
+    def fine_tuning(
+        self, run: Run, teacher: PreTrainedModel | None, state_maps: nn.ModuleList | None
+    ) -> tuple[LossFunction, Batches]:
+        """The loss of answers, and of a teacher's distributions and states; all windows."""
+        args = self.args
+        loss = QaLoss(run, teacher, args.kd_weight, args.supervision_weight, state_maps)
+        return loss, self.batches(args.total_train_batch_size)
+
+    def train_rows(self) -> Rows:
+        """The training windows."""
+        return rows_of(self.train_windows)
+
+    def dev_rows(self) -> Rows:
+        """The dev windows."""
+        return rows_of(self.dev_windows)
 
     @property
     def num_examples(self) -> int:
@@ -174,10 +163,6 @@ class QaTask:
         """Write the model card."""
         results.write_qa_card(self.args.output_dir, metrics, script, made)
 
-    def export(self) -> Check:
-        """Export the checkpoint in the output folder to model.onnx; see `export`."""
-        return export(self.args.output_dir, self.dev_windows, self.args.max_seq_length_c)
-
 
 # ------------------------------------------------------------------------------------------------
 # Batches
@@ -202,6 +187,11 @@ def make_windows(
         doc_stride,
         for_training,
     )
+
+
+def rows_of(windows: Windows) -> Rows:
+    """Windows as a task's rows."""
+    return Rows(windows.total_lengths, functools.partial(squad_utils.make_batch, windows))
 
 
 class QaBatches(Batches):
@@ -353,20 +343,3 @@ class QaEvaluation:
                 for name, text in self.predictions.items()
             }
         return figures
-
-
-def export(output_dir: str, windows: Windows, max_seq_length_c: int) -> Check:
-    """Export the checkpoint in output_dir to model.onnx beside it; see `onnx_file.export_onnx`.
-
-    It is the saved checkpoint that is exported, so the check covers saving and loading too.
-    """
-    model, quantized = load_for_export(output_dir, AutoModelForQuestionAnswering)
-    # Spread over the lengths: the longest window and the shortest are both among them.
-    by_length = np.argsort(windows.total_lengths, kind="stable")
-    chosen = by_length[np.linspace(0, len(by_length) - 1, CHECKED_WINDOWS).astype(int)]
-    return onnx_file.export_onnx(
-        onnx_file.QaGraph(model),
-        os.path.join(output_dir, "model.onnx"),
-        [squad_utils.make_batch(windows, w[None], pad_to=max_seq_length_c) for w in chosen],
-        quantized,
-    )

@@ -30,10 +30,10 @@ from cli import UserError
 from deploy import int8_file, onnx_file
 from deploy.cpu import Cpu, this_cpu
 from squad_utils import INPUTS, SpecialIds, Tokens, load_squad
-from tasks import embedding, embedding_loss
-from tasks.embedding import Pairs, Texts
-from tasks.embedding_loss import EmbLoss, HardNegatives, LossCfg
+from tasks import embedding, embedding_loss, texts
+from tasks.embedding_loss import EmbeddingLoss, HardNegatives, LossCfg
 from tasks.hidden_states import StateLoss
+from tasks.texts import Pairs, Texts
 from training import loop
 
 LENGTH = 160
@@ -167,7 +167,7 @@ def test_ranks_against_brute_force(blocks: tuple[int, int], monkeypatch: Any) ->
 
 def test_texts_are_encoded_once(base: Path, sample: Path, monkeypatch: Any) -> None:
     data = load_squad(str(sample / "dev-v1.1.json"), "--squad_dev_data")
-    pairs = embedding.make_pairs(data, AutoTokenizer.from_pretrained(base), 24, LENGTH)
+    pairs = texts.make_pairs(data, AutoTokenizer.from_pretrained(base), 24, LENGTH)
     assert len(pairs) == len(data.ids)
     assert len(pairs.contexts) == len(set(data.contexts)) < len(pairs)
     for i in range(len(pairs)):
@@ -277,12 +277,12 @@ def test_loss_against_a_slow_one(base: Path, num: int, emb_loss: str) -> None:
     questions, contexts = inputs([7, 4], 1), inputs([12, 9, 6, 11], 2)
     batch = {f"q_{k}": v for k, v in questions.items()}
     # Contexts 0 and 1 are of pairs 0 and 1; 2 and 3 are mined for them.
-    for group, texts, rows, of in (("c0", [2, 0, 3], [1], [0]), ("c1", [1], [0], [1])):
-        batch |= {f"{group}_{k}": v[texts] for k, v in contexts.items()}
+    for group, chosen, rows, of in (("c0", [2, 0, 3], [1], [0]), ("c1", [1], [0], [1])):
+        batch |= {f"{group}_{k}": v[chosen] for k, v in contexts.items()}
         batch |= {f"{group}_rows": torch.tensor(rows), f"{group}_pairs": torch.tensor(of)}
     batch["place"] = torch.tensor([1, 3, 0, 2])
     taught = emb_loss != "none"
-    loss = EmbLoss(running, teacher if taught else None, LossCfg(num, emb_loss), 0.5)
+    loss = EmbeddingLoss(running, teacher if taught else None, LossCfg(num, emb_loss), 0.5)
     with torch.no_grad():
         found = loss(model, batch)
     assert list(found) == ["triplet", "hidden_states", "embedding"][: 3 if taught else 1]
@@ -389,7 +389,7 @@ def test_softmax_is_over_the_whole_step() -> None:
     chosen = np.array([0, 1, 2, 4, 5])
     for step in range(2):
         mining(model, step, chosen)
-    loss = EmbLoss(running, None, cfg, 0.0)
+    loss = EmbeddingLoss(running, None, cfg, 0.0)
     batches = embedding_loss.PairBatches(pairs, mining, 5, 0)
     found = []
     for some in (chosen[:2], chosen[2:]):
@@ -598,7 +598,9 @@ def test_width_may_be_the_length(base: Path, tmp_path: Path, pooling: str) -> No
     model.set_attn_implementation("eager")
     width, path = config.hidden_size, str(tmp_path / "model.onnx")
     batch = {name: value.numpy() for name, value in inputs([width]).items()}
-    onnx_file.export_onnx(onnx_file.EmbeddingGraph(model), path, [batch])
+    onnx_file.export_onnx(
+        onnx_file.ExportedGraph(model, embedding.EmbeddingTask.outputs), path, [batch]
+    )
     network = openvino.Core().read_model(path)
     network.reshape({name: [2, 16] for name in INPUTS})
     assert list(network.output("embedding").shape) == [2, width]

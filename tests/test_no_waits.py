@@ -21,8 +21,8 @@ from bert.embedding import BertForEmbedding
 from bert.packed import merge
 from bert_pack import PackCfg, pack
 from squad_utils import SquadData, load_squad
-from tasks import embedding, qa
-from tasks.embedding_loss import EmbLoss, HardNegatives, LossCfg, PairBatches, fit_temperature
+from tasks import embedding, qa, texts
+from tasks.embedding_loss import EmbeddingLoss, HardNegatives, LossCfg, PairBatches, fit_temperature
 from tasks.hidden_states import StateLoss
 from tasks.qa import QaLoss
 
@@ -50,8 +50,8 @@ def data(sample: Path) -> SquadData:
 
 
 @pytest.fixture(scope="module")
-def pairs(tiny_bert: Path, data: SquadData) -> embedding.Pairs:
-    return embedding.make_pairs(data, AutoTokenizer.from_pretrained(tiny_bert), 24, 96)
+def pairs(tiny_bert: Path, data: SquadData) -> texts.Pairs:
+    return texts.make_pairs(data, AutoTokenizer.from_pretrained(tiny_bert), 24, 96)
 
 
 @pytest.fixture(scope="module")
@@ -144,7 +144,7 @@ def test_the_loss_of_a_stage_reads_nothing(
 
 
 def test_the_loss_of_distilled_embeddings_reads_nothing(
-    make: Callable[..., nn.Module], pairs: embedding.Pairs
+    make: Callable[..., nn.Module], pairs: texts.Pairs
 ) -> None:
     student = make(BertForEmbedding, packed=True).to(META).train()
     batches = embedding.TextBatches(pairs, 4, 0)
@@ -161,7 +161,7 @@ def test_the_loss_of_distilled_embeddings_reads_nothing(
 
 @pytest.fixture
 def mine(
-    make: Callable[..., nn.Module], pairs: embedding.Pairs
+    make: Callable[..., nn.Module], pairs: texts.Pairs
 ) -> Callable[[LossCfg], tuple[HardNegatives, np.ndarray]]:
     """Mines for a step of 20 pairs on the CPU."""
 
@@ -182,7 +182,7 @@ def mine(
 )
 def test_the_loss_of_embeddings_reads_nothing(
     make: Callable[..., nn.Module],
-    pairs: embedding.Pairs,
+    pairs: texts.Pairs,
     mine: Callable,
     cfg: LossCfg,
     taught: str,
@@ -193,7 +193,7 @@ def test_the_loss_of_embeddings_reads_nothing(
     negatives, chosen = mine(cfg)
     batch = PairBatches(pairs, negatives, 20, 0).batch(0, chosen[:10])
     assert "c1_input_ids" in batch  # several groups
-    loss = EmbLoss(RUN, teacher, cfg, 0.5, state_maps() if mapped else None)
+    loss = EmbeddingLoss(RUN, teacher, cfg, 0.5, state_maps() if mapped else None)
     names = {"triplet"} if cfg.triplet_num else set()
     names |= {"in_batch"} if cfg.in_batch else set()
     if teacher is not None:
@@ -201,9 +201,9 @@ def test_the_loss_of_embeddings_reads_nothing(
     assert_trains(student, loss(student, on_meta(batch)), names, 10)
 
 
-def test_encoding_reads_nothing(make: Callable[..., nn.Module], pairs: embedding.Pairs) -> None:
+def test_encoding_reads_nothing(make: Callable[..., nn.Module], pairs: texts.Pairs) -> None:
     every = np.arange(len(pairs.contexts))
-    found = embedding.encode(RUN, make(BertForEmbedding).to(META), pairs.contexts, every, 4)
+    found = texts.encode(RUN, make(BertForEmbedding).to(META), pairs.contexts, every, 4)
     assert found.shape == (len(every), HIDDEN) and found.device == META
     assert found.dtype == torch.float32
 
@@ -216,7 +216,7 @@ def test_ranking_reads_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_softmax_of_a_step_reads_nothing(
-    make: Callable[..., nn.Module], pairs: embedding.Pairs, mine: Callable
+    make: Callable[..., nn.Module], pairs: texts.Pairs, mine: Callable
 ) -> None:
     """Once the nearest contexts are known; and its rows make batches without a read as well."""
     learned = LossCfg(0, "none", 1)
@@ -250,18 +250,18 @@ def test_passes_of_a_gpu_are_as_large_as_may_be(
 ) -> None:
     monkeypatch.setattr(embedding, "PASS_TOKENS", 4000)
     lengths = np.sort(np.random.default_rng(0).integers(3, 385, 500))[::order]
-    passes = embedding.split_passes(lengths, 4, RUN.accelerator)
+    passes = texts.split_passes(lengths, 4, RUN.accelerator)
     assert np.concatenate(passes).tolist() == list(range(500))
     padded = [-(-int(lengths[p].max()) // 8) * 8 * len(p) for p in passes]
     assert max(padded) <= 4000 and len(passes) < 1.5 * lengths.sum() / 4000
     # Never fewer texts than asked for, whatever their length; on a CPU just so many.
-    assert {len(p) for p in embedding.split_passes(lengths, 50, RUN.accelerator)[:-1]} >= {50}
-    sizes = [len(p) for p in embedding.split_passes(lengths, 50, CPU_RUN.accelerator)]
+    assert {len(p) for p in texts.split_passes(lengths, 50, RUN.accelerator)[:-1]} >= {50}
+    sizes = [len(p) for p in texts.split_passes(lengths, 50, CPU_RUN.accelerator)]
     assert sizes == [50] * 10
 
 
 def test_each_of_several_gpus_gets_a_pass() -> None:
     eight = run_on(META, processes=8).accelerator
     lengths = np.full(256, 64)
-    assert len(embedding.split_passes(lengths, 8, RUN.accelerator)) == 1
-    assert len(embedding.split_passes(lengths, 8, eight)) == 8
+    assert len(texts.split_passes(lengths, 8, RUN.accelerator)) == 1
+    assert len(texts.split_passes(lengths, 8, eight)) == 8

@@ -23,7 +23,7 @@ import squad_utils
 from cli import UserError
 from deploy import onnx_check, onnx_file
 from squad_utils import Windows
-from tasks import qa
+from tasks import qa, task
 
 LENGTH = 100  # max_seq_length_c; no multiple of 8
 
@@ -56,7 +56,7 @@ def exported(tmp_path_factory: pytest.TempPathFactory, windows: Windows) -> Path
     """A folder with a checkpoint of hidden size 128 (2 heads of 64) and its model.onnx."""
     folder = tmp_path_factory.mktemp("exported")
     save_model(folder, hidden_size=128, num_attention_heads=2, intermediate_size=256)
-    assert 0 <= qa.export(str(folder), windows, LENGTH).difference < 1e-5
+    assert 0 <= task.export(qa.QaTask, str(folder), qa.rows_of(windows), LENGTH).difference < 1e-5
     return folder
 
 
@@ -210,7 +210,7 @@ def test_a_mismatch_is_kept_under_another_name(
     (tmp_path / "model.onnx").write_bytes(b"of an earlier export")
     with monkeypatch.context() as patch:
         patch.setattr(torch.onnx, "export", export_then_change)
-        check = qa.export(str(tmp_path), windows, LENGTH)
+        check = task.export(qa.QaTask, str(tmp_path), qa.rows_of(windows), LENGTH)
     assert not check.passed
     assert {file.name for file in tmp_path.iterdir()} == {*model, "model.failed.onnx"}
     with pytest.raises(
@@ -218,7 +218,9 @@ def test_a_mismatch_is_kept_under_another_name(
     ) as error:
         onnx_file.require(check, str(tmp_path))
     assert "\n" not in str(error.value)
-    onnx_file.require(qa.export(str(tmp_path), windows, LENGTH), str(tmp_path))
+    onnx_file.require(
+        task.export(qa.QaTask, str(tmp_path), qa.rows_of(windows), LENGTH), str(tmp_path)
+    )
     assert {file.name for file in tmp_path.iterdir()} == {*model, "model.onnx"}
 
 
@@ -230,7 +232,7 @@ def test_outputs_that_are_no_numbers_fail_the_check(
     with torch.no_grad():
         model.qa_outputs.weight[0, 0] = float("nan")
     model.save_pretrained(tmp_path)
-    check = qa.export(str(tmp_path), windows, LENGTH)
+    check = task.export(qa.QaTask, str(tmp_path), qa.rows_of(windows), LENGTH)
     with pytest.raises(UserError, match="differs"):
         onnx_file.require(check, str(tmp_path))
     assert not list(tmp_path.glob("model.onnx*"))
@@ -276,7 +278,9 @@ def test_a_failed_check_throws_nothing_away(
 
 def test_a_file_that_cannot_be_written_is_a_user_error(exported: Path, tmp_path: Path) -> None:
     """A folder that is not there: one line, no traceback."""
-    graph = onnx_file.QaGraph(BertForQuestionAnswering.from_pretrained(exported))
+    graph = onnx_file.ExportedGraph(
+        BertForQuestionAnswering.from_pretrained(exported), qa.QaTask.outputs
+    )
     path = str(tmp_path / "none" / "model.onnx")
     with pytest.raises(UserError, match="none"):
         onnx_file.export_onnx(graph, path, [random_inputs(1, LENGTH)])
@@ -293,10 +297,10 @@ def test_dropout_does_not_disturb_the_export(windows: Windows, tmp_path: Path) -
         attention_probs_dropout_prob=0.5,
         classifier_dropout=0.5,
     )
-    assert qa.export(str(folder), windows, LENGTH).difference < 1e-5
+    assert task.export(qa.QaTask, str(folder), qa.rows_of(windows), LENGTH).difference < 1e-5
     model = BertForQuestionAnswering.from_pretrained(folder).train()
     model.set_attn_implementation("eager")
-    graph = onnx_file.QaGraph(model)
+    graph = onnx_file.ExportedGraph(model, qa.QaTask.outputs)
     path = str(tmp_path / "again.onnx")
     batches = [squad_utils.make_batch(windows, np.array([0]), pad_to=LENGTH)]
     assert onnx_file.export_onnx(graph, path, batches).difference < 1e-5

@@ -27,6 +27,7 @@ from deploy.onnx_file import QA_OUTPUTS
 from int8 import calibration, quantizers, settings
 from int8.weight_range import WeightRange, least_scale
 from squad_utils import INPUTS
+from tasks import qa
 
 LENGTH = 24
 Feed = dict[str, np.ndarray]
@@ -100,7 +101,9 @@ def file_of(model: torch.nn.Module, path: Path) -> tuple[onnx.ModelProto, onnx_c
     """The exported file of a model with quantizers, and its check."""
     model = copy.deepcopy(model)
     quantizers.make_exportable(model)
-    check = onnx_file.export_onnx(onnx_file.QaGraph(model), str(path), [feed()], int8=True)
+    check = onnx_file.export_onnx(
+        onnx_file.ExportedGraph(model, qa.QaTask.outputs), str(path), [feed()], int8=True
+    )
     return onnx.load(path), check
 
 
@@ -349,7 +352,7 @@ def test_a_file_that_computes_something_else_fails(
         if part != "weight":
             break
     onnx.save(file, path)
-    graph = onnx_file.QaGraph(copy.deepcopy(model))
+    graph = onnx_file.ExportedGraph(copy.deepcopy(model), qa.QaTask.outputs)
     quantizers.make_exportable(graph.model)
     assert not onnx_check.check_file(str(path), graph.eval(), [feed()], int8=True).passed
 
@@ -377,7 +380,7 @@ def test_roundings_that_flip_are_counted_and_do_not_fail(settings: Made, tmp_pat
     with torch.no_grad():
         moved.bert.embeddings.LayerNorm.weight.mul_(1 + 3e-5 * torch.randn(32))
     feeds = [feed(seed) for seed in range(8)]
-    graph = onnx_file.QaGraph(moved).eval()
+    graph = onnx_file.ExportedGraph(moved, qa.QaTask.outputs).eval()
     check = onnx_check.check_file(str(path), graph, feeds, int8=True)
     assert 0 < check.flipped < 0.01
     assert check.passed and check.difference < 1e-3

@@ -1,8 +1,4 @@
-"""Fine-tuning, of any task: flags, checks, stages with or without quantizers, what is left behind.
-
-A script says what is its own in a `Learning`: the loss, the batches, what is to be done before a
-step. The rest is the same for question answering and for embeddings.
-"""
+"""Fine-tuning of any task: flags, checks, stages with or without quantizers, what is left."""
 
 from __future__ import annotations
 
@@ -15,7 +11,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -26,7 +22,6 @@ from bert.attention import fuse_attention
 from bert.model_folder import (
     UNMERGED,
     check_model,
-    check_task,
     check_teacher,
     count_parameters,
     load_model,
@@ -53,14 +48,6 @@ from training.passes import Batches, LossFunction, to_device
 from training.run import CHECKPOINTS, Run, summary
 
 QUANTIZER_RATE = 0.01  # learning rate of the quantizers' ranges while nothing else trains
-
-
-@dataclass(frozen=True)
-class Learning:
-    """What a task trains by."""
-
-    loss: LossFunction
-    batches: Batches
 
 
 def add_fine_tuning_arguments(parser: ArgumentParser, teacher: str) -> None:
@@ -115,7 +102,9 @@ def plan_stages(args: argparse.Namespace) -> list[Stage]:
     return [replace(stage, number=i + 1, count=len(plan)) for i, stage in enumerate(plan)]
 
 
-def check_models(args: argparse.Namespace, task_class: Any) -> tuple[Any, nn.ModuleList | None]:
+def check_models(
+    args: argparse.Namespace, task_class: Any, every: tuple[Any, ...]
+) -> tuple[Any, nn.ModuleList | None]:
     """The student's tokenizer, and the maps of a merged student's states.
 
     A packed student that is to learn hidden states in FP32 becomes the one before merging.
@@ -127,7 +116,8 @@ def check_models(args: argparse.Namespace, task_class: Any) -> tuple[Any, nn.Mod
     if supervised and not quantized and not args.nncf_config:
         args.model_student = unmerged_folder(args.model_student)
     config = check_model(args.model_student, "--model_student", args.max_seq_length_c)
-    check_task(config, args.model_student, "--model_student", task_class.architectures)
+    architecture = (config.architectures or [""])[0]
+    task_class.check(architecture, args.model_student, "--model_student", every)
     if args.nncf_config and getattr(config, "merged", True) is False:
         raise UserError(
             f"--model_student: {args.model_student} is packed but not merged; quantize the folder"
@@ -140,30 +130,27 @@ def check_models(args: argparse.Namespace, task_class: Any) -> tuple[Any, nn.Mod
     state_maps = load_state_maps(args.model_student, config) if merged else None
     if supervised:
         teacher = check_model(args.model_teacher, "--model_teacher", args.max_seq_length_c)
-        check_task(teacher, args.model_teacher, "--model_teacher", task_class.architectures)
+        architecture = (teacher.architectures or [""])[0]
+        task_class.check(architecture, args.model_teacher, "--model_teacher", every)
         check_teacher(args.model_teacher, teacher, config, tokenizer, state_maps is not None)
     return tokenizer, state_maps
 
 
 def fine_tune(
-    args: argparse.Namespace,
-    task_class: Any,
-    script: str,
-    learn: Callable[[Run, Any, PreTrainedModel | None, nn.ModuleList | None], Learning],
+    args: argparse.Namespace, task_class: Any, script: str, every: tuple[Any, ...]
 ) -> None:
     """Fine-tune --model_student for a task, quantized where --nncf_config says so, and export it.
 
     Args:
-        task_class: QaTask or EmbTask.
+        task_class: the task.
         script: the name of the script that runs.
-        learn: called with the run, the task (tokenised), the teacher if there is one, and the maps
-            of a merged student's states.
+        every: all tasks, to tell a model of another one.
     """
     check_arguments(args)
     started = time.time()
 
     # All that a user may have got wrong comes before anything that takes long.
-    tokenizer, state_maps = check_models(args, task_class)
+    tokenizer, state_maps = check_models(args, task_class, every)
     task = task_class(args)
     arguments = {**vars(args), **task.hashes()}
     settings = None
@@ -177,7 +164,7 @@ def fine_tune(
 
     accelerator = make_accelerator(args.precision, args.no_cuda, args.seed)
     student = load_model(args.model_student, "--model_student", task.auto_class)
-    task.adapt(student)
+    task.apply_flags(student)
     task.tokenize(tokenizer)
     run = open_run(accelerator, args, arguments, found)
     evaluation = task.make_evaluation(run)
@@ -202,14 +189,14 @@ def fine_tune(
     # What INT8 arithmetic gives is that of FP32 with rounding, not that of bf16.
     evaluate = functools.partial(evaluation, precise=quantized)
     taught_by = None if teacher is None else in_half(teacher, accelerator)
-    learning = learn(run, task, taught_by, state_maps)
-    train_stages(run, args, task, student, learning, evaluate)
+    loss, batches = task.fine_tuning(run, taught_by, state_maps)
+    train_stages(run, args, task, student, batches, loss, evaluate)
     unmerged = None
     if getattr(student.config, "merged", True) is False:
         unmerged, student = student, merge(student)
     # Of the weights that are delivered, in FP32 as the exported file computes.
     figures = evaluation(student.to(accelerator.device), precise=True)
-    others = task.with_teacher(student, teacher) if teacher is not None else {}
+    others = task.score_in_teacher_index(student, teacher) if teacher is not None else {}
 
     if run.main:
         with run.writing_results():
@@ -251,7 +238,8 @@ def train_stages(
     args: argparse.Namespace,
     task: Any,
     student: PreTrainedModel,
-    learning: Learning,
+    batches: Batches,
+    loss: LossFunction,
     evaluate: Callable[[nn.Module], dict[str, float]],
 ) -> None:
     """Train the student through the stages, from where the newest state is; keep the best."""
@@ -268,8 +256,8 @@ def train_stages(
             run,
             student,
             stage,
-            learning.batches,
-            learning.loss,
+            batches,
+            loss,
             evaluate,
             keep=task.best_by if args.keep == "best" else None,
         )

@@ -1,0 +1,214 @@
+"""Texts and pairs of a question and its context, and their vectors."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+import squad_utils
+from bert.model_folder import special_ids
+from squad_utils import SpecialIds, SquadData, Tokens
+from training.passes import to_device
+from training.run import Run
+
+CONTEXT_BLOCK = 65536  # vectors that are summed or compared at once
+PASS_TOKENS = 32768  # with padding, of one forward pass on a GPU
+
+
+@dataclass(frozen=True)
+class Texts:
+    """Texts as the model reads them: [CLS] text [SEP], token types 0, cut to a length.
+
+    Attributes:
+        strings: each once.
+        tokens: of each, cut.
+    """
+
+    strings: list[str]
+    tokens: Tokens
+    special: SpecialIds
+
+    def __len__(self) -> int:
+        return len(self.strings)
+
+    @cached_property
+    def total_lengths(self) -> np.ndarray:
+        """int64 [texts], with [CLS] and [SEP]."""
+        return self.tokens.lengths + 2
+
+    def batch(self, chosen: np.ndarray, pad_to: int | None = None) -> dict[str, np.ndarray]:
+        """input_ids, attention_mask, token_type_ids, position_ids of a few texts, int64 [B, L];
+        padded to the longest, rounded up to a multiple of 8, or to `pad_to`."""
+        total = self.total_lengths[chosen]
+        length = pad_to or -(-int(total.max()) // 8) * 8
+        input_ids = np.full((len(chosen), length), self.special.pad, np.int64)
+        for row, text in enumerate(chosen):
+            ids = self.tokens.ids[self.tokens.of(text)]
+            input_ids[row, : len(ids) + 2] = [self.special.cls, *ids, self.special.sep]
+        places = np.arange(length)
+        # What pads beyond the longest may be beyond the model's positions.
+        position_ids = np.minimum(places, (pad_to or int(total.max())) - 1)
+        position_ids = np.broadcast_to(position_ids, input_ids.shape).copy()
+        return {
+            "input_ids": input_ids,
+            "attention_mask": (places < total[:, None]).astype(np.int64),
+            "token_type_ids": np.zeros_like(input_ids),
+            "position_ids": position_ids,
+        }
+
+
+def make_texts(strings: Sequence[str], tokenizer: Any, max_length: int, what: str) -> Texts:
+    """Texts of at most max_length tokens, of which 2 are [CLS] and [SEP]."""
+    tokens = squad_utils.tokenize(
+        tokenizer.backend_tokenizer, list(strings), False, f"tokenising {what}"
+    )
+    return Texts(
+        list(strings), squad_utils.truncate(tokens, max_length - 2), special_ids(tokenizer)
+    )
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """Questions and the contexts that answer them, each text once.
+
+    Pair i is questions[question[i]] and contexts[context[i]].
+
+    Attributes:
+        question, context: int64 [pairs].
+        article: int64 [contexts], the article of a context.
+        answers: of each pair, in lower case.
+    """
+
+    questions: Texts
+    contexts: Texts
+    question: np.ndarray
+    context: np.ndarray
+    article: np.ndarray
+    answers: list[tuple[str, ...]]
+
+    def __len__(self) -> int:
+        return len(self.question)
+
+    @cached_property
+    def _answering(self) -> dict[int, set[int]]:
+        """The contexts of each question: the same one may be asked of several."""
+        found: dict[int, set[int]] = {}
+        for question, context in zip(self.question.tolist(), self.context.tolist(), strict=True):
+            found.setdefault(question, set()).add(context)
+        return found
+
+    def answered_by(self, pair: int, context: int) -> bool:
+        """Whether a context is one that the file gives the pair's question, or is of the same
+        article and has one of its answers."""
+        own = self.context[pair]
+        if int(context) in self._answering[int(self.question[pair])]:
+            return True
+        if self.article[context] != self.article[own]:
+            return False
+        text = self.contexts.strings[context].lower()
+        return any(answer in text for answer in self.answers[pair])
+
+
+def make_pairs(
+    data: SquadData, tokenizer: Any, max_seq_length_q: int, max_seq_length_c: int
+) -> Pairs:
+    """The pairs of a SQuAD file; questions that no context answers (SQuAD 2.0) are left out."""
+    asked = np.flatnonzero(data.answerable)
+    questions = list(dict.fromkeys(data.questions[i] for i in asked))
+    contexts = list(dict.fromkeys(data.contexts))
+    question_at = {text: i for i, text in enumerate(questions)}
+    context_at = {text: i for i, text in enumerate(contexts)}
+    article, paragraph = np.zeros(len(contexts), np.int64), 0
+    for a, each in enumerate(data.articles):
+        for _ in each["paragraphs"]:
+            article[context_at[data.contexts[paragraph]]] = a
+            paragraph += 1
+    return Pairs(
+        questions=make_texts(questions, tokenizer, max_seq_length_q, "questions"),
+        contexts=make_texts(contexts, tokenizer, max_seq_length_c, "contexts"),
+        question=np.array([question_at[data.questions[i]] for i in asked], np.int64),
+        context=np.array([context_at[data.contexts[data.context_of[i]]] for i in asked], np.int64),
+        article=article,
+        answers=[tuple({text.lower() for _, text in data.answers[i]}) for i in asked],
+    )
+
+
+# ------------------------------------------------------------------------------------------------
+# Vectors
+def split_passes(lengths: np.ndarray, least: int, accelerator: Accelerator) -> list[np.ndarray]:
+    """Split texts that are in the order of their lengths into those of each forward pass.
+
+    A CPU gets `least` texts a pass, which are then padded little. A GPU is fast only with many
+    tokens at once: it gets as many texts as have PASS_TOKENS tokens with padding, or as each
+    process's share of all tokens if that is less; but never fewer than `least`.
+
+    Args:
+        lengths: int64 [texts], rising or falling.
+
+    Returns:
+        places in `lengths`, int64, of each pass.
+    """
+    padded = -(-lengths // 8) * 8
+    limit = 0
+    if accelerator.device.type != "cpu":
+        limit = min(PASS_TOKENS, -(-int(padded.sum()) // accelerator.num_processes))
+    ends, begin, longest = [], 0, 0
+    for i, length in enumerate(padded.tolist()):
+        longest = max(longest, length)
+        if i - begin >= least and (i + 1 - begin) * longest > limit:
+            ends.append(i)
+            begin, longest = i, length
+    return np.split(np.arange(len(lengths)), ends)
+
+
+@torch.no_grad()
+def encode(
+    run: Run,
+    model: nn.Module,
+    texts: Texts,
+    chosen: np.ndarray,
+    batch_size: int,
+    precise: bool = False,
+    may_stop: bool = False,
+) -> Tensor:
+    """Vectors of texts[chosen], FP32 [len(chosen), H] on the device, the same on all processes.
+
+    In eval mode, in passes of texts of similar length, padded to the longest of each; every process
+    takes some of them. Nothing here waits for a GPU.
+
+    Args:
+        batch_size: texts in a pass; on a GPU the fewest, see `split_passes`.
+        precise: compute in FP32 whatever the run's precision is.
+        may_stop: a signal stops the run between two batches, since nothing is to be saved.
+    """
+    accelerator = run.accelerator
+    order = np.argsort(-texts.total_lengths[chosen], kind="stable")
+    passes = split_passes(texts.total_lengths[chosen[order]], batch_size, accelerator)
+    was_training = model.training
+    model.eval()
+    width = model.output_map.out_features
+    vectors = torch.zeros(len(chosen), width, device=accelerator.device)
+    for places in passes[accelerator.process_index :: accelerator.num_processes]:
+        if may_stop:
+            run.stop_if_asked()
+        arrays = {**texts.batch(chosen[order[places]]), "rows": order[places]}
+        batch = {name: torch.from_numpy(array) for name, array in arrays.items()}
+        batch = to_device(batch, accelerator.device)
+        rows = batch.pop("rows")
+        with contextlib.nullcontext() if precise else accelerator.autocast():
+            embedding = model(**batch).embedding
+        vectors.index_copy_(0, rows, embedding.float())
+    model.train(was_training)
+    if accelerator.num_processes > 1:
+        # Each process has zeros where the others have vectors.
+        for block in vectors.split(CONTEXT_BLOCK):
+            block.copy_(accelerator.reduce(block, reduction="sum"))
+    return vectors
