@@ -10,9 +10,7 @@ from __future__ import annotations
 import argparse
 import copy
 import functools
-import os
 import signal
-import time
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -28,13 +26,11 @@ from bert.model_folder import (
     load_model,
     load_teacher,
     load_tokenizer,
-    save_model,
     unmerged_folder,
 )
 from bert.packed import PackedBertConfig, merge
 from bert_pack import HeadImportance, PackCfg
 from cli import ArgumentParser, UserError, is_main_process, number, run_main
-from deploy import onnx_file
 from int8.quantizers import is_quantized
 from tasks import TASKS, EmbeddingTask, Task
 from tasks.hidden_states import StateLoss
@@ -52,7 +48,7 @@ from training.flags import (
 from training.loop import Stage, train, warm_up, warm_up_linear_decay
 from training.machine import in_half, make_accelerator, running, use_all_gpus
 from training.passes import to_device
-from training.run import Run, summary
+from training.run import Run
 
 signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends the seconds of imports without a word
 
@@ -413,7 +409,6 @@ def grow_seconds(rows: list[dict[str, Any]]) -> dict[str, float]:
 def main() -> None:
     args = parse_arguments()
     check_arguments(args)
-    started = time.time()
 
     # All that a user may have got wrong comes before anything that takes long.
     cfg = bert_pack.parse_pack_cfg(args.pack_cfg)
@@ -448,43 +443,23 @@ def main() -> None:
     merged = merge(student)
     figures = evaluation(merged.to(accelerator.device), precise=True)
     run.evaluate_once("merged", lambda: figures)
-    others = task.score_in_teacher_index(merged, teacher)
-    if run.main:
-        with run.writing_results():
-            save_model(student.cpu(), tokenizer, os.path.join(args.output_dir, UNMERGED))
-            save_model(merged.cpu(), tokenizer, args.output_dir)
-            task.write_answers()
-            check = task.export()
-            run.stop_if_asked()
-            names = ("teacher", "packed", *(part.stage.name for part in plan))
-            kept = {"unmerged": unmerged, "merged": figures, **others}
-            table = results.stage_table(run, names, kept)
-            export = onnx_file.describe_check(check, args.output_dir)
-            sizes["student"]["onnx_bytes"] = export["onnx_bytes"]
-            metrics = {
-                **figures,
-                **results.describe_run(run, arguments, started),
-                "counts": task.counts(),
-                "parameters": sizes["student"]["parameters"],
-                "sizes": sizes,
-                "stages": table,
-                **grow_seconds(table),
-                **export,
-                **others,
-            }
-            results.draw_curves(args.output_dir, task.score_names)
-            made = f"packed (`{args.pack_cfg}`) and distilled on"
-            task.write_card(metrics, "pack_and_distill.py", made)
-            run.finish(metrics)
-            results.show_table(table, task.score_names)
-            if "grow_seconds" in metrics:
-                run.say(
-                    f"the grow stages took {metrics['grow_seconds']:,.0f} s; with all layers"
-                    f" running they would have taken {metrics['grow_seconds_of_all_layers']:,.0f} s"
-                )
-        onnx_file.require(check, args.output_dir)
-    accelerator.end_training()
-    run.say(f"{args.output_dir}: {summary(figures)}; model.onnx checked")
+    names = ("teacher", "packed", *(part.stage.name for part in plan))
+    grown = grow_seconds(results.stage_table(run, names, {}))
+    delivery = results.Delivery(
+        models={UNMERGED: student, "": merged},
+        figures=figures,
+        others=task.score_in_teacher_index(merged, teacher),
+        stages=names,
+        kept={"unmerged": unmerged, "merged": figures},
+        more={"sizes": sizes, **grown},
+        made=f"packed (`{args.pack_cfg}`) and distilled on",
+    )
+    results.deliver(run, task, tokenizer, delivery)
+    if grown:
+        run.say(
+            f"the grow stages took {grown['grow_seconds']:,.0f} s; with all layers running they"
+            f" would have taken {grown['grow_seconds_of_all_layers']:,.0f} s"
+        )
 
 
 if __name__ == "__main__":

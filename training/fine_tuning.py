@@ -9,7 +9,6 @@ import difflib
 import functools
 import os
 import shutil
-import time
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -23,18 +22,14 @@ from bert.model_folder import (
     UNMERGED,
     check_model,
     check_teacher,
-    count_parameters,
     load_model,
     load_state_maps,
     load_teacher,
     load_tokenizer,
-    save_model,
-    save_state_maps,
     unmerged_folder,
 )
 from bert.packed import merge
 from cli import ArgumentParser, UserError, is_main_process, number, warn
-from deploy import onnx_file
 from int8 import quantizers
 from int8.calibration import calibrate, check_scope
 from int8.quantizers import hold_weight_range, is_quantized, save_quantized
@@ -45,7 +40,7 @@ from training.flags import check_arguments, claim_output_dir, not_negative, open
 from training.loop import Stage, constant_rate, train
 from training.machine import in_half, make_accelerator, use_all_gpus
 from training.passes import Batches, LossFunction, to_device
-from training.run import CHECKPOINTS, Run, summary
+from training.run import CHECKPOINTS, Run
 
 QUANTIZER_RATE = 0.01  # learning rate of the quantizers' ranges while nothing else trains
 
@@ -147,7 +142,6 @@ def fine_tune(
         every: all tasks, to tell a model of another one.
     """
     check_arguments(args)
-    started = time.time()
 
     # All that a user may have got wrong comes before anything that takes long.
     tokenizer, state_maps = check_models(args, task_class, every)
@@ -198,39 +192,18 @@ def fine_tune(
     figures = evaluation(student.to(accelerator.device), precise=True)
     others = task.score_in_teacher_index(student, teacher) if teacher is not None else {}
 
-    if run.main:
-        with run.writing_results():
-            student = student.cpu()
-            save_model(student, tokenizer, args.output_dir)
-            if unmerged is not None:
-                folder = os.path.join(args.output_dir, UNMERGED)
-                save_model(unmerged.cpu(), tokenizer, folder)
-            if quantized and state_maps is not None:
-                save_state_maps(state_maps, args.output_dir)
-            task.write_answers()
-            check = task.export()
-            run.stop_if_asked()
-            metrics = {
-                **figures,
-                **results.describe_run(run, arguments, started),
-                "counts": task.counts(),
-                "parameters": count_parameters(student),
-                **onnx_file.describe_check(check, args.output_dir),
-                **others,
-            }
-            if quantized:
-                stages = ("fp32", "calibrated", "ranges", "weights", "fine-tuning")
-                metrics["stages"] = results.stage_table(run, stages, {"kept": figures, **others})
-                metrics["int8"] = quantizers.what_is_int8(student)
-            results.draw_curves(args.output_dir, task.score_names)
-            made = "quantized to INT8 on" if quantized else "fine-tuned on"
-            task.write_card(metrics, script, made)
-            run.finish(metrics)
-            if quantized:
-                results.show_table(metrics["stages"], task.score_names)
-        onnx_file.require(check, args.output_dir)
-    accelerator.end_training()
-    run.say(f"{args.output_dir}: {summary(figures)}; model.onnx checked")
+    stages = ("fp32", "calibrated", "ranges", "weights", "fine-tuning") if quantized else ()
+    delivery = results.Delivery(
+        models={"": student, **({UNMERGED: unmerged} if unmerged is not None else {})},
+        figures=figures,
+        others=others,
+        stages=stages,
+        kept={"kept": figures},
+        more={"int8": quantizers.what_is_int8(student.cpu())} if quantized else {},
+        made="quantized to INT8 on" if quantized else "fine-tuned on",
+        state_maps=state_maps if quantized else None,
+    )
+    results.deliver(run, task, tokenizer, delivery)
 
 
 def train_stages(

@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import platform
+import sys
 import time
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from importlib import metadata
-from typing import Any
+from typing import Any, ClassVar, Protocol
 
 import torch
+from torch import nn
+from transformers import PreTrainedModel
 
+from bert.model_folder import count_parameters, save_model, save_state_maps
+from deploy import onnx_file
 from deploy.cpu import this_cpu
-from training.run import Run, read_log
+from deploy.onnx_check import Check
+from training.run import Run, read_log, summary
 
 PACKAGES = ("torch", "transformers", "accelerate", "onnx", "onnxruntime", "numpy")
 
@@ -24,7 +31,84 @@ def versions() -> dict[str, str]:
     return {"python": platform.python_version(), **{p: metadata.version(p) for p in PACKAGES}}
 
 
-def describe_run(run: Run, arguments: dict[str, Any], started: float) -> dict[str, Any]:
+class Deliverable(Protocol):
+    """What a task does when results are written; tasks.task.Task has the meanings."""
+
+    args: argparse.Namespace
+    score_names: ClassVar[dict[str, str]]
+
+    def counts(self) -> dict[str, int]: ...
+    def write_answers(self) -> None: ...
+    def export(self) -> Check: ...
+    def write_card(self, metrics: dict[str, Any], script: str, made: str) -> None: ...
+
+
+@dataclass(frozen=True)
+class Delivery:
+    """What a run has come to.
+
+    Attributes:
+        models: what is saved, by folder in the output folder; "" is what is deployed.
+        figures: of that model, in FP32.
+        others: further figures, by what they are of.
+        stages: of the run, in the table of what each has come to; empty for no table.
+        kept: figures of what is left of them, by name.
+        more: further entries of metrics.json.
+        made: what became of the model, for its card, e.g. "fine-tuned on".
+        state_maps: of a merged model that was taught, or None.
+    """
+
+    models: dict[str, PreTrainedModel]
+    figures: dict[str, float]
+    others: dict[str, dict[str, float]]
+    stages: Sequence[str]
+    kept: dict[str, dict[str, float]]
+    more: dict[str, Any]
+    made: str
+    state_maps: nn.ModuleList | None = None
+
+
+def deliver(run: Run, task: Deliverable, tokenizer: Any, result: Delivery) -> None:
+    """Save, export, check and describe what a run has come to, and end the run.
+
+    Raises:
+        UserError: the exported file has not passed its check; all else is written by then.
+    """
+    folder = run.output_dir
+    if run.main:
+        with run.writing_results():
+            for name, model in result.models.items():
+                save_model(model.cpu(), tokenizer, os.path.join(folder, name))
+            if result.state_maps is not None:
+                save_state_maps(result.state_maps, folder)
+            task.write_answers()
+            check = task.export()
+            run.stop_if_asked()
+            file = onnx_file.describe_check(check, folder)
+            if "sizes" in result.more:
+                result.more["sizes"]["student"]["onnx_bytes"] = file["onnx_bytes"]
+            table = stage_table(run, result.stages, {**result.kept, **result.others})
+            metrics = {
+                **result.figures,
+                **describe_run(run),
+                "counts": task.counts(),
+                "parameters": count_parameters(result.models[""]),
+                **file,
+                **result.others,
+                **result.more,
+                **({"stages": table} if result.stages else {}),
+            }
+            draw_curves(folder, task.score_names)
+            task.write_card(metrics, os.path.basename(sys.argv[0]), result.made)
+            run.finish(metrics)
+            if result.stages:
+                show_table(table, task.score_names)
+        onnx_file.require(check, folder)
+    run.accelerator.end_training()
+    run.say(f"{folder}: {summary(result.figures)}; model.onnx checked")
+
+
+def describe_run(run: Run) -> dict[str, Any]:
     """What metrics.json tells of any run: its times, its machine, its arguments, the versions."""
     seconds: dict[str, float] = {}
     for record in read_log(run.output_dir):
@@ -33,14 +117,14 @@ def describe_run(run: Run, arguments: dict[str, Any], started: float) -> dict[st
         )
     return {
         "train_seconds": sum(seconds.values()),
-        "total_seconds": time.time() - started,
+        "total_seconds": time.time() - run.started,
         "precision": run.precision,  # of training
         "evaluated_in": "fp32",
         "processes": run.accelerator.num_processes,
         "device": run.accelerator.device.type,
         "cpu": asdict(this_cpu()),
         "gpu": describe_gpu(run),
-        "arguments": arguments,
+        "arguments": run.arguments,
         "versions": versions(),
     }
 

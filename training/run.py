@@ -182,6 +182,7 @@ class Run:
         self.main = accelerator.is_main_process
         self.save_seconds, self.log_steps = 60 * save_minutes, log_steps
         self.stop_signal = 0
+        self.arguments = arguments
         self.overwrite = bool(arguments.get("overwrite_output_dir"))
         self.started = time.time()
         self._checkpoints = os.path.join(output_dir, CHECKPOINTS)
