@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import re
 import resource
 import shutil
 import time
@@ -576,9 +577,34 @@ def test_process(
     assert not (tmp_path / "out").exists()
 
 
-def test_help_names_every_flag(capfd: pytest.CaptureFixture) -> None:
+@pytest.mark.parametrize(
+    ("script", "some"),
+    [
+        ("train_qa", ("--model_student", "--kd_weight", "--freeze_list", "--overwrite_output_dir")),
+        ("train_qcemb", ("--model_teacher", "--hnm_num", "--pooling", "--nncf_config")),
+        ("pack_and_distill", ("--pack_cfg", "--stages", "--warm_up_steps", "--precision")),
+        ("ask", ("--model", "--context", "--question", "--json")),
+    ],
+)
+def test_help_says_of_each_flag_what_its_default_is_or_that_it_is_required(
+    script: str, some: tuple[str, ...], capfd: pytest.CaptureFixture
+) -> None:
+    assert call(["python", f"{script}.py", "--help"]) == 0
+    _, *flags = re.split(r"\n  (?=--)", capfd.readouterr().out)
+    assert {flag.split()[0] for flag in flags} > set(some)
+    for flag in flags:
+        text = " ".join(re.split(r"\n\n", flag)[0].split())  # a title of a group comes behind it
+        assert re.search(r"\((default: .+|required)\)$", text), text
+
+
+def test_help_groups_flags_by_subject(capfd: pytest.CaptureFixture) -> None:
     assert call(["python", "train_qa.py", "--help"]) == 0
-    shown = capfd.readouterr().out
-    for flag in ("--model_student", "--freeze_list", "--overwrite_output_dir", "--precision"):
-        assert flag in shown
-    assert "default: 3e-05" in shown
+    titles = re.findall(r"^(\S.*):$", capfd.readouterr().out, re.MULTILINE)
+    assert titles[1:] == [
+        "models and folder",
+        "data",
+        "training",
+        "quantization",
+        "the machine",
+        "what a run keeps and tells",
+    ]
