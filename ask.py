@@ -36,31 +36,33 @@ HIGHLIGHT, PLAIN = "\033[1;30;43m", "\033[0m"
 
 def parse_arguments() -> argparse.Namespace:
     parser = ArgumentParser(description=__doc__.splitlines()[0])
-    add = parser.add_argument
-    add("--model", help="output folder of train_qa.py (with model.onnx)")
-    add("--model_emb", help="output folder of train_qcemb.py: finds the paragraphs to read")
-    add(
-        "--context",
-        required=True,
-        nargs="+",
-        help="text file (UTF-8) that holds the answers; with --model_emb files and folders",
-    )
-    add("--top_contexts", type=number(int, 1, 1000), default=5, help="paragraphs to read")
-    add("--question", action="append", help="may be given several times; asked for if left out")
-    add("--top_k", type=number(int, 1, 50), default=3, help="answers to show")
-    add(
-        "--runtime",
-        choices=RUNTIMES,
-        default="auto",
-        help="auto: OpenVINO where it is installed and computes exactly",
-    )
-    add(
-        "--runtime_precision",
-        choices=PRECISIONS,
-        default="f32",
-        help="default: OpenVINO takes bf16 where the CPU has it, faster and less exact",
-    )
-    add("--json", action="store_true", help="print one JSON object a question, a line each")
+    add = parser.group("models").add_argument
+    add("--model", metavar="FOLDER",
+        help="output folder of train_qa.py or pack_and_distill.py, with model.onnx; it reads the"
+        " text (default: none, show the paragraphs that --model_emb finds)")  # fmt: skip
+    add("--model_emb", metavar="FOLDER",
+        help="the same of an embedding model; it finds the paragraphs to read (default: none, read"
+        " all of one text)")  # fmt: skip
+    add = parser.group("texts and questions").add_argument
+    add("--context", required=True, nargs="+", metavar="FILE",
+        help="UTF-8 text that holds the answers; with --model_emb several, and folders, whose .txt"
+        " and .md files are taken")  # fmt: skip
+    add("--top_contexts", type=number(int, 1, 1000), default=5, metavar="N",
+        help="paragraphs to read for a question, with --model_emb")  # fmt: skip
+    add("--question", action="append", metavar="TEXT",
+        help="may be given several times (default: asked for, or the lines of the"
+        " input)")  # fmt: skip
+    add = parser.group("answers").add_argument
+    add("--top_k", type=number(int, 1, 50), default=3, metavar="N",
+        help="answers to show for a question")  # fmt: skip
+    add("--json", action="store_true", help="print a line for each question, one JSON object")
+    add = parser.group("the machine").add_argument
+    add("--runtime", choices=RUNTIMES, default="auto",
+        help="auto takes OpenVINO where it is installed and computes exactly, else ONNX"
+        " Runtime")  # fmt: skip
+    add("--runtime_precision", choices=PRECISIONS, default="f32",
+        help="default lets OpenVINO take bf16 where the CPU has it: faster and less"
+        " exact")  # fmt: skip
     return parser.parse_args()
 
 

@@ -1,10 +1,8 @@
-"""A packed BERT: its configuration, its modules, and the packing of a teacher into it.
+"""Packing: a teacher becomes a student that `bert.packed` describes.
 
-The packed encoder is narrower than the teacher (hidden size h instead of H), may have fewer
-layers, fewer heads, and has stacked h x h layers in place of the wide feed-forward. Linear maps
-tie it to the teacher: H -> h behind the embedding tables, h -> H behind each layer, so that its
-hidden states can be compared with the teacher's. `merge` folds away the maps that outputs need
-and drops the others.
+The student's weights are fitted to the teacher's hidden states, its least important heads are
+pruned, and its sizes are counted. `import bert_pack` lets the library's Auto classes load packed
+models and embedding models.
 
     pack(teacher, cfg, sample) -> student    training -> prune_heads -> training -> merge
 """
@@ -26,6 +24,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.activations import ACT2FN
 
+from bert import embedding  # noqa: F401 - its models are known to the Auto classes with it
 from bert.packed import PACKED_CLASSES, PackedBertConfig, PackedBertModel, PackedLayer
 from cli import UserError
 

@@ -10,7 +10,8 @@ import difflib
 import os
 import signal
 import sys
-from collections.abc import Callable
+import textwrap
+from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 
@@ -30,20 +31,56 @@ class Interrupted(Exception):
         self.signal_number = signal_number
 
 
-class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
-    """Shows defaults, but not of what has none."""
+class HelpFormatter(argparse.HelpFormatter):
+    """Says of each flag that it is required, or its default. Where None is the default, what that
+    means is said by the flag's own help."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
-        if action.default is None or action.default is False:
+        if action.required:
+            return f"{action.help} (required)"
+        if action.default is False:
+            return f"{action.help} (default: off)"
+        if action.default in (None, argparse.SUPPRESS):
             return action.help
-        return super()._get_help_string(action)
+        return f"{action.help} (default: %(default)s)"
+
+    def _split_lines(self, text: str, width: int) -> list[str]:
+        # A default that is longer than a line stays whole, to be copied.
+        return textwrap.wrap(
+            " ".join(text.split()), width, break_long_words=False, break_on_hyphens=False
+        )
 
 
 class ArgumentParser(argparse.ArgumentParser):
-    """argparse with one-line errors, close matches for unknown flags, defaults in --help."""
+    """argparse with one-line errors, close matches for unknown flags, defaults in --help.
 
-    def __init__(self, **kwargs: Any) -> None:
+    Args:
+        groups: titles of flags in --help, in the order in which it shows them; see `group`.
+    """
+
+    def __init__(self, groups: Sequence[str] = (), **kwargs: Any) -> None:
         super().__init__(allow_abbrev=False, formatter_class=HelpFormatter, **kwargs)
+        for title in groups:
+            self.group(title)
+
+    def group(self, title: str) -> argparse._ArgumentGroup:
+        """The flags that --help shows under this title; without flags it shows no title."""
+        for each in self._action_groups:
+            if each.title == title:
+                return each
+        return self.add_argument_group(title)
+
+    def format_usage(self) -> str:
+        """What must be given, alone: the list of all flags follows anyway."""
+        required = [f"{a.option_strings[-1]} ..." for a in self._actions if a.required]
+        words = f"usage: {self.prog} {' '.join(required)} [--flag=value ...]"
+        return textwrap.fill(
+            " ".join(words.split()), 80, subsequent_indent=" " * 7, break_on_hyphens=False
+        )
+
+    def format_help(self) -> str:
+        self.usage = self.format_usage().removeprefix("usage: ").replace("%", "%%")
+        return super().format_help()
 
     def parse_args(self, args=None, namespace=None):  # type: ignore[override]
         parsed, unknown = self.parse_known_args(args, namespace)

@@ -36,6 +36,11 @@ from tasks import TASKS, EmbeddingTask, Task
 from tasks.hidden_states import StateLoss
 from training import results
 from training.flags import (
+    DATA,
+    GROUPS,
+    MODELS,
+    PACKING,
+    TRAINING,
     add_data_arguments,
     add_run_arguments,
     check_arguments,
@@ -63,38 +68,52 @@ SAMPLE_WINDOWS = 256  # on which a packed model's weights are fitted to the teac
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = ArgumentParser(description=__doc__.splitlines()[0])
-    add = parser.add_argument
-    add("--model_student", required=True, help="what to pack; packed already: what to distill on")
-    add("--model_teacher", required=True, help="fine-tuned BERT whose states are the target")
+    parser = ArgumentParser(GROUPS, description=__doc__.splitlines()[0])
+    add = parser.group(MODELS).add_argument
+    add("--model_student", required=True, metavar="MODEL",
+        help="fine-tuned BERT to pack: a folder or a hub name; if it is packed already, distill"
+        " on from it")  # fmt: skip
+    add("--model_teacher", required=True, metavar="MODEL",
+        help="fine-tuned BERT whose hidden states are the target: a folder or a hub"
+        " name")  # fmt: skip
     add_data_arguments(parser, max_seq_length_q=64)
-    add("--eval_extra_contexts", help="embeddings: SQuAD JSON whose contexts are searched as well")
-    add(
-        "--pack_cfg",
+    parser.group(DATA).add_argument(
+        "--eval_extra_contexts", metavar="FILE",
+        help="embeddings: SQuAD JSON whose contexts are searched beside those of the dev data"
+        " (default: none)")  # fmt: skip
+    add = parser.group(PACKING).add_argument
+    add("--pack_cfg", metavar="KEY:VALUE,...",
         default="num_hidden_layers:12,ff_iter_num:4,num_attention_heads:8,hidden_size:512,"
         "pack_emb:1,hidden_act:orig",
-        help="the packed model, key:value,...",
-    )
-    add("--start", choices=("teacher", "random"), default="teacher", help="of the packed weights")
-    add("--stages", type=stages, default=",".join(STAGES), help="which of them, in this order")
-    add("--num_train_epochs", type=over_0, default=16.0, help="of each of the last three stages")
-    add("--max_steps_per_stage", type=positive, help="end each stage after so many steps")
-    add("--warm_up_steps", type=positive, help="of each stage; 1%% of its steps if left out")
-    add("--learning_rate", type=rate, default=5e-4, help="of all stages but the final one")
-    add("--learning_rate_for_tune", type=rate, default=10e-4, help="of the final one, falling to 0")
-    add("--total_train_batch_size_for_tune", type=positive, default=64, help="of the final stage")
-    add(
-        "--loss_weight_alpha",
-        type=number(float, 0, 100, True),
-        default=1.5,
-        help="final stage: state i weighs alpha^i",
-    )
-    add(
-        "--embedding_weight",
-        type=number(float, 0, 1e6),
-        default=0.0,
-        help="embeddings, final stage: weight of the embedding's own error beside the states'",
-    )
+        help="the packed model. num_hidden_layers; hidden_size: its width, a multiple of the heads;"
+        " num_attention_heads: heads kept in each layer, of their old size; ff_iter_num: layers in"
+        " place of the feed-forward, 0 keeps that; pack_emb: 1 shrinks the embedding tables to"
+        " hidden_size, 0 keeps them; hidden_act: orig, or an activation of the Transformers"
+        " library")  # fmt: skip
+    add("--start", choices=("teacher", "random"), default="teacher",
+        help="packed weights are first fitted to the teacher, or start at random")  # fmt: skip
+    add = parser.group(TRAINING).add_argument
+    add("--stages", type=stages, default=",".join(STAGES), metavar="STAGE,...",
+        help="stages that run, always in this order")  # fmt: skip
+    add("--num_train_epochs", type=over_0, default=16.0, metavar="EPOCHS",
+        help="epochs of each of the last three stages, may be a fraction; embeddings takes a"
+        " quarter of an epoch, and grow as much for each layer")  # fmt: skip
+    add("--max_steps_per_stage", type=positive, metavar="STEPS",
+        help="end each stage after so many steps (default: no limit)")  # fmt: skip
+    add("--warm_up_steps", type=positive, metavar="STEPS",
+        help="steps in which each stage's learning rate rises (default: 1%% of its"
+        " steps)")  # fmt: skip
+    add("--learning_rate", type=rate, default=5e-4, metavar="RATE",
+        help="learning rate of all stages but final, constant after the warm-up")  # fmt: skip
+    add("--learning_rate_for_tune", type=rate, default=10e-4, metavar="RATE",
+        help="learning rate of the stage final; it falls linearly to 0")  # fmt: skip
+    add("--total_train_batch_size_for_tune", type=positive, default=64, metavar="N",
+        help="windows or texts in one step of the stage final")  # fmt: skip
+    add("--loss_weight_alpha", type=number(float, 0, 100, True), default=1.5, metavar="FACTOR",
+        help="in the stage final, the error of hidden state i weighs FACTOR^i")  # fmt: skip
+    add("--embedding_weight", type=number(float, 0, 1e6), default=0.0, metavar="WEIGHT",
+        help="embeddings: weight of the squared error of the embedding itself in the stage final,"
+        " beside that of the states")  # fmt: skip
     add_run_arguments(parser)
     return parser.parse_args()
 

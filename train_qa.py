@@ -15,22 +15,29 @@ signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends the seconds of impor
 from cli import ArgumentParser, run_main
 from tasks import TASKS, QaTask
 from training.fine_tuning import add_fine_tuning_arguments, fine_tune
-from training.flags import add_data_arguments, add_run_arguments, not_negative
+from training.flags import (
+    GROUPS,
+    TRAINING,
+    add_data_arguments,
+    add_run_arguments,
+    not_negative,
+)
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = ArgumentParser(description=__doc__.splitlines()[0])
+    parser = ArgumentParser(GROUPS, description=__doc__.splitlines()[0])
     add_fine_tuning_arguments(parser, teacher="QA model")
-    parser.add_argument(
-        "--kd_weight", type=not_negative, default=1.0, help="of the teacher's distributions"
-    )
+    parser.group(TRAINING).add_argument(
+        "--kd_weight", type=not_negative, default=1.0, metavar="WEIGHT",
+        help="weight of the cross-entropy with the teacher's distributions of start and"
+        " end")  # fmt: skip
     add_data_arguments(parser, max_seq_length_q=64)
     add_run_arguments(parser)
     return parser.parse_args()
 
 
 def main() -> None:
-    fine_tune(parse_arguments(), QaTask, "train_qa.py", TASKS)
+    fine_tune(parse_arguments(), QaTask, TASKS)
 
 
 if __name__ == "__main__":

@@ -17,31 +17,49 @@ from cli import ArgumentParser, UserError, number, run_main
 from tasks import TASKS, EmbeddingTask
 from tasks.embedding_loss import parse_loss_cfg
 from training.fine_tuning import add_fine_tuning_arguments, fine_tune
-from training.flags import add_data_arguments, add_run_arguments, positive
+from training.flags import (
+    DATA,
+    GROUPS,
+    MODELS,
+    NEGATIVES,
+    TRAINING,
+    add_data_arguments,
+    add_run_arguments,
+    positive,
+)
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = ArgumentParser(description=__doc__.splitlines()[0])
-    add = parser.add_argument
+    parser = ArgumentParser(GROUPS, description=__doc__.splitlines()[0])
     add_fine_tuning_arguments(parser, teacher="embedding model")
-    add("--loss_cfg", default="triplet_num:1,emb_loss:none", help="the loss, key:value,...")
-    add("--hnm_num", type=positive, default=256, help="random contexts to mine from in a step")
-    add("--hnm_batch_size", type=positive, default=8, help="of them, in one pass; a GPU takes more")
-    add("--hnm_hist_num", type=positive, default=32, help="steps whose mined contexts are kept")
-    add(
-        "--hnm_hist_alpha",
-        type=number(float, 0, 100, True),
-        default=1.0,
-        help="factor on distances of older ones, to the power of their age in steps",
-    )
-    add("--pooling", choices=POOLINGS, help="cls where the model's configuration has none")
-    add(
-        "--pooler",
-        choices=POOLERS,
-        default="pretrained",
-        help="what the linear layer starts as; a pretrained one has learned from [CLS] alone",
-    )
-    add("--eval_extra_contexts", help="SQuAD JSON whose contexts are searched as well")
+    add = parser.group(MODELS).add_argument
+    add("--pooling", choices=POOLINGS,
+        help="embed the state of [CLS] or the mean of all states (default: as the model's"
+        " configuration says, else cls)")  # fmt: skip
+    add("--pooler", choices=POOLERS, default="pretrained",
+        help="start of the linear layer behind --pooling; a pretrained one has learned from [CLS]"
+        " alone, so that identity suits means")  # fmt: skip
+    parser.group(DATA).add_argument(
+        "--eval_extra_contexts", metavar="FILE",
+        help="SQuAD JSON whose contexts are searched beside those of the dev data (default:"
+        " none)")  # fmt: skip
+    parser.group(TRAINING).add_argument(
+        "--loss_cfg", default="triplet_num:1,emb_loss:none", metavar="KEY:VALUE,...",
+        help="the loss. triplet_num: 1 compares distances to the question, 2 also that between"
+        " the contexts, 0 is for in_batch alone; emb_loss: none, or L1 or L2, the distance to the"
+        " teacher's embedding, which then counts; in_batch (0): 1 adds a softmax over all contexts"
+        " of the step and those mined for it; temperature (learned): of that softmax, a number or"
+        " learned, which starts where the first step's loss is least")  # fmt: skip
+    add = parser.group(NEGATIVES).add_argument
+    add("--hnm_num", type=positive, default=256, metavar="N",
+        help="random contexts that a step embeds to mine from")  # fmt: skip
+    add("--hnm_batch_size", type=positive, default=8, metavar="N",
+        help="random contexts in one pass of one process on a CPU; a GPU takes more")  # fmt: skip
+    add("--hnm_hist_num", type=positive, default=32, metavar="STEPS",
+        help="steps whose random contexts are kept to mine from")  # fmt: skip
+    add("--hnm_hist_alpha", type=number(float, 0, 100, True), default=1.0, metavar="FACTOR",
+        help="factor on the distances of older contexts, to the power of their age in"
+        " steps")  # fmt: skip
     add_data_arguments(parser, max_seq_length_q=32)
     add_run_arguments(parser)
     return parser.parse_args()
@@ -54,7 +72,7 @@ def main() -> None:
         raise UserError(
             f"--loss_cfg: emb_loss:{cfg.emb_loss} needs a teacher: --supervision_weight over 0"
         )
-    fine_tune(args, EmbeddingTask, "train_qcemb.py", TASKS)
+    fine_tune(args, EmbeddingTask, TASKS)
 
 
 if __name__ == "__main__":

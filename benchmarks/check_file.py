@@ -4,7 +4,7 @@
 
 Under an emulator it shows what another CPU makes of the file, e.g. one without VNNI:
 
-    qemu-x86_64 -cpu Haswell $(realpath .venv/bin/python) benchmarks/check_file.py ...
+    qemu-x86_64 -cpu Haswell $(realpath .venv/bin/python) -m benchmarks.check_file ...
 """
 
 from __future__ import annotations

@@ -1,4 +1,11 @@
-"""The packed BERT: its configuration and its modules."""
+"""The packed BERT: its configuration, its modules, and merging.
+
+The packed encoder is narrower than the teacher (hidden size h instead of H), may have fewer
+layers, fewer heads, and has stacked h x h layers in place of the wide feed-forward. Linear maps
+tie it to the teacher: H -> h behind the embedding tables, h -> H behind each layer, so that its
+hidden states can be compared with the teacher's. `merge` folds away the maps that outputs need
+and drops the others.
+"""
 
 from __future__ import annotations
 
@@ -95,7 +102,7 @@ class PackedLayer(nn.Module):
         super().__init__()
         h, attention_size = config.hidden_size, config.num_attention_heads * config.head_size
         self.heads, self.stacked = config.num_attention_heads, config.ff_iter_num > 0
-        self.plain_attention = False  # see fast_attention.fuse_attention
+        self.plain_attention = False  # see attention.fuse_attention
         self.qkv = nn.Linear(h, 3 * attention_size)
         self.attention_output = nn.Linear(attention_size, h)
         self.attention_norm = nn.LayerNorm(h, config.layer_norm_eps)

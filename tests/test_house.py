@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import re
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -82,3 +84,10 @@ def test_an_import_inside_a_function_gives_its_reason(module: str) -> None:
         if node.col_offset:
             near = lines[node.lineno - 2 : node.lineno]
             assert any("#" in line for line in near), f"{module}, line {node.lineno}: {imported}"
+
+
+def test_make_alone_prints_what_each_target_does() -> None:
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    targets = re.search(r"^\.PHONY: (.*)$", makefile, re.MULTILINE)[1].split()
+    shown = subprocess.run(["make"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert [line.split(maxsplit=1)[0] for line in shown.splitlines()] == targets

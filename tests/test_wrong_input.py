@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import re
 import resource
 import shutil
 import time
@@ -24,7 +25,7 @@ from transformers import (
 )
 
 from deploy.cpu import Cpu
-from training import loop
+from training import machine
 
 QUICK = 15  # seconds of CPU time: those on the clock grow with the other work of the machine
 SMALL = ("--num_train_epochs=0.01", "--total_train_batch_size=4", "--save_minutes=0")
@@ -387,7 +388,7 @@ def test_number_far_too_large(
     # Either it means something, such as a batch of all there is, or it is an error of one line.
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(
-            "fine_tuning.train", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt)
+            "training.fine_tuning.train", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt)
         )
         code = call(train_qa_command(tiny_bert, few, tmp_path / "out", *SMALL, flag))
     assert code in (2, 130)
@@ -436,7 +437,7 @@ def test_fp16_on_a_cpu(wrong: Wrong) -> None:
 
 
 def test_bf16_without_the_hardware(wrong: Wrong, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loop, "this_cpu", lambda: Cpu("a CPU", ("avx2",)))
+    monkeypatch.setattr(machine, "this_cpu", lambda: Cpu("a CPU", ("avx2",)))
     line = wrong("--precision=bf16")
     assert "--precision=bf16: this CPU has no bf16" in line and "fp32" in line
 
@@ -576,9 +577,34 @@ def test_process(
     assert not (tmp_path / "out").exists()
 
 
-def test_help_names_every_flag(capfd: pytest.CaptureFixture) -> None:
+@pytest.mark.parametrize(
+    ("script", "some"),
+    [
+        ("train_qa", ("--model_student", "--kd_weight", "--freeze_list", "--overwrite_output_dir")),
+        ("train_qcemb", ("--model_teacher", "--hnm_num", "--pooling", "--nncf_config")),
+        ("pack_and_distill", ("--pack_cfg", "--stages", "--warm_up_steps", "--precision")),
+        ("ask", ("--model", "--context", "--question", "--json")),
+    ],
+)
+def test_help_says_of_each_flag_what_its_default_is_or_that_it_is_required(
+    script: str, some: tuple[str, ...], capfd: pytest.CaptureFixture
+) -> None:
+    assert call(["python", f"{script}.py", "--help"]) == 0
+    _, *flags = re.split(r"\n  (?=--)", capfd.readouterr().out)
+    assert {flag.split()[0] for flag in flags} > set(some)
+    for flag in flags:
+        text = " ".join(re.split(r"\n\n", flag)[0].split())  # a title of a group comes behind it
+        assert re.search(r"\((default: .+|required)\)$", text), text
+
+
+def test_help_groups_flags_by_subject(capfd: pytest.CaptureFixture) -> None:
     assert call(["python", "train_qa.py", "--help"]) == 0
-    shown = capfd.readouterr().out
-    for flag in ("--model_student", "--freeze_list", "--overwrite_output_dir", "--precision"):
-        assert flag in shown
-    assert "default: 3e-05" in shown
+    titles = re.findall(r"^(\S.*):$", capfd.readouterr().out, re.MULTILINE)
+    assert titles[1:] == [
+        "models and folder",
+        "data",
+        "training",
+        "quantization",
+        "the machine",
+        "what a run keeps and tells",
+    ]

@@ -35,7 +35,7 @@ from int8.calibration import calibrate, check_scope
 from int8.quantizers import hold_weight_range, is_quantized, save_quantized
 from int8.settings import NncfConfig, read_nncf_config
 from squad_utils import INPUTS
-from training import results
+from training import flags, results
 from training.flags import check_arguments, claim_output_dir, not_negative, open_run, rate
 from training.loop import Stage, constant_rate, train
 from training.machine import in_half, make_accelerator, use_all_gpus
@@ -47,34 +47,33 @@ QUANTIZER_RATE = 0.01  # learning rate of the quantizers' ranges while nothing e
 
 def add_fine_tuning_arguments(parser: ArgumentParser, teacher: str) -> None:
     """The models (`teacher`: what that must be), learning rate and epochs, quantization."""
-    add = parser.add_argument
-    add("--model_student", required=True, help="BERT to train: a folder or a hub name")
-    add(
-        "--model_teacher",
-        default="bert-large-uncased-whole-word-masking",
-        help=f"{teacher} to learn from; loaded only where supervision_weight > 0",
-    )
-    add("--supervision_weight", type=not_negative, default=0.0, help="of hidden states' error")
-    add(
-        "--freeze_list",
-        default="none",
-        help="comma-separated substrings of names of parameters that are not trained, or none",
-    )
-    add("--learning_rate", type=rate, default=3e-5, help="falls linearly to 0")
-    add(
-        "--num_train_epochs",
-        type=not_negative,
-        default=2.0,
-        help="may be a fraction; 0: only evaluate and export",
-    )
-    add("--nncf_config", help="quantize to INT8 with the settings of this file")
-    add(
-        "--quantizer_epochs",
-        type=not_negative,
-        default=1.0,
-        help="after calibration, on the quantizers' ranges alone",
-    )
-    add("--dropout", type=number(float, 0, 0.9), default=0.0, help="probability while training")
+    add = parser.group(flags.MODELS).add_argument
+    add("--model_student", required=True, metavar="MODEL",
+        help="BERT to train, packed or not: a folder or a hub name")  # fmt: skip
+    add("--model_teacher", default="bert-large-uncased-whole-word-masking", metavar="MODEL",
+        help=f"{teacher} to learn from, of the student's hidden size and vocabulary: a folder or a"
+        " hub name; loaded only if --supervision_weight is over 0")  # fmt: skip
+    add = parser.group(flags.TRAINING).add_argument
+    add("--num_train_epochs", type=not_negative, default=2.0, metavar="EPOCHS",
+        help="passes over the training data, may be a fraction; 0 only evaluates and"
+        " exports")  # fmt: skip
+    add("--learning_rate", type=rate, default=3e-5, metavar="RATE",
+        help="learning rate of the first step; it falls linearly to 0")  # fmt: skip
+    add("--freeze_list", default="none", metavar="NAME,...",
+        help="parameters with one of these in their names are not trained")  # fmt: skip
+    add("--supervision_weight", type=not_negative, default=0.0, metavar="WEIGHT",
+        help="weight of the squared error between the student's and the teacher's hidden"
+        " states")  # fmt: skip
+    add("--dropout", type=number(float, 0, 0.9), default=0.0, metavar="PROBABILITY",
+        help="probability of dropout while training; on a CPU it takes longer than the rest of a"
+        " step")  # fmt: skip
+    add = parser.group(flags.INT8).add_argument
+    add("--nncf_config", metavar="FILE",
+        help="quantize to INT8 with the settings of this JSON file; docs/int8.md explains its keys"
+        " (default: none, train in floating point)")  # fmt: skip
+    add("--quantizer_epochs", type=not_negative, default=1.0, metavar="EPOCHS",
+        help="epochs after calibration in which only the quantizers' ranges are trained, at a"
+        f" learning rate of {QUANTIZER_RATE}")  # fmt: skip
 
 
 def plan_stages(args: argparse.Namespace) -> list[Stage]:
@@ -131,14 +130,11 @@ def check_models(
     return tokenizer, state_maps
 
 
-def fine_tune(
-    args: argparse.Namespace, task_class: Any, script: str, every: tuple[Any, ...]
-) -> None:
+def fine_tune(args: argparse.Namespace, task_class: Any, every: tuple[Any, ...]) -> None:
     """Fine-tune --model_student for a task, quantized where --nncf_config says so, and export it.
 
     Args:
         task_class: the task.
-        script: the name of the script that runs.
         every: all tasks, to tell a model of another one.
     """
     check_arguments(args)

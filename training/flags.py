@@ -19,41 +19,67 @@ positive, not_negative = number(int, 1, 1_000_000), number(float, 0)
 over_0, rate = number(float, 0, low_open=True), number(float, 0, 1, True)
 
 
+# The flags of --help, by subject and in this order.
+MODELS, DATA, PACKING = "models and folder", "data", "packing"
+TRAINING, NEGATIVES = "training", "hard negatives"
+INT8, MACHINE, RUN = "quantization", "the machine", "what a run keeps and tells"
+GROUPS = (MODELS, DATA, PACKING, TRAINING, NEGATIVES, INT8, MACHINE, RUN)
+
+
 def add_data_arguments(parser: ArgumentParser, max_seq_length_q: int) -> None:
     """SQuAD files, lengths and batch sizes; the default length of a question differs by task."""
-    add = parser.add_argument
-    add("--output_dir", required=True, help="folder for all results")
-    add("--squad_train_data", required=True, help="SQuAD v1.1 or v2.0 JSON to train on")
-    add("--squad_dev_data", required=True, help="SQuAD JSON to evaluate on")
-    add("--squad_eval_script", help="evaluate-v1.1.py or -v2.0.py; built-in scorer if left out")
-    add("--max_seq_length_q", type=positive, default=max_seq_length_q,
-        help="tokens a question is cut to")  # fmt: skip
-    add("--max_seq_length_c", type=positive, default=384, help="tokens of question and context")
-    add("--doc_stride", type=positive, default=128, help="tokens between windows of a context")
-    add("--total_train_batch_size", type=positive, default=32, help="of one optimisation step")
-    add("--per_gpu_train_batch_size", type=positive, default=8,
-        help="of one pass of a process; a GPU takes as many as its memory holds")  # fmt: skip
-    add("--per_gpu_eval_batch_size", type=positive, default=16, help="of one pass of a process")
+    parser.group(MODELS).add_argument(
+        "--output_dir", required=True, metavar="FOLDER", help="folder for all results"
+    )
+    add = parser.group(DATA).add_argument
+    add("--squad_train_data", required=True, metavar="FILE",
+        help="SQuAD v1.1 or v2.0 JSON to train on")  # fmt: skip
+    add("--squad_dev_data", required=True, metavar="FILE",
+        help="SQuAD JSON of the same version to evaluate on")  # fmt: skip
+    add("--squad_eval_script", metavar="FILE",
+        help="evaluate-v1.1.py or evaluate-v2.0.py, which scores answers; embeddings do without"
+        " (default: the built-in scorer, which computes the same)")  # fmt: skip
+    add("--max_seq_length_q", type=positive, default=max_seq_length_q, metavar="TOKENS",
+        help="tokens of a question; a longer one is cut")  # fmt: skip
+    add("--max_seq_length_c", type=positive, default=384, metavar="TOKENS",
+        help="tokens of question and context together; embeddings: tokens of a context, a longer"
+        " one is cut")  # fmt: skip
+    add("--doc_stride", type=positive, default=128, metavar="TOKENS",
+        help="tokens from the start of one window of a long context to the start of the next;"
+        " embeddings have no windows")  # fmt: skip
+    parser.group(TRAINING).add_argument(
+        "--total_train_batch_size", type=positive, default=32, metavar="N",
+        help="windows, or questions of embeddings, in one optimisation step")  # fmt: skip
+    add = parser.group(MACHINE).add_argument
+    add("--per_gpu_train_batch_size", type=positive, default=8, metavar="N",
+        help="windows or questions in one pass of one process on a CPU; a GPU takes as many as its"
+        " memory holds")  # fmt: skip
+    add("--per_gpu_eval_batch_size", type=positive, default=16, metavar="N",
+        help="windows or texts in one pass of one process in an evaluation")  # fmt: skip
 
 
 def add_run_arguments(parser: ArgumentParser) -> None:
     """The machine, the seed, and what a run keeps and tells."""
-    add = parser.add_argument
-    add("--seed", type=number(int, 0, 2**32 - 1), default=42, help="of everything random")
-    add("--no_cuda", action="store_true", help="run on the CPU though a GPU is there")
-    add(
-        "--precision",
-        choices=PRECISIONS,
-        default="auto",
-        help="auto: bf16 where there is hardware, else fp16 on a GPU",
-    )
-    add(
-        "--save_minutes", type=not_negative, default=10.0, help="between saved states; 0: each step"
-    )
-    add("--keep", choices=("last", "best"), default="best", help="by the score on dev")
-    add("--log_steps", type=positive, default=10, help="steps between records in metrics.jsonl")
-    add("--report_to", choices=("none", "tensorboard"), default="none", help="log there too")
-    add("--overwrite_output_dir", action="store_true", help="give up what output_dir holds")
+    parser.group(TRAINING).add_argument(
+        "--seed", type=number(int, 0, 2**32 - 1), default=42, metavar="N",
+        help="start of the random numbers")  # fmt: skip
+    add = parser.group(MACHINE).add_argument
+    add("--no_cuda", action="store_true", help="run on the CPU even if there is a GPU")
+    add("--precision", choices=PRECISIONS, default="auto",
+        help="arithmetic of training; auto takes bf16 where the hardware has it, else fp16 on a GPU"
+        " and fp32 on a CPU")  # fmt: skip
+    add = parser.group(RUN).add_argument
+    add("--keep", choices=("last", "best"), default="best",
+        help="which weights are saved and exported: the best on the dev data (by F1;"
+        " embeddings: by MRR), or the last")  # fmt: skip
+    add("--save_minutes", type=not_negative, default=10.0, metavar="MINUTES",
+        help="minutes between two saved states; 0 saves after each step")  # fmt: skip
+    add("--log_steps", type=positive, default=10, metavar="STEPS",
+        help="steps between two records in metrics.jsonl")  # fmt: skip
+    add("--report_to", choices=("none", "tensorboard"), default="none",
+        help="log there too; tensorboard needs `pip install tensorboard`")  # fmt: skip
+    add("--overwrite_output_dir", action="store_true",
+        help="give up what --output_dir holds of another command's run")  # fmt: skip
 
 
 def check_arguments(args: argparse.Namespace) -> None:

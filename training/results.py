@@ -391,7 +391,7 @@ def _use(output_dir: str, metrics: dict[str, Any], script: str) -> str:
     if "Embedding" in config["architectures"][0]:
         name, registration = (
             "AutoModelForEmbedding",
-            "from embedding_model import AutoModelForEmbedding\n",
+            "from bert.embedding import AutoModelForEmbedding\n",
         )
     imported = f"{name}, " if name == "AutoModelForQuestionAnswering" else ""
     return f"""```python
