@@ -74,7 +74,7 @@ def check_file(path: str, graph: nn.Module, feeds: Sequence[Feed], int8: bool) -
 
     def deviation(infer: Infer) -> float:
         return _worst(
-            _deviation(mine, theirs, feed, graph.per_token)
+            _deviation(mine, theirs, feed, graph.outputs.per_token)
             for feed, outputs in zip(feeds, expected, strict=True)
             for mine, theirs in zip(outputs, infer(feed), strict=True)
         )
@@ -180,7 +180,9 @@ def _layer_by_layer(
         given = {_given(name): each for name, each in zip(names, recorded, strict=True)}
         found = infer({**feed, **given})
         for mine, theirs in zip(outputs, found, strict=False):
-            worst = max(worst, _worst(iter([_deviation(mine, theirs, feed, graph.per_token)])))
+            worst = max(
+                worst, _worst(iter([_deviation(mine, theirs, feed, graph.outputs.per_token)]))
+            )
         for name, rounded in zip(names, found[len(outputs) :], strict=True):
             flipped += int((given[_given(name)] != rounded).sum())
             count += rounded.size

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor
-from transformers import (
+from transformers import AutoConfig, (
     AutoModel,
     AutoModelForQuestionAnswering,
     BertConfig,
@@ -16,7 +16,6 @@ from transformers import (
     PreTrainedModel,
 )
 
-import bert_pack
 from bert.attention import fuse_attention
 from bert.packed import PackedBertForQuestionAnswering, PackedBertModel, merge
 from bert_pack import (
@@ -399,4 +398,4 @@ def test_more_than_the_teacher_has(text: str, said: str) -> None:
 
 
 def test_packed_model_type_is_registered() -> None:
-    assert bert_pack.AutoConfig.for_model("packed_bert").model_type == "packed_bert"
+    assert AutoConfig.for_model("packed_bert").model_type == "packed_bert"

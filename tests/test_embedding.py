@@ -34,7 +34,7 @@ from tasks import embedding, embedding_loss, texts
 from tasks.embedding_loss import EmbeddingLoss, HardNegatives, LossCfg
 from tasks.hidden_states import StateLoss
 from tasks.texts import Pairs, Texts
-from training import loop
+from training import machine
 
 LENGTH = 160
 
@@ -543,7 +543,7 @@ def test_figures_are_of_the_delivered_weights_in_fp32(
     base: Path, sample: Path, tmp_path: Path, monkeypatch: Any, capfd: pytest.CaptureFixture
 ) -> None:
     """Trained in bf16, which any CPU can; evaluated again from the folder in FP32."""
-    monkeypatch.setattr(loop, "this_cpu", lambda: Cpu("a CPU", ("bf16",)))
+    monkeypatch.setattr(machine, "this_cpu", lambda: Cpu("a CPU", ("bf16",)))
     trained, again = tmp_path / "trained", tmp_path / "again"
     # So many questions and contexts that bf16 ranks some of them otherwise.
     data = [f"--squad_dev_data={sample / 'train-v1.1.json'}"]

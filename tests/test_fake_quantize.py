@@ -21,6 +21,7 @@ from transformers import BertConfig, BertForQuestionAnswering
 
 import bert_pack
 from bert.attention import fuse_attention
+from bert.packed import PackedBertForQuestionAnswering, merge
 from int8 import calibration, fake_quantize, quantizers
 from int8.settings import NncfConfig
 from int8.weight_range import WeightRange, hold_in_use, use_seven_bits
@@ -211,8 +212,8 @@ def model_of(packed: bool) -> nn.Module:
     torch.manual_seed(0)
     if packed:
         cfg = bert_pack.parse_pack_cfg("num_hidden_layers:2,num_attention_heads:2,hidden_size:16")
-        student = packed.PackedBertForQuestionAnswering(bert_pack.packed_config(config, cfg))
-        return packed.merge(student)
+        student = PackedBertForQuestionAnswering(bert_pack.packed_config(config, cfg))
+        return merge(student)
     return BertForQuestionAnswering(config)
 
 

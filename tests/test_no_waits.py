@@ -248,7 +248,7 @@ def test_a_learned_temperature_is_not_read() -> None:
 def test_passes_of_a_gpu_are_as_large_as_may_be(
     order: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(embedding, "PASS_TOKENS", 4000)
+    monkeypatch.setattr(texts, "PASS_TOKENS", 4000)
     lengths = np.sort(np.random.default_rng(0).integers(3, 385, 500))[::order]
     passes = texts.split_passes(lengths, 4, RUN.accelerator)
     assert np.concatenate(passes).tolist() == list(range(500))

@@ -24,24 +24,25 @@ from cli import UserError
 from deploy import cpu, int8_file, onnx_check, onnx_file
 from deploy.int8_file import PAIR_LIMIT
 from deploy.onnx_file import QA_OUTPUTS
-from int8 import calibration, quantizers, settings
+from int8 import calibration, quantizers
+from int8.settings import NncfConfig, read_nncf_config
 from int8.weight_range import WeightRange, least_scale
 from squad_utils import INPUTS
 from tasks import qa
 
 LENGTH = 24
 Feed = dict[str, np.ndarray]
-Made = Callable[..., settings.NncfConfig]
+Made = Callable[..., NncfConfig]
 
 
 @pytest.fixture
 def settings(tmp_path: Path) -> Made:
     """Settings of --nncf_config, read from a file with these keys."""
 
-    def make(**keys: object) -> settings.NncfConfig:
+    def make(**keys: object) -> NncfConfig:
         path = tmp_path / "nncf_config.json"
         path.write_text(json.dumps({"model_type": "transformer", "preset": "mixed", **keys}))
-        return settings.read_nncf_config(str(path))
+        return read_nncf_config(str(path))
 
     return make
 
@@ -93,7 +94,7 @@ def worst_case() -> BertForQuestionAnswering:
     return model
 
 
-def quantized(model: torch.nn.Module, config: settings.NncfConfig) -> torch.nn.Module:
+def quantized(model: torch.nn.Module, config: NncfConfig) -> torch.nn.Module:
     return calibration.calibrate(copy.deepcopy(model), config, [tensors(feed())])
 
 
