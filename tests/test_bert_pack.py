@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor
-from transformers import AutoConfig, (
+from transformers import (
+    AutoConfig,
     AutoModel,
     AutoModelForQuestionAnswering,
     BertConfig,

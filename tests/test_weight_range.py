@@ -19,6 +19,7 @@ from hypothesis.extra import numpy as arrays
 from nncf.quantization.algorithms.fast_bias_correction.algorithm import FastBiasCorrection
 from transformers import BertConfig, BertForQuestionAnswering
 
+from bert import model_folder
 from bert.attention import fuse_attention
 from cli import UserError
 from deploy import cpu, int8_file, onnx_check, onnx_file
@@ -433,10 +434,10 @@ def test_a_folder_of_the_full_range_says_so_where_it_matters(
         del config["weight_range"]
         path.write_text(json.dumps(config))
     for features, matters in ((("avx2", "vnni"), False), (("avx2",), True), ((), True)):
-        monkeypatch.setattr(quantizers, "this_cpu", lambda f=features: cpu.Cpu("a CPU", f))
+        monkeypatch.setattr(model_folder, "this_cpu", lambda f=features: cpu.Cpu("a CPU", f))
         base = fuse_attention(BertForQuestionAnswering.from_pretrained(tmp_path), plain=True)
         loaded = quantizers.load_quantizers(base, str(tmp_path), "--model_student")
-        quantizers.warn_of_overflow(loaded, "--model_student folder")
+        model_folder.warn_of_overflow(loaded, "--model_student folder")
         lines = capfd.readouterr().err.splitlines()
         told = [line for line in lines if "INT8 weights use the full range" in line]
         assert len(told) == (matters and kind != WeightRange.PAIRS)
