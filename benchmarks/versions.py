@@ -55,6 +55,7 @@ def main() -> None:
     add("--precision", default="auto")
     add("--steps", type=number(int, LEFT_OUT + 1), default=12, help="of a training")
     add("--rounds", type=number(int, 1), default=3)
+    add("--only", choices=TRAININGS, help="one training; all if left out")
     args = parser.parse_args()
     work = Path(args.work_dir)
     shutil.rmtree(work, ignore_errors=True)
@@ -84,7 +85,7 @@ def main() -> None:
     print(f"{this_cpu().name}, {args.rounds} rounds of {args.steps} steps\n", flush=True)
     print("| training | before, tokens/s | now, tokens/s | now / before, by round |")
     print("|---|---|---|---|", flush=True)
-    for name in TRAININGS:
+    for name in [args.only] if args.only else TRAININGS:
         rates: dict[Path, list[float]] = {Path(args.before).resolve(): [], ROOT: []}
         for number_of_round in range(args.rounds):
             order = list(rates) if number_of_round % 2 == 0 else list(rates)[::-1]
