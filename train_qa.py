@@ -7,6 +7,7 @@ predictions, curves. The same command again goes on where it was stopped.
 from __future__ import annotations
 
 import argparse
+import functools
 import signal
 
 signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends the seconds of imports without a word
@@ -14,7 +15,7 @@ signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends the seconds of impor
 
 from cli import ArgumentParser, run_main
 from tasks import TASKS, QaTask
-from training.fine_tuning import add_fine_tuning_arguments, fine_tune
+from training import fine_tuning
 from training.flags import (
     GROUPS,
     TRAINING,
@@ -22,11 +23,13 @@ from training.flags import (
     add_run_arguments,
     not_negative,
 )
+from training.loop import train
+from training.machine import in_half
 
 
 def parse_arguments() -> argparse.Namespace:
     parser = ArgumentParser(GROUPS, description=__doc__.splitlines()[0])
-    add_fine_tuning_arguments(parser, teacher="QA model")
+    fine_tuning.add_fine_tuning_arguments(parser, teacher="QA model")
     parser.group(TRAINING).add_argument(
         "--kd_weight", type=not_negative, default=1.0, metavar="WEIGHT",
         help="weight of the cross-entropy with the teacher's distributions of start and"
@@ -37,7 +40,22 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def main() -> None:
-    fine_tune(parse_arguments(), QaTask, TASKS)
+    args = parse_arguments()
+    job = fine_tuning.check(args, QaTask, TASKS)
+    if job is None:  # the output folder has its results
+        return
+    run, student, teacher = fine_tuning.load(job)
+    student = fine_tuning.add_quantizers(job, run, student)
+    guide = None if teacher is None else in_half(teacher, run.accelerator)
+    loss, batches = job.task.fine_tuning(run, guide, job.state_maps)
+    # What INT8 arithmetic gives is that of FP32 with rounding, not that of bf16.
+    evaluation = functools.partial(job.task.evaluation, precise=job.quantized)
+    for stage in fine_tuning.stages_to_go(job, run):
+        fine_tuning.select_trained(student, stage, args.freeze_list)
+        train(run, student, stage, batches, loss, evaluation, keep=job.best_by)
+    if job.best_by:
+        run.load_best(student)
+    fine_tuning.deliver(job, run, student, teacher)
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ curves. The same command again goes on where it was stopped.
 from __future__ import annotations
 
 import argparse
+import functools
 import signal
 
 signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends the seconds of imports without a word
@@ -16,7 +17,7 @@ from bert.embedding import POOLERS, POOLINGS
 from cli import ArgumentParser, UserError, number, run_main
 from tasks import TASKS, EmbeddingTask
 from tasks.embedding_loss import parse_loss_cfg
-from training.fine_tuning import add_fine_tuning_arguments, fine_tune
+from training import fine_tuning
 from training.flags import (
     DATA,
     GROUPS,
@@ -27,11 +28,13 @@ from training.flags import (
     add_run_arguments,
     positive,
 )
+from training.loop import train
+from training.machine import in_half
 
 
 def parse_arguments() -> argparse.Namespace:
     parser = ArgumentParser(GROUPS, description=__doc__.splitlines()[0])
-    add_fine_tuning_arguments(parser, teacher="embedding model")
+    fine_tuning.add_fine_tuning_arguments(parser, teacher="embedding model")
     add = parser.group(MODELS).add_argument
     add("--pooling", choices=POOLINGS,
         help="embed the state of [CLS] or the mean of all states (default: as the model's"
@@ -72,7 +75,21 @@ def main() -> None:
         raise UserError(
             f"--loss_cfg: emb_loss:{cfg.emb_loss} needs a teacher: --supervision_weight over 0"
         )
-    fine_tune(args, EmbeddingTask, TASKS)
+    job = fine_tuning.check(args, EmbeddingTask, TASKS)
+    if job is None:  # the output folder has its results
+        return
+    run, student, teacher = fine_tuning.load(job)
+    student = fine_tuning.add_quantizers(job, run, student)
+    guide = None if teacher is None else in_half(teacher, run.accelerator)
+    loss, batches = job.task.fine_tuning(run, guide, job.state_maps)
+    # What INT8 arithmetic gives is that of FP32 with rounding, not that of bf16.
+    evaluation = functools.partial(job.task.evaluation, precise=job.quantized)
+    for stage in fine_tuning.stages_to_go(job, run):
+        fine_tuning.select_trained(student, stage, args.freeze_list)
+        train(run, student, stage, batches, loss, evaluation, keep=job.best_by)
+    if job.best_by:
+        run.load_best(student)
+    fine_tuning.deliver(job, run, student, teacher)
 
 
 if __name__ == "__main__":

@@ -388,7 +388,8 @@ def test_number_far_too_large(
     # Either it means something, such as a batch of all there is, or it is an error of one line.
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(
-            "training.fine_tuning.train", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt)
+            "training.loop.Training.__init__",
+            lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt),
         )
         code = call(train_qa_command(tiny_bert, few, tmp_path / "out", *SMALL, flag))
     assert code in (2, 130)

@@ -6,11 +6,9 @@ import argparse
 import contextlib
 import dataclasses
 import difflib
-import functools
 import os
 import shutil
-from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -37,9 +35,9 @@ from int8.settings import NncfConfig, read_nncf_config
 from squad_utils import INPUTS
 from training import flags, results
 from training.flags import check_arguments, claim_output_dir, not_negative, open_run, rate
-from training.loop import Stage, constant_rate, train
-from training.machine import in_half, make_accelerator, use_all_gpus
-from training.passes import Batches, LossFunction, to_device
+from training.loop import Stage, constant_rate
+from training.machine import make_accelerator, use_all_gpus
+from training.passes import to_device
 from training.run import CHECKPOINTS, Run
 
 QUANTIZER_RATE = 0.01  # learning rate of the quantizers' ranges while nothing else trains
@@ -96,20 +94,52 @@ def plan_stages(args: argparse.Namespace) -> list[Stage]:
     return [replace(stage, number=i + 1, count=len(plan)) for i, stage in enumerate(plan)]
 
 
-def check_models(
-    args: argparse.Namespace, task_class: Any, every: tuple[Any, ...]
-) -> tuple[Any, nn.ModuleList | None]:
-    """The student's tokenizer, and the maps of a merged student's states.
+@dataclass(frozen=True)
+class Job:
+    """What the flags ask for, checked.
 
-    A packed student that is to learn hidden states in FP32 becomes the one before merging.
+    Attributes:
+        task: with its files read.
+        state_maps: of a merged student's states, where it has them.
+        settings: of quantization, or None.
+        arguments: all that tells this run from another.
+        found: what the output folder holds, as `claim_output_dir` says.
+    """
+
+    args: argparse.Namespace
+    task: Any
+    tokenizer: Any
+    state_maps: nn.ModuleList | None
+    settings: NncfConfig | None
+    arguments: dict[str, Any]
+    found: str
+
+    @property
+    def quantized(self) -> bool:
+        """Whether the student has quantizers, or is to get them."""
+        return self.settings is not None or is_quantized(self.args.model_student)
+
+    @property
+    def best_by(self) -> str | None:
+        """The figure by which weights are kept, or None to keep the last."""
+        return self.task.best_by if self.args.keep == "best" else None
+
+
+def check(args: argparse.Namespace, task_class: Any, every: tuple[Any, ...]) -> Job | None:
+    """Check all that a user may have got wrong, before anything takes long.
+
+    Args:
+        every: all tasks, to tell a model of another one.
+
+    Returns:
+        None if the output folder has the results of this very command.
 
     Raises:
-        UserError: student or teacher are missing, of another task, or do not fit each other.
+        UserError: for the first mistake found.
     """
-    supervised, quantized = args.supervision_weight > 0, is_quantized(args.model_student)
-    if supervised and not quantized and not args.nncf_config:
-        args.model_student = unmerged_folder(args.model_student)
-    config = check_model(args.model_student, "--model_student", args.max_seq_length_c)
+    check_arguments(args)
+    student = student_folder(args)
+    config = check_model(student, "--model_student", args.max_seq_length_c)
     architecture = (config.architectures or [""])[0]
     task_class.check(architecture, args.model_student, "--model_student", every)
     if args.nncf_config and getattr(config, "merged", True) is False:
@@ -117,125 +147,116 @@ def check_models(
             f"--model_student: {args.model_student} is packed but not merged; quantize the folder"
             " that it lies in"
         )
-    tokenizer = load_tokenizer(args.model_student, "--model_student", config)
+    tokenizer = load_tokenizer(student, "--model_student", config)
     if args.dropout and config.model_type != "bert":
         raise UserError(f"--dropout: {args.model_student} is packed and has none; leave it out")
-    merged = getattr(config, "merged", False)
-    state_maps = load_state_maps(args.model_student, config) if merged else None
-    if supervised:
+    state_maps = None
+    if getattr(config, "merged", False):
+        state_maps = load_state_maps(student, config)
+    if args.supervision_weight > 0:
         teacher = check_model(args.model_teacher, "--model_teacher", args.max_seq_length_c)
         architecture = (teacher.architectures or [""])[0]
         task_class.check(architecture, args.model_teacher, "--model_teacher", every)
         check_teacher(args.model_teacher, teacher, config, tokenizer, state_maps is not None)
-    return tokenizer, state_maps
-
-
-def fine_tune(args: argparse.Namespace, task_class: Any, every: tuple[Any, ...]) -> None:
-    """Fine-tune --model_student for a task, quantized where --nncf_config says so, and export it.
-
-    Args:
-        task_class: the task.
-        every: all tasks, to tell a model of another one.
-    """
-    check_arguments(args)
-
-    # All that a user may have got wrong comes before anything that takes long.
-    tokenizer, state_maps = check_models(args, task_class, every)
     task = task_class(args)
-    arguments = {**vars(args), **task.hashes()}
-    settings = None
+    arguments, settings = {**vars(args), **task.hashes()}, None
     if args.nncf_config:
         settings = check_nncf_config(args.nncf_config, args.model_student, task.auto_class)
         arguments["nncf"] = settings.raw
     found = claim_output_dir(args, arguments)
     if found == "finished":
-        return
+        return None
+    return Job(args, task, tokenizer, state_maps, settings, arguments, found)
+
+
+def student_folder(args: argparse.Namespace) -> str:
+    """Where --model_student is loaded from: a packed one that is to learn hidden states in FP32 is
+    the one before merging."""
+    taught = args.supervision_weight > 0 and not args.nncf_config
+    if taught and not is_quantized(args.model_student):
+        return unmerged_folder(args.model_student)
+    return args.model_student
+
+
+def load(job: Job) -> tuple[Run, PreTrainedModel, PreTrainedModel | None]:
+    """On all GPUs: open the run, and load its student and, if it has one, its teacher."""
+    args, task = job.args, job.task
     use_all_gpus(args.no_cuda)
-
     accelerator = make_accelerator(args.precision, args.no_cuda, args.seed)
-    student = load_model(args.model_student, "--model_student", task.auto_class)
+    student = load_model(student_folder(args), "--model_student", task.auto_class)
     task.apply_flags(student)
-    task.tokenize(tokenizer)
-    run = open_run(accelerator, args, arguments, found)
-    evaluation = task.make_evaluation(run)
+    task.tokenize(job.tokenizer)
+    run = open_run(accelerator, args, job.arguments, job.found)
+    task.make_evaluation(run)
     frozen = freeze(student, args.freeze_list)
-    teacher = None
-    if args.supervision_weight > 0:
-        teacher = load_teacher(args.model_teacher, task.auto_class, accelerator.device)
-        if state_maps is not None:
-            state_maps.to(accelerator.device)
-    quantized = is_quantized(args.model_student)
-    if settings and quantized:
-        quantizers.hold_weight_range(student, settings.weight_range)
-        run.say(
-            f"--model_student {args.model_student} is quantized already: training goes on, with"
-            f" weight_range {settings.weight_range}"
-        )
-    elif settings:
-        student, quantized = quantize(run, student, settings, task), True
-        frozen = freeze(student, args.freeze_list)  # another model, which quantizers belong to
-    set_dropout(fuse_attention(student), args.dropout)
     run.say(f"{task.describe()}; {run.machine()}; {frozen / 1e6:.1f} M parameters frozen")
-    # What INT8 arithmetic gives is that of FP32 with rounding, not that of bf16.
-    evaluate = functools.partial(evaluation, precise=quantized)
-    taught_by = None if teacher is None else in_half(teacher, accelerator)
-    loss, batches = task.fine_tuning(run, taught_by, state_maps)
-    train_stages(run, args, task, student, batches, loss, evaluate)
-    unmerged = None
-    if getattr(student.config, "merged", True) is False:
-        unmerged, student = student, merge(student)
-    # Of the weights that are delivered, in FP32 as the exported file computes.
-    figures = evaluation(student.to(accelerator.device), precise=True)
-    others = task.score_in_teacher_index(student, teacher) if teacher is not None else {}
-
-    stages = ("fp32", "calibrated", "ranges", "weights", "fine-tuning") if quantized else ()
-    delivery = results.Delivery(
-        models={"": student, **({UNMERGED: unmerged} if unmerged is not None else {})},
-        figures=figures,
-        others=others,
-        stages=stages,
-        kept={"kept": figures},
-        more={"int8": quantizers.what_is_int8(student.cpu())} if quantized else {},
-        made="quantized to INT8 on" if quantized else "fine-tuned on",
-        state_maps=state_maps if quantized else None,
-    )
-    results.deliver(run, task, tokenizer, delivery)
+    if not args.supervision_weight:
+        return run, student, None
+    if job.state_maps is not None:
+        job.state_maps.to(accelerator.device)
+    return run, student, load_teacher(args.model_teacher, task.auto_class, accelerator.device)
 
 
-def train_stages(
-    run: Run,
-    args: argparse.Namespace,
-    task: Any,
-    student: PreTrainedModel,
-    batches: Batches,
-    loss: LossFunction,
-    evaluate: Callable[[nn.Module], dict[str, float]],
-) -> None:
-    """Train the student through the stages, from where the newest state is; keep the best."""
-    plan, position = plan_stages(args), run.position()
+def add_quantizers(job: Job, run: Run, student: PreTrainedModel) -> PreTrainedModel:
+    """The student with calibrated quantizers, if --nncf_config asks for them; ready to train."""
+    if job.settings and is_quantized(job.args.model_student):
+        hold_weight_range(student, job.settings.weight_range)
+        run.say(
+            f"--model_student {job.args.model_student} is quantized already: training goes on, with"
+            f" weight_range {job.settings.weight_range}"
+        )
+    elif job.settings:
+        student = quantize(run, student, job.settings, job.task)
+    set_dropout(fuse_attention(student), job.args.dropout)
+    return student
+
+
+def stages_to_go(job: Job, run: Run) -> list[Stage]:
+    """The stages of the run, from that of its newest state on."""
+    plan, position = plan_stages(job.args), run.position()
     if position:
         names = [stage.name for stage in plan]
         plan = plan[names.index(position["stage"]) :]
-    for stage in plan:
-        if stage.name == "ranges":
-            quantizers.select_ranges(student)
-        else:
-            freeze(student, args.freeze_list)
-        train(
-            run,
-            student,
-            stage,
-            batches,
-            loss,
-            evaluate,
-            keep=task.best_by if args.keep == "best" else None,
-        )
-    if args.keep == "best":
-        run.load_best(student)
+    return plan
+
+
+def select_trained(student: PreTrainedModel, stage: Stage, freeze_list: str) -> None:
+    """Let train what the stage trains: the ranges of quantizers alone, or what is not frozen."""
+    if stage.name == "ranges":
+        quantizers.select_ranges(student)
+    else:
+        freeze(student, freeze_list)
+
+
+def deliver(job: Job, run: Run, student: PreTrainedModel, teacher: PreTrainedModel | None) -> None:
+    """Evaluate what is delivered, in FP32 as the exported file computes; save, export, describe it.
+
+    A packed student that has learned hidden states is merged for that, and saved before it as well.
+    """
+    task, models = job.task, {}
+    if getattr(student.config, "merged", True) is False:
+        models[UNMERGED], student = student, merge(student)
+    models[""] = student
+    figures = task.evaluation(student.to(run.accelerator.device), precise=True)
+    others = {} if teacher is None else task.score_in_teacher_index(student, teacher)
+    names = ("fp32", "calibrated", "ranges", "weights", "fine-tuning")
+    delivery = results.Delivery(
+        models=models,
+        figures=figures,
+        others=others,
+        stages=names if job.quantized else (),
+        kept={"kept": figures},
+        more={"int8": quantizers.what_is_int8(student.cpu())} if job.quantized else {},
+        made="quantized to INT8 on" if job.quantized else "fine-tuned on",
+        state_maps=job.state_maps if job.quantized else None,
+    )
+    results.deliver(run, task, job.tokenizer, delivery)
 
 
 # ------------------------------------------------------------------------------------------------
 # What trains
+
+
 def freeze(model: nn.Module, freeze_list: str, flag: str = "--freeze_list") -> int:
     """Exclude parameters from training whose name has one of the listed substrings.
 
@@ -272,6 +293,9 @@ def set_dropout(model: nn.Module, probability: float) -> None:
         if isinstance(module, nn.Dropout):
             module.p = probability
 
+
+# ------------------------------------------------------------------------------------------------
+# Quantization
 
 CALIBRATED = "calibrated"  # in CHECKPOINTS: the quantized model as calibration leaves it
 
