@@ -26,7 +26,7 @@ from transformers.activations import ACT2FN
 
 from bert import embedding  # noqa: F401 - its models are known to the Auto classes with it
 from bert.packed import PACKED_CLASSES, PackedBertConfig, PackedBertModel, PackedLayer
-from cli import UserError
+from cli import UserError, key_values, one_of, whole
 
 
 # ------------------------------------------------------------------------------------------------
@@ -54,61 +54,37 @@ class PackCfg:
     hidden_act: str = "orig"
 
 
-_LOWEST = {"num_hidden_layers": 1, "ff_iter_num": 0, "num_attention_heads": 1, "hidden_size": 2}
+def activation(text: str) -> str:
+    """A kind for `key_values`: the name of an activation."""
+    if text != "orig" and text not in ACT2FN:
+        close = difflib.get_close_matches(text, ACT2FN, n=3, cutoff=0.4) or sorted(ACT2FN)
+        raise ValueError(f"an activation: orig (the teacher's) or one of {', '.join(close)}")
+    return text
 
 
-_HIGHEST = {"ff_iter_num": 64}  # the others have theirs in the teacher
+PACK_KINDS: dict[str, Callable[[str], Any]] = {
+    "num_hidden_layers": whole(1),
+    "ff_iter_num": whole(0, 64),
+    "num_attention_heads": whole(1),
+    "hidden_size": whole(2),
+    "pack_emb": one_of(0, 1),
+    "hidden_act": activation,
+}
 
 
 def parse_pack_cfg(text: str) -> PackCfg:
-    """Parse "key:value,key:value"; a key that is left out keeps its default.
+    """The value of --pack_cfg; a key that is left out keeps its default.
 
     Raises:
-        UserError: an unknown key or activation, a value of the wrong type or out of range, a key
-            given twice, a hidden size that the heads do not divide.
+        UserError: as `cli.key_values`; a hidden size that the heads do not divide.
     """
-    defaults = vars(PackCfg())
-    values: dict[str, Any] = {}
-    for item in text.split(","):
-        key, colon, value = (part.strip() for part in item.partition(":"))
-        if key not in defaults or not colon:
-            close = difflib.get_close_matches(key, defaults, n=1)
-            raise UserError(
-                f"--pack_cfg: {item.strip()!r} is not key:value with a key of"
-                f" {', '.join(defaults)}" + (f"; did you mean {close[0]}?" if close else "")
-            )
-        if key in values:
-            raise UserError(f"--pack_cfg: {key} is given twice")
-        if key == "hidden_act":
-            if value != "orig" and value not in ACT2FN:
-                close = difflib.get_close_matches(value, ACT2FN, n=3, cutoff=0.4)
-                raise UserError(
-                    f"--pack_cfg: {value!r} is not an activation; orig (the teacher's) or one of"
-                    f" {', '.join(close or sorted(ACT2FN))}"
-                )
-            values[key] = value
-        elif key == "pack_emb":
-            if value not in ("0", "1"):
-                raise UserError(f"--pack_cfg: pack_emb:{value} is neither 0 nor 1")
-            values[key] = int(value)
-        else:
-            whole = value.isascii() and value.isdigit() and len(value) <= 6
-            if not whole or not _LOWEST[key] <= int(value) <= _HIGHEST.get(key, int(value)):
-                most = f" and at most {_HIGHEST[key]}" if key in _HIGHEST else ""
-                raise UserError(
-                    f"--pack_cfg: {key}:{value[:20]} is not a whole number of at least"
-                    f" {_LOWEST[key]}{most}"
-                )
-            values[key] = int(value)
-    cfg = PackCfg(**values)
-    if cfg.hidden_size % cfg.num_attention_heads:
-        heads = cfg.num_attention_heads
-        near = sorted(
-            {max(1, cfg.hidden_size // heads) * heads, -(-cfg.hidden_size // heads) * heads}
-        )
+    cfg = PackCfg(**key_values(text, "--pack_cfg", PACK_KINDS))
+    heads, size = cfg.num_attention_heads, cfg.hidden_size
+    if size % heads:
+        near = sorted({max(1, size // heads) * heads, -(-size // heads) * heads})
         raise UserError(
-            f"--pack_cfg: hidden_size:{cfg.hidden_size} is not divisible by"
-            f" num_attention_heads:{heads}; the nearest that are: {' and '.join(map(str, near))}"
+            f"--pack_cfg: hidden_size:{size} is not divisible by num_attention_heads:{heads}; the"
+            f" nearest that are: {' and '.join(map(str, near))}"
         )
     return cfg
 
@@ -167,7 +143,7 @@ def pack(
     teacher: PreTrainedModel,
     cfg: PackCfg,
     batches: Sequence[dict[str, Tensor]],
-    tell: Callable[[int, int], None] | None = None,
+    report: Callable[[int, int], None] | None = None,
     *,
     bf16: bool = False,
 ) -> PreTrainedModel:
@@ -189,7 +165,7 @@ def pack(
         teacher: a fine-tuned BERT in FP32.
         batches: the sample, inputs [B, L] on the teacher's device. Without any, maps and packed
             weights stay random (normal, 0.02); tables and head are the teacher's all the same.
-        tell: called with a layer's number and how many there are, before it is packed.
+        report: called with a layer's number and how many there are, before it is packed.
         bf16: let models compute in bfloat16; sums over the sample stay in FP32.
     """
     student = PACKED_CLASSES[type(teacher)](packed_config(teacher.config, cfg))
@@ -214,8 +190,8 @@ def pack(
     state = _pack_embeddings(packed, sample, target, directions, regress)
     depth, n = teacher.config.num_hidden_layers, cfg.num_hidden_layers
     for i in range(n):
-        if tell:
-            tell(i + 1, n)
+        if report:
+            report(i + 1, n)
         skipped, original = depth * i // n, depth * (i + 1) // n - 1
         with torch.no_grad():
             for layer in bert.encoder.layer[skipped:original]:
@@ -370,7 +346,7 @@ def _pack_embeddings(
         with torch.no_grad():
             _fit_norm(
                 embeddings.LayerNorm,
-                embeddings.sum(**sample.inputs),
+                embeddings.summed(**sample.inputs),
                 target @ directions.to(target.dtype),
             )
     with torch.no_grad():

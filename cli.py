@@ -11,7 +11,7 @@ import os
 import signal
 import sys
 import textwrap
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NoReturn
 
 
@@ -175,6 +175,63 @@ def number(
         if not (above and value <= high) or value == float("inf"):
             raise argparse.ArgumentTypeError(f"{text!r} is not {limits}")
         return value
+
+    return parse
+
+
+def did_you_mean(given: str, known: Iterable[str]) -> str:
+    """What to say of a name that is not known: the nearest that is, or all that are."""
+    names = list(known)
+    close = difflib.get_close_matches(given, names, n=1)
+    return f"did you mean {close[0]}?" if close else f"known are {', '.join(names)}"
+
+
+def key_values(text: str, flag: str, kinds: dict[str, Callable[[str], Any]]) -> dict[str, Any]:
+    """The values of a flag's "key:value,key:value".
+
+    Args:
+        kinds: for each key that there is, the function from a text to its value. It raises a
+            ValueError that says what the text should be.
+
+    Raises:
+        UserError: a key that is not known or given twice; a value that is not of its kind.
+    """
+    values: dict[str, Any] = {}
+    for item in text.split(","):
+        key, colon, value = (part.strip() for part in item.partition(":"))
+        if key not in kinds or not colon:
+            hint = did_you_mean(key, kinds)
+            raise UserError(f"{flag}: {item.strip()!r} is not key:value with a known key; {hint}")
+        if key in values:
+            raise UserError(f"{flag}: {key} is given twice")
+        try:
+            values[key] = kinds[key](value)
+        except ValueError as error:
+            raise UserError(f"{flag}: {key}:{value[:20]} is not {error}") from None
+    return values
+
+
+def whole(low: int, high: int | None = None) -> Callable[[str], int]:
+    """A kind for `key_values`: a whole number of six digits at most, in [low, high]."""
+    limits = f"a whole number of at least {low}" + ("" if high is None else f" and at most {high}")
+
+    def parse(text: str) -> int:
+        digits = text.isascii() and text.isdigit() and len(text) <= 6
+        if not digits or not low <= int(text) <= (high or int(text)):
+            raise ValueError(limits)
+        return int(text)
+
+    return parse
+
+
+def one_of(*values: Any) -> Callable[[str], Any]:
+    """A kind for `key_values`: one of some values, written as `str` writes it."""
+    texts = {str(value): value for value in values}
+
+    def parse(text: str) -> Any:
+        if text not in texts:
+            raise ValueError(f"one of {', '.join(texts)}")
+        return texts[text]
 
     return parse
 

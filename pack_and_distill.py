@@ -330,11 +330,11 @@ def pack_student(
         run.say(f"packing: fitting weights to the teacher's states on {SAMPLE_WINDOWS} windows")
         sample = [to_device(batch, device) for batch in task.sample(SAMPLE_WINDOWS)]
 
-    def tell(layer: int, count: int) -> None:
+    def report(layer: int, count: int) -> None:
         run.stop_if_asked()
         run.say(f"packing layer {layer} of {count}")
 
-    return bert_pack.pack(model.to(device), cfg, sample, tell, bf16=run.precision == "bf16")
+    return bert_pack.pack(model.to(device), cfg, sample, report, bf16=run.precision == "bf16")
 
 
 def measure_importance(
@@ -446,21 +446,21 @@ def main() -> None:
     run = open_run(accelerator, args, arguments, found)
     run.say(f"{task.describe()}; {run.machine()}")
     evaluation = task.make_evaluation(run)
-    run.evaluate_once("teacher", lambda: evaluation(teacher, precise=True))
+    run.evaluate_once("teacher", lambda: evaluation(teacher, fp32=True))
     anew = run.position() is None
     student = pack_student(args, cfg, task, run, anew)
     student.copy_head(teacher)  # which reads the states that the student learns
     if anew:
-        run.evaluate_once("packed", lambda: evaluation(student, precise=True))
+        run.evaluate_once("packed", lambda: evaluation(student, fp32=True))
     plan = plan_stages(args, cfg.num_hidden_layers)
     plan = number_stages(plan, task.num_examples)
     guide = in_half(teacher, accelerator)
     student = distill(run, task, student, guide, plan, cfg.num_attention_heads, args.keep).eval()
 
     # In FP32, since folding maps away rounds otherwise.
-    unmerged = evaluation(student, precise=True)
+    unmerged = evaluation(student, fp32=True)
     merged = merge(student)
-    figures = evaluation(merged.to(accelerator.device), precise=True)
+    figures = evaluation(merged.to(accelerator.device), fp32=True)
     run.evaluate_once("merged", lambda: figures)
     names = ("teacher", "packed", *(part.stage.name for part in plan))
     grown = grow_seconds(results.stage_table(run, names, {}))

@@ -49,7 +49,7 @@ def main() -> None:
     guide = None if teacher is None else in_half(teacher, run.accelerator)
     loss, batches = job.task.fine_tuning(run, guide, job.state_maps)
     # What INT8 arithmetic gives is that of FP32 with rounding, not that of bf16.
-    evaluation = functools.partial(job.task.evaluation, precise=job.quantized)
+    evaluation = functools.partial(job.task.evaluation, fp32=job.quantized)
     for stage in fine_tuning.stages_to_go(job, run):
         fine_tuning.select_trained(student, stage, args.freeze_list)
         train(run, student, stage, batches, loss, evaluation, keep=job.best_by)

@@ -21,7 +21,7 @@ from squad_utils import (
     load_squad,
 )
 from tasks.embedding import ranks, retrieval_figures
-from tasks.embedding_loss import distance
+from tasks.embedding_loss import all_distances
 from tasks.texts import Texts, make_pairs
 
 
@@ -68,9 +68,9 @@ def main() -> None:
     for path in args.ir:
         both = zip((pairs.questions, pairs.contexts), lengths, strict=True)
         vectors[path] = [in_openvino(path, texts, length) for texts, length in both]
-    wanted = distance(*vectors["PyTorch"])
+    wanted = all_distances(*vectors["PyTorch"])
     for name, (questions, contexts) in vectors.items():
-        found = distance(questions, contexts)
+        found = all_distances(questions, contexts)
         figures = retrieval_figures(ranks(questions[pairs.question], contexts, own))
         same = (found.argmin(dim=1) == wanted.argmin(dim=1)).double().mean() * 100
         print(

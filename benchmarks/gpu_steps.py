@@ -228,7 +228,7 @@ def measure_int8(bench: Bench) -> dict[str, Any]:
     names = ("input_ids", "attention_mask", "token_type_ids", "position_ids")
     samples = [{name: each[name].to(bench.device) for name in names} for each in samples]
     config = settings.read_nncf_config(str(ROOT / "nncf_config.json"))
-    original = fuse_attention(bench.packed(merged=True), plain=True).eval()
+    original = fuse_attention(bench.packed(merged=True), separate_products=True).eval()
     calibration.check_scope(config, original)
     quantized = calibration.calibrate(original, config, samples).to(bench.device)
     for model in (plain, quantized):

@@ -78,7 +78,7 @@ def main() -> None:
     rest = (torch.ones_like(ids), torch.zeros_like(ids), torch.arange(LENGTH).expand_as(ids))
     batch = dict(zip(INPUTS, (ids, *rest), strict=True))
     settings = read_nncf_config(os.path.join(ROOT, "nncf_config.json"))
-    int8 = fuse_attention(copy.deepcopy(model), plain=True)
+    int8 = fuse_attention(copy.deepcopy(model), separate_products=True)
     int8 = calibration.calibrate(int8, settings, [{key: batch[key][:1] for key in batch}])
     batch = {name: each.to(device) for name, each in batch.items()}
 

@@ -100,7 +100,7 @@ def export_random(folder: str) -> dict[str, str]:
             model.set_attn_implementation("eager")
         int8 = name.endswith("INT8")
         if int8:
-            model = fuse_attention(model, plain=True)
+            model = fuse_attention(model, separate_products=True)
             calibration.check_scope(nncf_config, model)
             model = calibration.calibrate(model, nncf_config, [sample] * 2)
             quantizers.make_exportable(model)

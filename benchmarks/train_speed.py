@@ -49,7 +49,7 @@ from bert.model_folder import load_config, load_model, load_tokenizer
 from cli import ArgumentParser, UserError, number, run_main, warn
 from squad_utils import SquadData, Windows, load_squad
 from tasks import qa
-from tasks.squad_scores import own_scorer
+from tasks.squad_scores import built_in_scorer
 from training.fine_tuning import freeze, set_dropout
 from training.loop import Stage, train
 from training.machine import PRECISIONS, make_accelerator, pick_precision
@@ -575,7 +575,7 @@ def measure_f1(
         run = TimingRun(new_accelerator(args), evaluation_dir)
         lengths = (args.max_seq_length_q, args.max_seq_length_c, args.doc_stride)
         dev_windows = qa.make_windows(dev_data, tokenizer, *lengths, for_training=False)
-        evaluation = qa.QaEvaluation(run, dev_data, dev_windows, own_scorer, 16)
+        evaluation = qa.QaEvaluation(run, dev_data, dev_windows, built_in_scorer, 16)
         figures = evaluation(fuse_attention(model))
     questions = len(train_data.ids)
     return {

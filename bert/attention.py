@@ -22,7 +22,7 @@ def attend(
     heads: int,
     mask: Tensor | None,
     dropout: float = 0.0,
-    plain: bool = False,
+    separate_products: bool = False,
 ) -> Tensor:
     """Scaled-dot-product attention (Vaswani et al., 2017, eq. 1).
 
@@ -38,7 +38,7 @@ def attend(
         mask: [B, 1, 1 or L, L]; bool, True for tokens and False for padding (all rows alike), or
             a float that is added to the scores; or None. Or int32 [1, 1, 1, 2 B + 1]: `segments`.
         dropout: probability with which a weight is dropped.
-        plain: two products on a GPU too, for the quantizers of their inputs.
+        separate_products: two products on a GPU too, for the quantizers of their inputs.
 
     Returns:
         [B, L, A].
@@ -54,7 +54,7 @@ def attend(
     # Each [B, heads, L, head_size].
     query, key, value = (part.unflatten(-1, (heads, head_size)).transpose(1, 2) for part in parts)
     on_cpu = query.device.type == "cpu"
-    if plain or (on_cpu and (torch.is_grad_enabled() or torch.jit.is_tracing())):
+    if separate_products or (on_cpu and (torch.is_grad_enabled() or torch.jit.is_tracing())):
         scores = torch.matmul(query * head_size**-0.5, key.transpose(2, 3))
         # Always one multiplication, one addition, two products, whatever the mask is: quantizers
         # know an operation by its place among those of its kind.
@@ -123,7 +123,7 @@ def _give_mask(bert: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -
     if mask is None or mask.dim() != 2 or mask.device.type == "cpu":
         return None
     attention = bert.encoder.layer[0].attention.self
-    masked = attention.plain or (attention.training and attention.dropout.p > 0)
+    masked = attention.separate_products or (attention.training and attention.dropout.p > 0)
     head_size = attention.query.out_features // attention.heads
     return args, {**kwargs, "attention_mask": mask_for(mask, head_size, masked)}
 
@@ -136,9 +136,9 @@ class FusedSelfAttention(nn.Module):
     three times as wide; but quantizers need the three, whose weights are parameters.
     """
 
-    def __init__(self, original: nn.Module, plain: bool = False) -> None:
+    def __init__(self, original: nn.Module, separate_products: bool = False) -> None:
         super().__init__()
-        self.plain = plain
+        self.separate_products = separate_products
         self.query, self.key, self.value = original.query, original.key, original.value
         self.dropout = original.dropout
         self.heads = original.num_attention_heads
@@ -149,21 +149,21 @@ class FusedSelfAttention(nn.Module):
     ) -> tuple[Tensor, None]:
         """hidden_states [B, L, H]; attention_mask as in `attend`. Returns [B, L, H]."""
         parts = (self.query, self.key, self.value)
-        if self.plain:
+        if self.separate_products:
             qkv = [part(hidden_states) for part in parts]
         else:
             weight = torch.cat([part.weight for part in parts])
             bias = torch.cat([part.bias for part in parts])
             qkv = F.linear(hidden_states, weight, bias).chunk(3, dim=-1)
         dropout = self.dropout.p if self.training else 0.0
-        return attend(qkv, self.heads, attention_mask, dropout, self.plain), None
+        return attend(qkv, self.heads, attention_mask, dropout, self.separate_products), None
 
 
-def fuse_attention(model: PreTrainedModel, plain: bool = False) -> PreTrainedModel:
+def fuse_attention(model: PreTrainedModel, separate_products: bool = False) -> PreTrainedModel:
     """Make a BERT's attention fast, and return it; a packed BERT's is so already.
 
     Args:
-        plain: one operation for each product, as quantizers need them.
+        separate_products: one operation for each product, as quantizers need them.
     """
     encoder = model.base_model
     if model.config.model_type == "bert":
@@ -171,8 +171,8 @@ def fuse_attention(model: PreTrainedModel, plain: bool = False) -> PreTrainedMod
         if not isinstance(encoder.encoder.layer[0].attention.self, FusedSelfAttention):
             encoder.register_forward_pre_hook(_give_mask, with_kwargs=True)
             for layer in encoder.encoder.layer:
-                layer.attention.self = FusedSelfAttention(layer.attention.self, plain)
+                layer.attention.self = FusedSelfAttention(layer.attention.self, separate_products)
     else:
         for layer in encoder.layers:
-            layer.plain_attention |= plain
+            layer.separate_products |= separate_products
     return model

@@ -180,7 +180,9 @@ def load_model(name: str, flag: str, auto_class: Any, quiet: bool = False) -> Pr
         reason = (str(error).strip() or repr(error)).splitlines()[0]
         raise UserError(f"{flag}: the weights of {name} do not load: {reason}") from None
     if is_quantized(name):
-        model = quantizers.load_quantizers(fuse_attention(model, plain=True), name, flag)
+        model = quantizers.load_quantizers(
+            fuse_attention(model, separate_products=True), name, flag
+        )
         if not quiet:
             warn_of_overflow(model, f"{flag} {name}")
     if is_main_process() and not quiet:

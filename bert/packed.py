@@ -81,10 +81,10 @@ class PackedEmbeddings(nn.Module):
 
     def forward(self, input_ids: Tensor, token_type_ids: Tensor, position_ids: Tensor) -> Tensor:
         """int64 [B, L] each."""
-        states = self.LayerNorm(self.sum(input_ids, token_type_ids, position_ids))
+        states = self.LayerNorm(self.summed(input_ids, token_type_ids, position_ids))
         return states if self.sum_map is None else self.sum_map(states)
 
-    def sum(self, input_ids: Tensor, token_type_ids: Tensor, position_ids: Tensor) -> Tensor:
+    def summed(self, input_ids: Tensor, token_type_ids: Tensor, position_ids: Tensor) -> Tensor:
         """What LayerNorm reads."""
         words = self.word_embeddings(input_ids)
         positions = self.position_embeddings(position_ids)
@@ -102,7 +102,7 @@ class PackedLayer(nn.Module):
         super().__init__()
         h, attention_size = config.hidden_size, config.num_attention_heads * config.head_size
         self.heads, self.stacked = config.num_attention_heads, config.ff_iter_num > 0
-        self.plain_attention = False  # see attention.fuse_attention
+        self.separate_products = False  # see attention.fuse_attention
         self.qkv = nn.Linear(h, 3 * attention_size)
         self.attention_output = nn.Linear(attention_size, h)
         self.attention_norm = nn.LayerNorm(h, config.layer_norm_eps)
@@ -123,7 +123,7 @@ class PackedLayer(nn.Module):
     def context(self, states: Tensor, mask: Tensor | None) -> Tensor:
         """The heads' outputs side by side, [B, L, heads x head size]."""
         parts = self.qkv(states).chunk(3, dim=-1)
-        return attend(parts, self.heads, mask, plain=self.plain_attention)
+        return attend(parts, self.heads, mask, separate_products=self.separate_products)
 
     def after_attention(self, states: Tensor) -> Tensor:
         return self.output_norm(states + self.feed(states))
@@ -194,7 +194,7 @@ class PackedBertModel(PackedBertPreTrainedModel):
         if position_ids is None:
             position_ids = torch.arange(input_ids.shape[1], device=input_ids.device)[None]
         if attention_mask is not None and attention_mask.dim() == 2:
-            masked = self.layers[0].plain_attention
+            masked = self.layers[0].separate_products
             attention_mask = mask_for(attention_mask, self.config.head_size, masked)
         states = [self.embeddings(input_ids, token_type_ids, position_ids)]
         for layer in self.layers[:num_layers]:

@@ -42,7 +42,7 @@ Infer = Callable[[dict[str, np.ndarray]], tuple[np.ndarray, ...]]
 
 
 @dataclass(frozen=True)
-class Exported:
+class OnnxModel:
     """An exported model with what is needed to feed it.
 
     Attributes:
@@ -65,7 +65,7 @@ class Exported:
 
 def load_exported(
     folder: str, flag: str, kind: str, script: str, outputs: Sequence[str], runtime: Runtime
-) -> Exported:
+) -> OnnxModel:
     """Load model.onnx, tokenizer.json and metrics.json of an output folder.
 
     Args:
@@ -111,7 +111,7 @@ def load_exported(
     if in_openvino and runtime.precision == "f32" and this_cpu().has_bf16:
         tell(f"{flag} {folder} runs in f32; --runtime_precision=default is faster and less exact")
     ids = (tokenizer.token_to_id(token) for token in ("[CLS]", "[SEP]", "[PAD]"))
-    return Exported(
+    return OnnxModel(
         path,
         opened.compile,
         opened.length,
@@ -145,7 +145,7 @@ OVERFLOWS = ", overflows"  # in `arithmetic`: integer sums that may be wrong
 
 @dataclass(frozen=True)
 class _Opened:
-    """A file in a runtime: names of its outputs, declared length; the rest as in `Exported`."""
+    """A file in a runtime: names of its outputs, declared length; the rest as in `OnnxModel`."""
 
     outputs: list[str]
     length: int

@@ -75,7 +75,7 @@ def answer(model: str, name: str) -> None:
         *batches(16),
         "--freeze_list=embedding",
         "--learning_rate=3e-4",
-        "--num_train_epochs=3",
+        "--num_train_epochs=2.7",
     )
     ask(f"--model={tuned}", "--context=examples/article.txt")
     step(

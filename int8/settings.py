@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import enum
 import json
 import re
@@ -15,7 +14,7 @@ import nncf.torch
 from nncf.common.quantization.structs import QuantizationPreset, QuantizationScheme
 from nncf.quantization.advanced_parameters import AdvancedQuantizationParameters
 
-from cli import UserError
+from cli import UserError, did_you_mean
 from int8.weight_range import WeightRange
 
 # ------------------------------------------------------------------------------------------------
@@ -127,11 +126,9 @@ def _weight_range(arguments: dict[str, Any], path: str) -> WeightRange:
 
 def _check_keys(raw: dict[str, Any], known: typing.Iterable[str], path: str, where: str) -> None:
     """Raise a UserError for the first key that is not known."""
-    known = list(known)
     for key in raw:
         if key not in known:
-            close = difflib.get_close_matches(key, known, n=1)
-            hint = f"did you mean {close[0]}?" if close else f"known are {', '.join(known)}"
+            hint = did_you_mean(key, known)
             raise UserError(f"--nncf_config: {path}: unknown key {where}{key}; {hint}")
 
 

@@ -82,7 +82,7 @@ class EmbEvaluation:
         self.run, self.pairs, self.contexts, self.batch_size = run, pairs, contexts, batch_size
 
     def __call__(
-        self, model: nn.Module, precise: bool = False, index_model: nn.Module | None = None
+        self, model: nn.Module, fp32: bool = False, index_model: nn.Module | None = None
     ) -> dict[str, float]:
         """`top_1` ... `top_200` and `mrr`, in percent; each text is encoded once.
 
@@ -92,7 +92,7 @@ class EmbEvaluation:
 
         def vectors(of: nn.Module, texts: Texts) -> Tensor:
             every = np.arange(len(texts))
-            return encode(self.run, of, texts, every, self.batch_size, precise, may_stop=True)
+            return encode(self.run, of, texts, every, self.batch_size, fp32, may_stop=True)
 
         contexts = vectors(index_model or model, self.contexts)
         questions = vectors(model, self.pairs.questions)
@@ -232,7 +232,7 @@ class EmbeddingTask(Task):
         self, student: nn.Module, teacher: nn.Module
     ) -> dict[str, dict[str, float]]:
         """Retrieval of the student's questions among the teacher's contexts."""
-        return {"teacher_index": self.evaluation(student, precise=True, index_model=teacher)}
+        return {"teacher_index": self.evaluation(student, fp32=True, index_model=teacher)}
 
     def batches(self, step_size: int) -> TextBatches:
         """Batches of the training file's texts."""

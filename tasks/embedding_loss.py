@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import difflib
+import contextlib
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 import squad_utils
 from bert.embedding import EmbeddingOutput
-from cli import UserError
+from cli import UserError, key_values, one_of
 from squad_utils import INPUTS
 from tasks.hidden_states import state_errors
 from tasks.texts import Pairs, Texts, encode, split_passes
@@ -51,44 +51,31 @@ class LossCfg:
     temperature: float | None = None
 
 
-LOSS_VALUES = {
-    "triplet_num": ("0", "1", "2"),
-    "emb_loss": ("none", "L1", "L2"),
-    "in_batch": ("0", "1"),
+def temperature(text: str) -> float | None:
+    """A kind for `key_values`: a number over 0, or None for "learned"."""
+    if text == "learned":
+        return None
+    with contextlib.suppress(ValueError):
+        if 0 < float(text) < float("inf"):
+            return float(text)
+    raise ValueError("a number over 0, or learned")
+
+
+LOSS_KINDS: dict[str, Callable[[str], Any]] = {
+    "triplet_num": one_of(0, 1, 2),
+    "emb_loss": one_of("none", "L1", "L2"),
+    "in_batch": one_of(0, 1),
+    "temperature": temperature,
 }
 
 
 def parse_loss_cfg(text: str) -> LossCfg:
-    """Parse "key:value,key:value"; a key that is left out keeps its default.
+    """The value of --loss_cfg; a key that is left out keeps its default.
 
     Raises:
-        UserError: an unknown key or value, a key given twice, or nothing is left of the loss.
+        UserError: as `cli.key_values`, or nothing is left of the loss.
     """
-    known = (*LOSS_VALUES, "temperature")
-    values: dict[str, Any] = {}
-    for item in text.split(","):
-        key, _, value = (each.strip() for each in item.partition(":"))
-        if key not in known:
-            close = difflib.get_close_matches(key, known, n=1)
-            hint = f"did you mean {close[0]}?" if close else f"keys are {', '.join(known)}"
-            raise UserError(f"--loss_cfg: {item.strip()!r} has no known key; {hint}")
-        if key in values:
-            raise UserError(f"--loss_cfg: {key} is given twice")
-        if key == "temperature":
-            try:
-                values[key] = None if value == "learned" else float(value)
-            except ValueError:
-                values[key] = 0.0
-            if values[key] is not None and not 0 < values[key] < float("inf"):
-                raise UserError(
-                    f"--loss_cfg: temperature:{value} is neither learned nor a number over 0"
-                )
-        elif value not in LOSS_VALUES[key]:
-            raise UserError(
-                f"--loss_cfg: {key}:{value} is not one of {', '.join(LOSS_VALUES[key])}"
-            )
-        else:
-            values[key] = value if key == "emb_loss" else int(value)
+    values = key_values(text, "--loss_cfg", LOSS_KINDS)
     cfg = LossCfg(**values)
     if not cfg.triplet_num and not cfg.in_batch:
         raise UserError("--loss_cfg: triplet_num:0 leaves no loss without in_batch:1")
@@ -116,7 +103,7 @@ class HardNegatives:
     win by moving away together.
 
     Attributes:
-        found: pair -> context, of the present step.
+        negative_of: pair -> context, of the present step.
         in_batch: losses [Q] of the present step's pairs, and gradients in their questions,
             contexts and mined ones, [Q, H] each, on the device; None without in_batch.
         row: pair -> row of `in_batch`.
@@ -138,7 +125,7 @@ class HardNegatives:
         self.alpha, self.seed, self.cfg = alpha, seed, cfg
         self.kept: deque[tuple[np.ndarray, Tensor]] = deque(maxlen=history)
         self.temperature: float | Tensor | None = cfg.temperature
-        self.found: dict[int, int] = {}
+        self.negative_of: dict[int, int] = {}
         self.in_batch: tuple[Tensor, Tensor, Tensor, Tensor] | None = None
         self.row: dict[int, int] = {}
 
@@ -150,7 +137,7 @@ class HardNegatives:
         self.kept.appendleft((drawn, self._encode(model, pairs.contexts, drawn)))
         questions = self._encode(model, pairs.questions, pairs.question[chosen])
         candidates = np.concatenate([ids for ids, _ in self.kept])
-        self.found = self._nearest(chosen, candidates, self._distances(questions))
+        self.negative_of = self._nearest(chosen, candidates, self._distances(questions))
         if self.cfg.in_batch:
             self.in_batch = self._softmax(model, chosen, questions)
             self.row = {int(pair): row for row, pair in enumerate(chosen)}
@@ -160,7 +147,9 @@ class HardNegatives:
 
     def _distances(self, questions: Tensor) -> Tensor:
         """Of each question to all candidates, with their age."""
-        parts = [distance(questions, v) * self.alpha**age for age, (_, v) in enumerate(self.kept)]
+        parts = [
+            all_distances(questions, v) * self.alpha**age for age, (_, v) in enumerate(self.kept)
+        ]
         return torch.cat(parts, dim=1)
 
     def _nearest(
@@ -189,7 +178,7 @@ class HardNegatives:
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """-log softmax of -distance / temperature at each question's own context, and gradients."""
         pairs, count = self.pairs, len(chosen)
-        mined = [self.found[int(pair)] for pair in chosen]
+        mined = [self.negative_of[int(pair)] for pair in chosen]
         texts, place = np.unique([*pairs.context[chosen], *mined], return_inverse=True)
         contexts = self._encode(model, pairs.contexts, texts)
         questions.requires_grad_(), contexts.requires_grad_()
@@ -199,7 +188,7 @@ class HardNegatives:
         tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
         excluded, place, uses = to_device(tensors, questions.device).values()
         own = place[:count]
-        scores = (-distance(questions, contexts)).masked_fill(excluded, float("-inf"))
+        scores = (-all_distances(questions, contexts)).masked_fill(excluded, float("-inf"))
         if self.cfg.temperature is None:
             self.temperature = fit_temperature(scores.detach(), own, self.temperature)
         losses = F.cross_entropy(scores / self.temperature, own, reduction="none")
@@ -253,7 +242,7 @@ def fit_temperature(scores: Tensor, own: Tensor, now: float | Tensor | None) -> 
     return best if now is None else start * (best / start) ** 0.1
 
 
-def distance(a: Tensor, b: Tensor) -> Tensor:
+def all_distances(a: Tensor, b: Tensor) -> Tensor:
     """L2 distances of all pairs, [A, B], as one matrix product."""
     squares = a.square().sum(dim=1)[:, None] + b.square().sum(dim=1) - 2 * a @ b.T
     return squares.clamp_min(NEAR_ZERO).sqrt()
@@ -299,7 +288,7 @@ class PairBatches(Batches):
         """
         pairs, mined = self.pairs, self.negatives
         arrays = _named("q_", pairs.questions.batch(pairs.question[chosen]))
-        negatives = [mined.found[int(pair)] for pair in chosen]
+        negatives = [mined.negative_of[int(pair)] for pair in chosen]
         contexts = np.concatenate([pairs.context[chosen], negatives])
         lengths = pairs.contexts.total_lengths[contexts]
         order = np.argsort(lengths, kind="stable")
@@ -326,7 +315,7 @@ def _named(prefix: str, arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     return {prefix + name: array for name, array in arrays.items()}
 
 
-def part(batch: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+def inputs_of(batch: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
     """The inputs of questions ("q_") or of a group of contexts ("c0_", "c1_", ...)."""
     return {name: batch[prefix + name] for name in INPUTS}
 
@@ -363,26 +352,30 @@ class EmbeddingLoss:
         prefixes = ["q_"]
         while f"c{len(prefixes) - 1}_input_ids" in batch:
             prefixes.append(f"c{len(prefixes) - 1}_")
-        outputs = [model(**part(batch, each), output_hidden_states=taught) for each in prefixes]
+        outputs = [
+            model(**inputs_of(batch, each), output_hidden_states=taught) for each in prefixes
+        ]
         q = outputs[0].embedding.float()
         contexts = torch.cat([each.embedding.float() for each in outputs[1:]])
         c, n = contexts.index_select(0, batch["place"]).split(count)
         losses = {}
         if self.cfg.triplet_num:
-            losses["triplet"] = F.softplus(gap(q, c) - gap(q, n))
+            losses["triplet"] = F.softplus(row_distance(q, c) - row_distance(q, n))
             if self.cfg.triplet_num == 2:
-                losses["triplet"] = losses["triplet"] + F.softplus(gap(q, c) - gap(c, n))
+                losses["triplet"] = losses["triplet"] + F.softplus(
+                    row_distance(q, c) - row_distance(c, n)
+                )
         if self.cfg.in_batch:
             of_c, of_n = batch["gradient_c"].split(count)
             along = (batch["gradient_q"] * q + of_c * c + of_n * n).sum(dim=1)
             losses["in_batch"] = batch["in_batch"] + along - along.detach()
         if not taught:
             return losses
-        errors, distances = self._taught(part(batch, "q_"), outputs[0])
+        errors, distances = self._taught(inputs_of(batch, "q_"), outputs[0])
         for prefix, mine in zip(prefixes[1:], outputs[1:], strict=True):
             rows = batch.get(f"{prefix}rows")
             if rows is not None:  # the teacher is not asked for what is mined
-                error, distance = self._taught(part(batch, prefix), mine, rows)
+                error, distance = self._taught(inputs_of(batch, prefix), mine, rows)
                 errors = errors.index_add(0, batch[f"{prefix}pairs"], error)
                 distances = distances.index_add(0, batch[f"{prefix}pairs"], distance)
         losses["hidden_states"] = self.supervision_weight * errors
@@ -412,7 +405,7 @@ class EmbeddingLoss:
         return errors, norm(difference)
 
 
-def gap(a: Tensor, b: Tensor) -> Tensor:
+def row_distance(a: Tensor, b: Tensor) -> Tensor:
     """L2 distance of each row of a and of b, [B]."""
     return norm(a - b)
 

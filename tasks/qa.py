@@ -311,11 +311,11 @@ class QaEvaluation:
         self.predictions: dict[str, str] = {}
         self.no_answer_scores: dict[str, float] = {}
 
-    def __call__(self, model: nn.Module, precise: bool = False) -> dict[str, float]:
+    def __call__(self, model: nn.Module, fp32: bool = False) -> dict[str, float]:
         """Figures of the scorer: `f1` and `exact_match`, in percent.
 
         Args:
-            precise: compute in FP32 whatever the run's precision is.
+            fp32: compute in FP32 whatever the run's precision is.
         """
         accelerator = self.run.accelerator
         answers = squad_utils.Answers(self.data, self.windows)
@@ -327,7 +327,7 @@ class QaEvaluation:
             self.run.stop_if_asked()
             arrays = squad_utils.make_batch(self.windows, chosen)
             batch = {name: torch.from_numpy(array) for name, array in arrays.items()}
-            cast = contextlib.nullcontext() if precise else accelerator.autocast()
+            cast = contextlib.nullcontext() if fp32 else accelerator.autocast()
             with torch.inference_mode(), cast:
                 outputs = forward(model, to_device(batch, accelerator.device))
             start, end = outputs.start_logits.float().cpu(), outputs.end_logits.float().cpu()

@@ -110,7 +110,7 @@ def score_v2(
     return result
 
 
-def own_scorer(
+def built_in_scorer(
     data: SquadData, predictions: dict[str, str], no_answer: dict[str, float]
 ) -> dict[str, float]:
     """`score_v2` for data with unanswerable questions, `score_v1` for the rest."""
@@ -132,14 +132,14 @@ def load_scorer(script: str | None, data: SquadData) -> Scorer:
     """The function that scores predictions for `data`: the user's script's, or our own.
 
     Args:
-        script: an official evaluate-v1.1.py or evaluate-v2.0.py, or None for `own_scorer`.
+        script: an official evaluate-v1.1.py or evaluate-v2.0.py, or None for `built_in_scorer`.
 
     Raises:
         UserError: the script is missing, fails, has neither version's functions, or is v1.1's
             for data with unanswerable questions.
     """
     if script is None:
-        return own_scorer
+        return built_in_scorer
     flag = "--squad_eval_script"
     read_text(script, flag)
     spec = importlib.util.spec_from_file_location("squad_eval_script", script)

@@ -35,8 +35,8 @@ Arrays = dict[str, np.ndarray]
 class Evaluation(Protocol):
     """The figures of a model on the dev file, in percent."""
 
-    def __call__(self, model: nn.Module, precise: bool = False) -> dict[str, float]:
-        """`precise`: compute in FP32 whatever the run's precision is."""
+    def __call__(self, model: nn.Module, fp32: bool = False) -> dict[str, float]:
+        """`fp32`: compute in FP32 whatever the run's precision is."""
 
 
 @dataclass(frozen=True)

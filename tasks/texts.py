@@ -176,7 +176,7 @@ def encode(
     texts: Texts,
     chosen: np.ndarray,
     batch_size: int,
-    precise: bool = False,
+    fp32: bool = False,
     may_stop: bool = False,
 ) -> Tensor:
     """Vectors of texts[chosen], FP32 [len(chosen), H] on the device, the same on all processes.
@@ -186,7 +186,7 @@ def encode(
 
     Args:
         batch_size: texts in a pass; on a GPU the fewest, see `split_passes`.
-        precise: compute in FP32 whatever the run's precision is.
+        fp32: compute in FP32 whatever the run's precision is.
         may_stop: a signal stops the run between two batches, since nothing is to be saved.
     """
     accelerator = run.accelerator
@@ -203,7 +203,7 @@ def encode(
         batch = {name: torch.from_numpy(array) for name, array in arrays.items()}
         batch = to_device(batch, accelerator.device)
         rows = batch.pop("rows")
-        with contextlib.nullcontext() if precise else accelerator.autocast():
+        with contextlib.nullcontext() if fp32 else accelerator.autocast():
             embedding = model(**batch).embedding
         vectors.index_copy_(0, rows, embedding.float())
     model.train(was_training)

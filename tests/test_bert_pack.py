@@ -369,7 +369,7 @@ def test_pack_cfg_is_read() -> None:
         ("num_hidden_layers:0", "at least 1"),
         ("ff_iter_num:x", "at least 0"),
         ("num_attention_heads:0", "at least 1"),
-        ("pack_emb:2", "neither 0 nor 1"),
+        ("pack_emb:2", "pack_emb:2 is not one of 0, 1"),
         ("hidden_act:gleu", "gelu"),
         ("hidden_act:", "orig"),
         ("num_attention_heads:7,hidden_size:512", "511 and 518"),

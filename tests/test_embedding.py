@@ -258,12 +258,12 @@ def test_mining_against_a_slow_one(read: int, monkeypatch: pytest.MonkeyPatch) -
                     d = float((q - vector).norm()) * alpha**age
                     if i != pairs.context[pair] and not answers and d < best:
                         best, nearest = d, i
-            assert mining.found[int(pair)] == nearest
+            assert mining.negative_of[int(pair)] == nearest
     again = HardNegatives(running, pairs, 5, 2, history, alpha, 7, LossCfg())
     again.load_state_dict(mining.state_dict())
     mining(model, 6, chosen)
     again(model, 6, chosen)
-    assert again.found == mining.found
+    assert again.negative_of == mining.negative_of
 
 
 @pytest.mark.parametrize(("num", "emb_loss"), [(1, "none"), (2, "none"), (1, "L1"), (2, "L2")])
@@ -398,7 +398,7 @@ def test_softmax_is_over_the_whole_step() -> None:
         found += losses.tolist()
     gradient, model.table.grad = model.table.grad, None
 
-    mined = [mining.found[int(pair)] for pair in chosen]
+    mined = [mining.negative_of[int(pair)] for pair in chosen]
     candidates = sorted({*pairs.context[chosen], *mined})
     assert len(candidates) < 2 * len(chosen)  # some stand at several places
     total = []
@@ -437,7 +437,7 @@ def test_tokens_of_examples_are_those_of_their_batches() -> None:
     mining = HardNegatives(
         SimpleNamespace(accelerator=Accelerator(cpu=True)), pairs, 5, 2, 1, 1.0, 7, LossCfg()
     )
-    mining.found = {0: 4, 1: 1, 2: 2}  # as long as the pair's own
+    mining.negative_of = {0: 4, 1: 1, 2: 2}  # as long as the pair's own
     batches = embedding_loss.PairBatches(pairs, mining, 3, 0)
     for some in (np.array([0]), np.array([2, 1])):
         counted = int(batches.batch(0, some)["attention_mask"].sum())
@@ -449,7 +449,7 @@ def test_learned_temperature_fits_vectors_of_any_size() -> None:
     own = torch.arange(40)
     contexts = torch.randn(60, 8)
     questions = contexts[:40] + 0.6 * torch.randn(40, 8)
-    scores = -embedding_loss.distance(questions, contexts)
+    scores = -embedding_loss.all_distances(questions, contexts)
     first = float(embedding_loss.fit_temperature(scores, own, None))
 
     def loss(temperature: float) -> float:
@@ -493,7 +493,7 @@ def test_the_temperature_is_part_of_the_state() -> None:
         ("triplet:1", "did you mean triplet_num?"),
         ("triplet_num:3", "triplet_num:3 is not one of 0, 1, 2"),
         ("triplet_num:0", "leaves no loss"),
-        ("in_batch:1,temperature:0", "temperature:0 is neither learned nor a number over 0"),
+        ("in_batch:1,temperature:0", "temperature:0 is not a number over 0, or learned"),
         ("temperature:0.1", "temperature is of in_batch:1, which is not there"),
         ("emb_loss:l2", "emb_loss:l2 is not one of none, L1, L2"),
         ("triplet_num:1,triplet_num:2", "given twice"),

@@ -232,7 +232,7 @@ def quantized(packed: bool) -> nn.Module:
     advanced.smooth_quant_alphas.matmul = -1
     arguments = {"advanced_parameters": advanced}
     config = NncfConfig("a file", {}, arguments)
-    model = fuse_attention(model_of(packed), plain=True).eval()
+    model = fuse_attention(model_of(packed), separate_products=True).eval()
     return calibration.calibrate(model, config, [batch(1)])
 
 

@@ -261,7 +261,7 @@ def test_file_is_a_quarter_of_the_fp32_one(reading: Reading, tmp_path: Path) -> 
     sample = random_inputs(1, 64)
     sizes = []
     for int8 in (False, True):
-        exported = fuse_attention(model, plain=True)
+        exported = fuse_attention(model, separate_products=True)
         if int8:
             inputs = {name: torch.from_numpy(array) for name, array in sample.items()}
             exported = calibration.calibrate(exported, reading(SETTINGS), [inputs])
@@ -619,7 +619,7 @@ def test_file_of_nncf_before_3(reading: Reading) -> None:
 
 def small_model(teacher: Path) -> PreTrainedModel:
     model = load_model(str(teacher), "--model", AutoModelForQuestionAnswering, quiet=True)
-    return fuse_attention(model, plain=True).eval()
+    return fuse_attention(model, separate_products=True).eval()
 
 
 @pytest.mark.parametrize(

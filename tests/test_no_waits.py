@@ -223,7 +223,7 @@ def test_the_softmax_of_a_step_reads_nothing(
     of_cpu, chosen = mine(learned)
     negatives = HardNegatives(RUN, pairs, 12, 4, 2, 1.0, 0, learned)
     negatives.load_state_dict(of_cpu.state_dict())
-    negatives.found, negatives.row = of_cpu.found, of_cpu.row
+    negatives.negative_of, negatives.row = of_cpu.negative_of, of_cpu.row
     questions = torch.zeros(len(chosen), HIDDEN, device=META)
     model = make(BertForEmbedding).to(META)
     negatives.in_batch = negatives._softmax(model, chosen, questions)

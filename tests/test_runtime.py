@@ -242,13 +242,13 @@ def full(tmp_path: Path) -> str:
     return qa_folder(tmp_path / "full", WEIGHT)
 
 
-def load(folder: str, *asked: str) -> runtime.Exported:
+def load(folder: str, *asked: str) -> runtime.OnnxModel:
     outputs = ["output_s", "output_e"]
     wanted = runtime.Runtime(*asked)
     return runtime.load_exported(folder, "--model", "a QA model", "train_qa.py", outputs, wanted)
 
 
-def logits(model: runtime.Exported) -> np.ndarray:
+def logits(model: runtime.OnnxModel) -> np.ndarray:
     """The start's logits of each token of the vocabulary."""
     ids = np.zeros((1, LENGTH), np.int64)
     ids[0, : len(VOCABULARY)] = np.arange(len(VOCABULARY))

@@ -308,7 +308,7 @@ def test_the_v2_script_on_v1_data(scripts: dict[str, Path], tmp_path: Path) -> N
                     answer["text"] += " word"  # v2.0 takes an answer of articles alone as none
     data = as_file(tmp_path / "dev.json", articles)
     by_script = squad_scores.load_scorer(str(scripts["2.0"]), data)(data, predictions, no_answer)
-    own = squad_scores.own_scorer(data, predictions, no_answer)
+    own = squad_scores.built_in_scorer(data, predictions, no_answer)
     assert by_script["f1"] == pytest.approx(own["f1"], abs=1e-9)
     assert by_script["exact_match"] == pytest.approx(own["exact_match"], abs=1e-9)
 

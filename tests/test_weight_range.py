@@ -78,7 +78,7 @@ def small_bert(seed: int = 0) -> BertForQuestionAnswering:
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.15 * torch.randn_like(parameter))
-    return fuse_attention(model, plain=True).eval()
+    return fuse_attention(model, separate_products=True).eval()
 
 
 def worst_case() -> BertForQuestionAnswering:
@@ -263,7 +263,9 @@ def test_products_of_two_activations_hold_the_rule(settings: Made, tmp_path: Pat
     full, _ = file_of(quantized(small_bert(), settings(weight_range="full")), tmp_path / "f.onnx")
     assert int8_file.multiplies_activations(full)
     quantizers.save_quantized(model, str(tmp_path))
-    again = fuse_attention(BertForQuestionAnswering.from_pretrained(tmp_path), plain=True)
+    again = fuse_attention(
+        BertForQuestionAnswering.from_pretrained(tmp_path), separate_products=True
+    )
     again = quantizers.load_quantizers(again, str(tmp_path), "--model").eval()
     with torch.no_grad():
         first, second = (each(**tensors(feed(7))).start_logits for each in (model, again))
@@ -435,7 +437,9 @@ def test_a_folder_of_the_full_range_says_so_where_it_matters(
         path.write_text(json.dumps(config))
     for features, matters in ((("avx2", "vnni"), False), (("avx2",), True), ((), True)):
         monkeypatch.setattr(model_folder, "this_cpu", lambda f=features: cpu.Cpu("a CPU", f))
-        base = fuse_attention(BertForQuestionAnswering.from_pretrained(tmp_path), plain=True)
+        base = fuse_attention(
+            BertForQuestionAnswering.from_pretrained(tmp_path), separate_products=True
+        )
         loaded = quantizers.load_quantizers(base, str(tmp_path), "--model_student")
         model_folder.warn_of_overflow(loaded, "--model_student folder")
         lines = capfd.readouterr().err.splitlines()

@@ -237,7 +237,7 @@ def deliver(job: Job, run: Run, student: PreTrainedModel, teacher: PreTrainedMod
     if getattr(student.config, "merged", True) is False:
         models[UNMERGED], student = student, merge(student)
     models[""] = student
-    figures = task.evaluation(student.to(run.accelerator.device), precise=True)
+    figures = task.evaluation(student.to(run.accelerator.device), fp32=True)
     others = {} if teacher is None else task.score_in_teacher_index(student, teacher)
     names = ("fp32", "calibrated", "ranges", "weights", "fine-tuning")
     delivery = results.Delivery(
@@ -314,7 +314,7 @@ def check_nncf_config(path: str, model_name: str, auto_class: Any) -> NncfConfig
         )
     if not is_quantized(model_name):
         model = load_model(model_name, "--model_student", auto_class, quiet=True)
-        check_scope(config, fuse_attention(model, plain=True).eval())
+        check_scope(config, fuse_attention(model, separate_products=True).eval())
         _try_settings(config)
     return config
 
@@ -331,7 +331,7 @@ def _try_settings(config: NncfConfig) -> None:
     arguments = {**config.arguments, "ignored_scope": None}  # which is of another model
     sample = dict.fromkeys(INPUTS, torch.zeros(1, 8, dtype=torch.long))
     with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
-        model = fuse_attention(BertForQuestionAnswering(tiny), plain=True)
+        model = fuse_attention(BertForQuestionAnswering(tiny), separate_products=True)
         calibrate(model, dataclasses.replace(config, arguments=arguments), [sample])
 
 
@@ -343,8 +343,8 @@ def quantize(run: Run, model: PreTrainedModel, config: NncfConfig, task: Any) ->
     """
     device = run.accelerator.device
     folder = os.path.join(run.output_dir, CHECKPOINTS, CALIBRATED)
-    model = fuse_attention(model, plain=True).eval().to(device)
-    run.evaluate_once("fp32", lambda: task.evaluation(model, precise=True))
+    model = fuse_attention(model, separate_products=True).eval().to(device)
+    run.evaluate_once("fp32", lambda: task.evaluation(model, fp32=True))
     if run.main and not is_quantized(folder):
         samples = [to_device(sample, device) for sample in task.calibration(config.subset_size)]
         run.say(f"calibrating quantizers on {len(samples)} windows")
@@ -355,6 +355,6 @@ def quantize(run: Run, model: PreTrainedModel, config: NncfConfig, task: Any) ->
     run.accelerator.wait_for_everyone()
     quantized = load_model(folder, "--output_dir", task.auto_class, quiet=True).eval().to(device)
     hold_weight_range(quantized, config.weight_range)
-    run.evaluate_once("calibrated", lambda: task.evaluation(quantized, precise=True))
-    run.note(quantized, "calibrated", 0, run.evaluated("calibrated")[task.best_by])
+    run.evaluate_once("calibrated", lambda: task.evaluation(quantized, fp32=True))
+    run.keep_if_best(quantized, "calibrated", 0, run.evaluated("calibrated")[task.best_by])
     return quantized

@@ -218,7 +218,7 @@ class Training:
         record = {"stage": self.stage.name, "step": self.step, "epoch": epoch}
         run.log({**record, "evaluation": True, **figures})
         if keep:
-            run.note(self.model, self.stage.name, self.step, figures[keep])
+            run.keep_if_best(self.model, self.stage.name, self.step, figures[keep])
         run.say(f"after epoch {epoch:.4g}: {summary(figures)}")
         self.progress.resume()
         self.model.train()
@@ -341,7 +341,7 @@ def train(
     Args:
         evaluation: called after each epoch and at the end; its figures are logged.
         after_backward: called when a step's gradients are there, before they are used.
-        keep: the figure by which the best weights are kept, or None; see Run.note.
+        keep: the figure by which the best weights are kept, or None; see Run.keep_if_best.
 
     Raises:
         UserError: the loss or the gradient is not finite (or, of a stage that goes back, again and

@@ -292,7 +292,7 @@ class Run:
 
     # -- the best checkpoint
 
-    def note(self, model: nn.Module, stage: str, step: int, score: float) -> None:
+    def keep_if_best(self, model: nn.Module, stage: str, step: int, score: float) -> None:
         """Keep the model's weights if its score is the best so far."""
         if not self.main:
             return
