@@ -376,7 +376,7 @@ def distill(
     """
     accelerator, num_layers = run.accelerator, student.config.num_hidden_layers
     names = [part.stage.name for part in plan]
-    position = run.position()
+    position = run.states.position()
     first = names.index(position["stage"]) if position else -1
     pruned_at = names.index("heads") if "heads" in names else 0
     importance = HeadImportance(student, accelerator.device)
@@ -409,7 +409,7 @@ def distill(
         if measures:
             importance.remove()
     if keep == "best":
-        run.load_best(student)
+        run.states.load_best(student)
     return student
 
 
@@ -447,7 +447,7 @@ def main() -> None:
     run.say(f"{task.describe()}; {run.machine()}")
     evaluation = task.make_evaluation(run)
     run.evaluate_once("teacher", lambda: evaluation(teacher, fp32=True))
-    anew = run.position() is None
+    anew = run.states.position() is None
     student = pack_student(args, cfg, task, run, anew)
     student.copy_head(teacher)  # which reads the states that the student learns
     if anew:

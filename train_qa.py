@@ -54,7 +54,7 @@ def main() -> None:
         fine_tuning.select_trained(student, stage, args.freeze_list)
         train(run, student, stage, batches, loss, evaluation, keep=job.best_by)
     if job.best_by:
-        run.load_best(student)
+        run.states.load_best(student)
     fine_tuning.deliver(job, run, student, teacher)
 
 

@@ -32,7 +32,7 @@ from benchmarks.gpu_commands import COMMANDS, run_command
 from benchmarks.gpu_timing import REAL, TINY, Bench
 from cli import ArgumentParser, UserError, number, run_main, warn
 from training import passes
-from training.run import write_json
+from training.states import write_json
 
 STARTED = time.monotonic()
 PATIENCE = 4  # times a part's estimate, after which it is given up

@@ -186,9 +186,6 @@ class RandomBatches(Batches):
 class TimingRun(Run):
     """A run that keeps no states and says nothing."""
 
-    def save(self, position: dict[str, Any]) -> bool:
-        return True
-
     def say(self, text: str) -> None:
         pass
 

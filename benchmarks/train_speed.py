@@ -53,7 +53,8 @@ from tasks.squad_scores import built_in_scorer
 from training.fine_tuning import freeze, set_dropout
 from training.loop import Stage, train
 from training.machine import PRECISIONS, make_accelerator, pick_precision
-from training.run import Run, read_log, write_json
+from training.run import Run, read_log
+from training.states import write_json
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
@@ -146,11 +147,9 @@ class TimingRun(Run):
         super().__init__(
             accelerator, folder, {}, "new", save_minutes=1e9, log_steps=1, report_to="none"
         )
+        self.states.save = lambda position: True
         signal.signal(signal.SIGINT, signal.default_int_handler)
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
-
-    def save(self, position: dict[str, Any]) -> bool:
-        return True
 
     def say(self, text: str) -> None:
         pass

@@ -27,7 +27,8 @@ from tasks.squad_scores import Scorer, load_scorer
 from tasks.task import Rows, Task
 from training import results
 from training.passes import Batches, LossFunction, to_device
-from training.run import Run, write_json
+from training.run import Run
+from training.states import write_json
 
 
 # ------------------------------------------------------------------------------------------------

@@ -213,7 +213,7 @@ def add_quantizers(job: Job, run: Run, student: PreTrainedModel) -> PreTrainedMo
 
 def stages_to_go(job: Job, run: Run) -> list[Stage]:
     """The stages of the run, from that of its newest state on."""
-    plan, position = plan_stages(job.args), run.position()
+    plan, position = plan_stages(job.args), run.states.position()
     if position:
         names = [stage.name for stage in plan]
         plan = plan[names.index(position["stage"]) :]
@@ -356,5 +356,5 @@ def quantize(run: Run, model: PreTrainedModel, config: NncfConfig, task: Any) ->
     quantized = load_model(folder, "--output_dir", task.auto_class, quiet=True).eval().to(device)
     hold_weight_range(quantized, config.weight_range)
     run.evaluate_once("calibrated", lambda: task.evaluation(quantized, fp32=True))
-    run.keep_if_best(quantized, "calibrated", 0, run.evaluated("calibrated")[task.best_by])
+    run.states.keep_if_best(quantized, "calibrated", 0, run.evaluated("calibrated")[task.best_by])
     return quantized

@@ -168,9 +168,9 @@ class Training:
     def _resume(self) -> Progress:
         """Take up the newest state if it is of this stage; else start alike on all processes."""
         run, stage, earlier = self.run, self.stage, None
-        position = run.position()
+        position = run.states.position()
         if position and position["stage"] == stage.name:
-            run.restore()
+            run.states.restore()
             self.step, earlier = position["step"], position["progress"]
             self.divergence = Divergence(**position["divergence"])
             self.gradient.set_pass_tokens(position.get("pass_tokens", []))
@@ -199,7 +199,7 @@ class Training:
         """Save a state; False where that fails."""
         self.divergence.mark_good()
         self.saved_at = time.monotonic()
-        return self.run.save(
+        return self.run.states.save(
             {
                 "stage": self.stage.name,
                 "step": self.step,
@@ -218,7 +218,7 @@ class Training:
         record = {"stage": self.stage.name, "step": self.step, "epoch": epoch}
         run.log({**record, "evaluation": True, **figures})
         if keep:
-            run.keep_if_best(self.model, self.stage.name, self.step, figures[keep])
+            run.states.keep_if_best(self.model, self.stage.name, self.step, figures[keep])
         run.say(f"after epoch {epoch:.4g}: {summary(figures)}")
         self.progress.resume()
         self.model.train()
@@ -281,16 +281,16 @@ class Training:
             UserError: there is none, it is not to be, or it has been done often enough.
         """
         run, stage = self.run, self.stage
-        position = run.position()
+        position = run.states.position()
         if position and position["stage"] == stage.name and position["step"] == failed:
             # The newest state is what has just failed: only one before it can help.
-            position = run.position(before=1)
+            position = run.states.position(before=1)
             if position and position["stage"] == stage.name and stage.goes_back:
-                run.drop_newest()
+                run.states.drop_newest()
         there = stage.goes_back and position and position["stage"] == stage.name
         if not there or self.divergence.factor <= LOWEST_FACTOR:
             self.progress.close()
-            saved = run.position()
+            saved = run.states.position()
             kept = f"the state of step {saved['step']}" if saved else "no state yet"
             raise UserError(
                 f"at step {failed + 1} of {self.total_steps} the loss is {loss:g} and the"
@@ -306,7 +306,7 @@ class Training:
         saved = position["divergence"]
         good = good if saved["good"] is None else saved["good"]
         self.divergence = Divergence(recent=saved["recent"], good=good, factor=factor)
-        run.restore()
+        run.states.restore()
         self.step = position["step"]
         run.forget_after(stage.name, self.step)
         self.progress.go_back(self.step, position["progress"])
@@ -341,7 +341,7 @@ def train(
     Args:
         evaluation: called after each epoch and at the end; its figures are logged.
         after_backward: called when a step's gradients are there, before they are used.
-        keep: the figure by which the best weights are kept, or None; see Run.keep_if_best.
+        keep: the figure by which the best weights are kept, or None; see States.keep_if_best.
 
     Raises:
         UserError: the loss or the gradient is not finite (or, of a stage that goes back, again and

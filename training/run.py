@@ -1,4 +1,4 @@
-"""A run: the folder it owns, the states it can go on from, its log, the wish to stop it.
+"""A run: the folder it owns, its log, the wish to stop it.
 
 A run belongs to one command. From its start until its end, `checkpoints/` in its folder holds
 `run.json` (the command's arguments) and the last two states; `metrics.json` takes their place.
@@ -17,22 +17,14 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any, NoReturn
 
-import torch
 from accelerate import Accelerator
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
-from torch import nn
 from tqdm import tqdm
 
 from cli import Interrupted, UserError, warn
+from training.states import States, read_json, write_json
 
 CHECKPOINTS = "checkpoints"
-
-
-KEPT_STATES = 2
-
-
-BEST = "best"  # in CHECKPOINTS: the weights that scored best so far
 
 
 # Arguments that may change between the start of a run and its continuation.
@@ -101,7 +93,7 @@ def check_output_dir(output_dir: str, arguments: dict[str, Any], overwrite: bool
     # removed its states has both.
     for path, state in ((finished, "finished"), (unfinished, "unfinished")):
         if os.path.exists(path):
-            written = _read_json(path)
+            written = read_json(path)
             earlier = written.get("arguments", {})
             differing = [
                 f"{key} was {earlier.get(key)!r}, now {arguments.get(key)!r}"
@@ -130,39 +122,13 @@ def _passed(metrics: dict[str, Any]) -> bool:
     return bool(metrics.get("onnx_check", {}).get("passed", True))
 
 
-def _read_json(path: str) -> dict[str, Any]:
-    try:
-        with open(path, encoding="utf-8") as file:
-            return dict(json.load(file))
-    except (OSError, ValueError):
-        return {}
-
-
-def write_json(path: str, value: Any) -> None:
-    """Write JSON under a temporary name, then rename: the file is whole or it is not there."""
-    with open(f"{path}.tmp", "w", encoding="utf-8") as file:
-        json.dump(value, file, indent=1, ensure_ascii=False)
-        file.write("\n")
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(f"{path}.tmp", path)
-
-
-def _sync_folder(path: str) -> None:
-    """Bring a rename in a folder to the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 class Run:
-    """A run in progress: its folder, its saved states, its log, and the wish to stop it.
+    """A run in progress: its folder, its log, and the wish to stop it.
 
     Attributes:
         accelerator, output_dir: as given.
         main: whether this process writes and speaks.
+        states: what the run can go on from.
         stop_signal: the number of the signal that asked the run to stop, or 0.
         overwrite: whether the command, given again, would start from nothing.
     """
@@ -186,6 +152,7 @@ class Run:
         self.overwrite = bool(arguments.get("overwrite_output_dir"))
         self.started = time.time()
         self._checkpoints = os.path.join(output_dir, CHECKPOINTS)
+        self.states = States(accelerator, self._checkpoints, self.say)
         if self.main:
             self._lock()
             if state == "new":
@@ -289,118 +256,6 @@ class Run:
             self.log({"stage": stage, "step": 0, "epoch": 0.0, "evaluation": True, **figures})
             self.say(f"{stage}: {summary(figures)}")
             self.accelerator.wait_for_everyone()  # so that all can read the record
-
-    # -- the best checkpoint
-
-    def keep_if_best(self, model: nn.Module, stage: str, step: int, score: float) -> None:
-        """Keep the model's weights if its score is the best so far."""
-        if not self.main:
-            return
-        best = self.best()
-        if best is None or score > best["score"]:
-            folder = os.path.join(self._checkpoints, BEST)
-            shutil.rmtree(f"{folder}.tmp", ignore_errors=True)
-            os.makedirs(f"{folder}.tmp")
-            state = {name: value.clone().contiguous() for name, value in model.state_dict().items()}
-            try:
-                save_file(state, os.path.join(f"{folder}.tmp", "weights.safetensors"))
-                record = {"stage": stage, "step": step, "score": score}
-                write_json(os.path.join(f"{folder}.tmp", "position.json"), record)
-            except (OSError, SafetensorError) as error:
-                raise UserError(
-                    f"--output_dir: the best checkpoint cannot be kept in {folder} ({error}); the"
-                    " same command again goes on from the saved state, and --keep=last needs no"
-                    " room for it"
-                ) from None
-            shutil.rmtree(folder, ignore_errors=True)
-            os.rename(f"{folder}.tmp", folder)
-
-    def best(self) -> dict[str, Any] | None:
-        """`stage`, `step` and `score` of the best weights kept so far, or None."""
-        return _read_json(os.path.join(self._checkpoints, BEST, "position.json")) or None
-
-    def load_best(self, model: nn.Module) -> dict[str, Any] | None:
-        """Give a model the weights of the best checkpoint, and say which that is."""
-        self.accelerator.wait_for_everyone()
-        best = self.best()
-        if best:
-            path = os.path.join(self._checkpoints, BEST, "weights.safetensors")
-            model.load_state_dict(load_file(path))
-            self.say(f"kept: {best['stage']}, step {best['step']}, the best on dev")
-        return best
-
-    # -- states
-
-    def _states(self) -> list[str]:
-        """Complete states, oldest first; a kill may leave parts of one that was being removed."""
-        names = os.listdir(self._checkpoints) if os.path.isdir(self._checkpoints) else []
-        return sorted(
-            name
-            for name in names
-            if name.startswith("state-")
-            and os.path.exists(os.path.join(self._checkpoints, name, "position.json"))
-        )
-
-    def save(self, position: dict[str, Any]) -> bool:
-        """Save weights, optimizer, random generators and `position`; keep the last two states.
-
-        The state is written under a temporary name, brought to the disk and renamed. If that
-        fails (a full disk), the earlier states stay and the run goes on with a warning.
-        """
-        temporary = os.path.join(self._checkpoints, "saving")
-        if self.main:
-            shutil.rmtree(temporary, ignore_errors=True)
-            os.makedirs(temporary)
-        self.accelerator.wait_for_everyone()
-        problem = None
-        try:
-            self.accelerator.save_state(temporary)
-            if self.main:
-                write_json(os.path.join(temporary, "position.json"), position)
-                for name in os.listdir(temporary):
-                    with open(os.path.join(temporary, name), "rb") as file:
-                        os.fsync(file.fileno())
-        except Exception as error:  # each file format has its own error for a full disk
-            problem = (str(error).strip() or repr(error)).splitlines()[0]
-        failed = torch.tensor([float(problem is not None)], device=self.accelerator.device)
-        if self.accelerator.reduce(failed, reduction="sum").item():
-            if self.main:
-                shutil.rmtree(temporary, ignore_errors=True)
-                free = shutil.disk_usage(self._checkpoints).free
-                warn(
-                    f"the state at step {position['step']} could not be saved in"
-                    f" {self._checkpoints}, where {free / 1e6:,.0f} MB are free"
-                    f" ({problem or 'another process failed'}); the one before it stays"
-                )
-            return False
-        if self.main:
-            states = self._states()
-            number = int(states[-1].split("-")[1]) + 1 if states else 1
-            os.rename(temporary, os.path.join(self._checkpoints, f"state-{number:06d}"))
-            _sync_folder(self._checkpoints)
-            for old in states[: len(states) + 1 - KEPT_STATES]:
-                shutil.rmtree(os.path.join(self._checkpoints, old))
-        self.accelerator.wait_for_everyone()
-        return True
-
-    def position(self, before: int = 0) -> dict[str, Any] | None:
-        """The position of the newest state, or of one so many before it; None if there is none."""
-        states = self._states()
-        if len(states) <= before:
-            return None
-        return _read_json(os.path.join(self._checkpoints, states[-1 - before], "position.json"))
-
-    def drop_newest(self) -> None:
-        """Remove the newest state: the one before it takes its place."""
-        newest = os.path.join(self._checkpoints, self._states()[-1])
-        self.accelerator.wait_for_everyone()  # until all have seen which that is
-        if self.main:
-            shutil.rmtree(newest)
-        self.accelerator.wait_for_everyone()
-
-    def restore(self) -> None:
-        """Load the newest state into what the accelerator has prepared."""
-        self.accelerator.load_state(os.path.join(self._checkpoints, self._states()[-1]))
 
     def forget_after(self, stage: str, step: int) -> None:
         """Drop log records of work that the restored state has not seen: it is done again."""

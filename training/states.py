@@ -1,0 +1,174 @@
+"""The states that a run can go on from, and the best weights so far.
+
+A state is written under a temporary name, brought to the disk and renamed: it is whole or it is not
+there. The last two stay.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from cli import UserError, warn
+
+KEPT_STATES = 2
+BEST = "best"  # beside the states: the weights that scored best so far
+
+
+def read_json(path: str) -> dict[str, Any]:
+    """A JSON object; empty if there is none that can be read."""
+    try:
+        with open(path, encoding="utf-8") as file:
+            return dict(json.load(file))
+    except (OSError, ValueError):
+        return {}
+
+
+def write_json(path: str, value: Any) -> None:
+    """Write JSON under a temporary name, then rename: the file is whole or it is not there."""
+    with open(f"{path}.tmp", "w", encoding="utf-8") as file:
+        json.dump(value, file, indent=1, ensure_ascii=False)
+        file.write("\n")
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(f"{path}.tmp", path)
+
+
+def _sync_folder(path: str) -> None:
+    """Bring a rename in a folder to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+class States:
+    """The states in a folder.
+
+    Attributes:
+        folder: theirs.
+        main: whether this process writes.
+    """
+
+    def __init__(self, accelerator: Accelerator, folder: str, say: Callable[[str], None]) -> None:
+        """`say` prints a line."""
+        self.accelerator, self.folder, self.say = accelerator, folder, say
+        self.main = accelerator.is_main_process
+
+    def keep_if_best(self, model: nn.Module, stage: str, step: int, score: float) -> None:
+        """Keep the model's weights if its score is the best so far."""
+        if not self.main:
+            return
+        best = self.best()
+        if best is None or score > best["score"]:
+            folder = os.path.join(self.folder, BEST)
+            shutil.rmtree(f"{folder}.tmp", ignore_errors=True)
+            os.makedirs(f"{folder}.tmp")
+            state = {name: value.clone().contiguous() for name, value in model.state_dict().items()}
+            try:
+                save_file(state, os.path.join(f"{folder}.tmp", "weights.safetensors"))
+                record = {"stage": stage, "step": step, "score": score}
+                write_json(os.path.join(f"{folder}.tmp", "position.json"), record)
+            except (OSError, SafetensorError) as error:
+                raise UserError(
+                    f"--output_dir: the best checkpoint cannot be kept in {folder} ({error}); the"
+                    " same command again goes on from the saved state, and --keep=last needs no"
+                    " room for it"
+                ) from None
+            shutil.rmtree(folder, ignore_errors=True)
+            os.rename(f"{folder}.tmp", folder)
+
+    def best(self) -> dict[str, Any] | None:
+        """`stage`, `step` and `score` of the best weights kept so far, or None."""
+        return read_json(os.path.join(self.folder, BEST, "position.json")) or None
+
+    def load_best(self, model: nn.Module) -> dict[str, Any] | None:
+        """Give a model the weights of the best checkpoint, and say which that is."""
+        self.accelerator.wait_for_everyone()
+        best = self.best()
+        if best:
+            path = os.path.join(self.folder, BEST, "weights.safetensors")
+            model.load_state_dict(load_file(path))
+            self.say(f"kept: {best['stage']}, step {best['step']}, the best on dev")
+        return best
+
+    def _states(self) -> list[str]:
+        """Complete states, oldest first; a kill may leave parts of one that was being removed."""
+        names = os.listdir(self.folder) if os.path.isdir(self.folder) else []
+        return sorted(
+            name
+            for name in names
+            if name.startswith("state-")
+            and os.path.exists(os.path.join(self.folder, name, "position.json"))
+        )
+
+    def save(self, position: dict[str, Any]) -> bool:
+        """Save weights, optimizer, random generators and `position`; keep the last two states.
+
+        The state is written under a temporary name, brought to the disk and renamed. If that
+        fails (a full disk), the earlier states stay and the run goes on with a warning.
+        """
+        temporary = os.path.join(self.folder, "saving")
+        if self.main:
+            shutil.rmtree(temporary, ignore_errors=True)
+            os.makedirs(temporary)
+        self.accelerator.wait_for_everyone()
+        problem = None
+        try:
+            self.accelerator.save_state(temporary)
+            if self.main:
+                write_json(os.path.join(temporary, "position.json"), position)
+                for name in os.listdir(temporary):
+                    with open(os.path.join(temporary, name), "rb") as file:
+                        os.fsync(file.fileno())
+        except Exception as error:  # each file format has its own error for a full disk
+            problem = (str(error).strip() or repr(error)).splitlines()[0]
+        failed = torch.tensor([float(problem is not None)], device=self.accelerator.device)
+        if self.accelerator.reduce(failed, reduction="sum").item():
+            if self.main:
+                shutil.rmtree(temporary, ignore_errors=True)
+                free = shutil.disk_usage(self.folder).free
+                warn(
+                    f"the state at step {position['step']} could not be saved in"
+                    f" {self.folder}, where {free / 1e6:,.0f} MB are free"
+                    f" ({problem or 'another process failed'}); the one before it stays"
+                )
+            return False
+        if self.main:
+            states = self._states()
+            number = int(states[-1].split("-")[1]) + 1 if states else 1
+            os.rename(temporary, os.path.join(self.folder, f"state-{number:06d}"))
+            _sync_folder(self.folder)
+            for old in states[: len(states) + 1 - KEPT_STATES]:
+                shutil.rmtree(os.path.join(self.folder, old))
+        self.accelerator.wait_for_everyone()
+        return True
+
+    def position(self, before: int = 0) -> dict[str, Any] | None:
+        """The position of the newest state, or of one so many before it; None if there is none."""
+        states = self._states()
+        if len(states) <= before:
+            return None
+        return read_json(os.path.join(self.folder, states[-1 - before], "position.json"))
+
+    def drop_newest(self) -> None:
+        """Remove the newest state: the one before it takes its place."""
+        newest = os.path.join(self.folder, self._states()[-1])
+        self.accelerator.wait_for_everyone()  # until all have seen which that is
+        if self.main:
+            shutil.rmtree(newest)
+        self.accelerator.wait_for_everyone()
+
+    def restore(self) -> None:
+        """Load the newest state into what the accelerator has prepared."""
+        self.accelerator.load_state(os.path.join(self.folder, self._states()[-1]))
