@@ -28,9 +28,10 @@ from bert import embedding  # noqa: F401 - its models are known to the Auto clas
 from bert.packed import PACKED_CLASSES, PackedBertConfig, PackedBertModel, PackedLayer
 from cli import UserError, key_values, one_of, whole
 
-
 # ------------------------------------------------------------------------------------------------
 # The configuration
+
+
 @dataclass(frozen=True)
 class PackCfg:
     """What --pack_cfg says, checked by itself; `check_pack_cfg` checks it against a teacher.
@@ -127,6 +128,7 @@ def packed_config(teacher: PreTrainedConfig, cfg: PackCfg) -> PackedBertConfig:
 
 # ------------------------------------------------------------------------------------------------
 # Packing
+
 FIT_STEPS = 500  # of a short regression, ...
 
 
@@ -443,6 +445,8 @@ def _start_stacked(
 
 # ------------------------------------------------------------------------------------------------
 # Size
+
+
 def size_of(
     make: Callable[[PreTrainedConfig], PreTrainedModel], config: PreTrainedConfig, length: int
 ) -> tuple[int, float]:
@@ -462,6 +466,8 @@ def size_of(
 
 # ------------------------------------------------------------------------------------------------
 # Heads
+
+
 class HeadImportance:
     """Running mean of |d loss / d gate|, of a gate of 1 on each head's output.
 

@@ -131,6 +131,8 @@ def stages(text: str) -> list[str]:
 
 # ------------------------------------------------------------------------------------------------
 # The stages
+
+
 @dataclass(frozen=True)
 class Distillation:
     """A stage of distillation: how long, on which states, and what trains.
@@ -235,6 +237,8 @@ def select_trained(student: nn.Module, part: Distillation) -> None:
 
 # ------------------------------------------------------------------------------------------------
 # The run
+
+
 def check_models(
     args: argparse.Namespace, cfg: PackCfg
 ) -> tuple[PreTrainedConfig, PreTrainedConfig, Any, type[Task]]:

@@ -57,8 +57,6 @@ transformers_logging.disable_progress_bar()  # of reading weights; a download st
 huggingface_hub.utils.enable_progress_bars()
 
 
-# ------------------------------------------------------------------------------------------------
-# Finding and loading
 @functools.lru_cache
 def find_model(name: str, flag: str) -> dict[str, Any]:
     """Check that a model is there: a local folder with weights, or a name that the hub knows.

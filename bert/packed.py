@@ -60,6 +60,8 @@ class PackedBertConfig(PreTrainedConfig):
 
 # ------------------------------------------------------------------------------------------------
 # The model
+
+
 class PackedEmbeddings(nn.Module):
     """Word, position and type embeddings to the encoder's input, [B, L, h]."""
 

@@ -137,9 +137,6 @@ def _overflow(path: str) -> tuple[str, str]:
     return int8_file.overflow(onnx.load(path), this_cpu())
 
 
-# ------------------------------------------------------------------------------------------------
-# The two runtimes
-
 OVERFLOWS = ", overflows"  # in `arithmetic`: integer sums that may be wrong
 
 

@@ -38,6 +38,8 @@ SHAPES = (16, 32, 64, 128, 256, 384, 512)  # lengths that texts are padded to
 
 # ------------------------------------------------------------------------------------------------
 # Paragraphs
+
+
 @dataclass(frozen=True)
 class Paragraph:
     """A paragraph of a file; `line` is that of its first character, from 1."""
@@ -90,6 +92,8 @@ def read_paragraphs(paths: Sequence[str]) -> list[Paragraph]:
 
 # ------------------------------------------------------------------------------------------------
 # Vectors
+
+
 @dataclass(frozen=True)
 class Embedder:
     """An exported embedding model.
@@ -159,6 +163,8 @@ def load_embedder(folder: str, runtime: Runtime) -> Embedder:
 
 # ------------------------------------------------------------------------------------------------
 # The index
+
+
 @dataclass(frozen=True)
 class ContextIndex:
     """Paragraphs and their vectors [paragraphs, H]."""

@@ -70,6 +70,7 @@ def asymmetric_range(
 
 # ------------------------------------------------------------------------------------------------
 # The two functions on values. Their operations and the order of these are NNCF's, on which the
+
 # last bit depends.
 
 

@@ -55,7 +55,9 @@ logging.getLogger("accelerate.utils.other").setLevel(logging.ERROR)
 
 
 # ------------------------------------------------------------------------------------------------
-# Calibration
+# The operations of a model
+
+
 @dataclasses.dataclass(frozen=True)
 class Operation:
     """One operation of a model.
@@ -101,6 +103,8 @@ def _graph(model: nn.Module) -> Any:
 
 # ------------------------------------------------------------------------------------------------
 # The quantizers of a model
+
+
 def quantizers(model: nn.Module) -> Iterator[tuple[str, BaseQuantizer]]:
     """NNCF's name and module of each quantizer."""
     for name, module in get_hook_storage(model).named_hooks():
@@ -267,6 +271,8 @@ def _source(graph: Any, node: Any) -> tuple[Any, str | None]:
 
 # ------------------------------------------------------------------------------------------------
 # Export
+
+
 class _FakeQuantize(nn.Module):
     """A quantizer as the one operation that PyTorch exports as QuantizeLinear, DequantizeLinear."""
 

@@ -17,9 +17,6 @@ from nncf.quantization.advanced_parameters import AdvancedQuantizationParameters
 from cli import UserError, did_you_mean
 from int8.weight_range import WeightRange
 
-# ------------------------------------------------------------------------------------------------
-# The configuration file
-
 # What the file may give: the arguments of nncf.quantize (without `mode`, which is for FP8), and a
 # key of our own.
 SETTINGS: dict[str, Any] = {

@@ -105,6 +105,8 @@ class EmbEvaluation:
 
 # ------------------------------------------------------------------------------------------------
 # The task as the scripts see it
+
+
 class TextBatches(Batches):
     """Batches of single texts, questions and contexts, for losses that need no pairs."""
 

@@ -33,6 +33,8 @@ NEAR_ZERO = 1e-12  # squared distances below it have no direction
 
 # ------------------------------------------------------------------------------------------------
 # --loss_cfg
+
+
 @dataclass(frozen=True)
 class LossCfg:
     """What --loss_cfg says.
@@ -86,6 +88,8 @@ def parse_loss_cfg(text: str) -> LossCfg:
 
 # ------------------------------------------------------------------------------------------------
 # Hard negatives
+
+
 class HardNegatives:
     """The nearest context that does not answer, for each question of an optimisation step.
 
@@ -250,6 +254,8 @@ def all_distances(a: Tensor, b: Tensor) -> Tensor:
 
 # ------------------------------------------------------------------------------------------------
 # Batches
+
+
 class PairBatches(Batches):
     """Batches of pairs with their hard negatives, for `loop.train`."""
 
@@ -322,6 +328,8 @@ def inputs_of(batch: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
 
 # ------------------------------------------------------------------------------------------------
 # The loss
+
+
 class EmbeddingLoss:
     """The losses of a question q, its context c and its hard negative n, each [B].
 

@@ -13,8 +13,6 @@ from squad_utils import INPUTS
 from training.run import Run
 
 
-# ------------------------------------------------------------------------------------------------
-# Supervision by a teacher's hidden states
 def state_errors(
     student: Sequence[Tensor], teacher: Sequence[Tensor], attention_mask: Tensor
 ) -> Tensor:

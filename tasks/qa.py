@@ -30,9 +30,10 @@ from training.passes import Batches, LossFunction, to_device
 from training.run import Run
 from training.states import write_json
 
-
 # ------------------------------------------------------------------------------------------------
 # The task as the scripts see it
+
+
 def check_lengths(args: argparse.Namespace) -> None:
     """Check that a context has room beside the longest question; warn of a stride that does not.
 
@@ -167,6 +168,8 @@ class QaTask(Task):
 
 # ------------------------------------------------------------------------------------------------
 # Batches
+
+
 def make_windows(
     data: SquadData,
     tokenizer: Any,
@@ -224,6 +227,8 @@ class QaBatches(Batches):
 
 # ------------------------------------------------------------------------------------------------
 # The loss
+
+
 def forward(model: nn.Module, batch: dict[str, Tensor], hidden_states: bool = False) -> Any:
     """The model's outputs for a batch, without its targets."""
     inputs = {name: batch[name] for name in squad_utils.INPUTS}
@@ -295,6 +300,8 @@ def soft_cross_entropy(student: Tensor, teacher: Tensor) -> Tensor:
 
 # ------------------------------------------------------------------------------------------------
 # Evaluation and export
+
+
 class QaEvaluation:
     """F1 and exact match on a SQuAD file, shared among all processes.
 

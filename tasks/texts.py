@@ -141,8 +141,6 @@ def make_pairs(
     )
 
 
-# ------------------------------------------------------------------------------------------------
-# Vectors
 def split_passes(lengths: np.ndarray, least: int, accelerator: Accelerator) -> list[np.ndarray]:
     """Split texts that are in the order of their lengths into those of each forward pass.
 

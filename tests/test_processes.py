@@ -156,10 +156,6 @@ def test_torchrun_is_stopped_and_goes_on(
     assert_close(out, alone)
 
 
-# ------------------------------------------------------------------------------------------------
-# Launching
-
-
 @pytest.fixture
 def executed(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, list[str]]]:
     """What would have taken the place of this process."""

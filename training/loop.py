@@ -34,8 +34,6 @@ READ_SECONDS = 1.0  # between waits for a GPU's figures, to log, to save, to sto
 READ_STEPS = 10  # the same where there are several
 
 
-# ------------------------------------------------------------------------------------------------
-# The loop
 def linear_decay(step: int, total: int) -> float:
     """Factor of the learning rate: 1 at the start of a stage, 0 at its end."""
     return 1.0 - step / total

@@ -23,8 +23,6 @@ from deploy.cpu import this_cpu
 PRECISIONS = ("auto", "fp32", "bf16", "fp16")
 
 
-# ------------------------------------------------------------------------------------------------
-# The machine: precision, processes
 def pick_precision(precision: str, no_cuda: bool) -> str:
     """What accelerate calls it ("no", "bf16", "fp16") for --precision on this machine.
 

@@ -13,8 +13,6 @@ from training.run import Run
 PLAIN_LINE_SECONDS = 30.0  # between progress lines where there is no terminal
 
 
-# ------------------------------------------------------------------------------------------------
-# What is shown
 class Progress:
     """Progress on a terminal (a bar) or elsewhere (plain lines now and then), and in the log."""
 

@@ -65,8 +65,6 @@ RUN_FILES = (
 RUN_FOLDERS = (CHECKPOINTS, "tensorboard", "unmerged")
 
 
-# ------------------------------------------------------------------------------------------------
-# The folder
 def check_output_dir(output_dir: str, arguments: dict[str, Any], overwrite: bool) -> str:
     """Whether this command may write there, and what it finds: "new", "unfinished", "finished".
 
