@@ -29,6 +29,7 @@ WITHOUT_TORCH = (
     "deploy.cpu",
     "deploy.runtime",
     "deploy.search",
+    "deploy.reader",
     "deploy.int8_file",
 )
 FILES = {

@@ -376,16 +376,15 @@ def test_openvino_takes_bf16_only_where_it_is_asked_to(tmp_path: Path) -> None:
 
 # Where oneDNN is told to leave VNNI out, its integer kernels do overflow: no pretence.
 IN_AVX2 = """
-import sys, pathlib, deploy.cpu, ask
+import sys, pathlib, deploy.cpu
+from deploy import reader
 from deploy.runtime import Runtime
-import deploy.runtime as runtime, squad_utils
+import deploy.runtime as runtime
 folder, cpuinfo, text = sys.argv[1:]
 deploy.cpu.CPUINFO = pathlib.Path(cpuinfo)
 
 def best(name):
-    model = ask.load(folder, Runtime(name))
-    tokens = squad_utils.tokenize(model.tokenizer, [text], True, "")
-    return ask.answer(model, text, tokens, "who", 1)[0][0].text
+    return reader.load(folder, Runtime(name)).answers(text, "who", 1)[0].text
 
 print(*map(best, ("auto", "onnxruntime", "openvino")))
 runtime.this_cpu = lambda: deploy.cpu.Cpu("", ("vnni",))
