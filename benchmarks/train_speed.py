@@ -8,7 +8,6 @@ The parts, each of which can be skipped:
     speed  examples/s of our loop and of the Trainer in alternating rounds, each in a process of
            its own, and the time of nothing but the matrix products that our steps consist of
     f1     one epoch on a part of the questions with each, both evaluated by the same code
-    large  on a GPU: a model of BERT-large's shape, and the share of the card's bf16 rate it gets
 
 An example is a window: [CLS] question [SEP] part of the context [SEP]. The Trainer has its
 defaults and the data of the library's own QA example: windows padded to max_seq_length, FP32, the
@@ -21,7 +20,6 @@ from __future__ import annotations
 import argparse
 import concurrent.futures
 import contextlib
-import gc
 import io
 import json
 import multiprocessing
@@ -42,7 +40,7 @@ import transformers
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
 from torch import Tensor, nn
-from transformers import AutoModelForQuestionAnswering, BertConfig, BertForQuestionAnswering
+from transformers import AutoModelForQuestionAnswering
 
 from bert.attention import fuse_attention
 from bert.model_folder import load_config, load_model, load_tokenizer
@@ -61,13 +59,6 @@ ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 IDLE_LOAD = 0.5  # load average over which the figures are not to be trusted
 SPEED_TARGETS = {"bf16": 8.0, "no": 3.0}  # times the Trainer's examples/s on a CPU, by precision
 BARE_TARGET = 0.5  # of the rate of the bare matrix products
-LARGE = {  # BERT-large
-    "hidden_size": 1024,
-    "num_hidden_layers": 24,
-    "num_attention_heads": 16,
-    "intermediate_size": 4096,
-}
-PEAK_SIZE = 8192  # of the square matrices that give a card's bf16 rate
 DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -94,11 +85,8 @@ def parse_arguments() -> argparse.Namespace:
     add("--warm_up_steps", type=positive, default=2, help="untimed steps before each round's")
     add("--num_questions", type=positive, default=1000, help="to train on in the f1 part, about")
     add("--num_dev_questions", type=not_negative, default=0, help="to evaluate on; 0: all")
-    add("--large_batch_size", type=positive, default=48, help="of one step in the large part")
-    add("--large_steps", type=positive, default=8, help="timed steps a round in the large part")
     add("--skip_speed", action="store_true")
     add("--skip_f1", action="store_true")
-    add("--skip_large", action="store_true")
     add("--json", help="write all figures there")
     return parser.parse_args()
 
@@ -593,99 +581,6 @@ def measure_f1(
     }
 
 
-def fit_micro_batch(batch_size: int, attempt: Callable[[int], nn.Module]) -> tuple[int, nn.Module]:
-    """The largest divisor of the batch size whose attempt has enough memory, and its result."""
-    for size in range(batch_size, 0, -1):
-        if batch_size % size == 0:
-            with contextlib.suppress(torch.cuda.OutOfMemoryError):
-                return size, attempt(size)
-            gc.collect()
-            torch.cuda.empty_cache()
-    raise UserError("the GPU's memory does not hold one window of the large model")
-
-
-def peak_bf16_rate(device: str, size: int = PEAK_SIZE, products: int = 20) -> float:
-    """Operations a second of large bf16 matrix products; the best of five goes."""
-    left, right, result = (torch.randn(size, size, device=device).bfloat16() for _ in range(3))
-    best = 0.0
-    for _ in range(5):
-        synchronize()
-        began = time.perf_counter()
-        for _ in range(products):
-            torch.matmul(left, right, out=result)
-        synchronize()
-        best = max(best, products * 2 * size**3 / (time.perf_counter() - began))
-    return best
-
-
-def training_operations(config: Any, lengths: np.ndarray) -> float:
-    """Floating-point operations of the encoder's products for windows of these lengths.
-
-    Forward and backward: 6 for each weight of a linear layer and token, and three times the two
-    products of attention. Padding does not count as work.
-    """
-    hidden, wide = config.hidden_size, config.intermediate_size
-    weights = 4 * hidden * hidden + 2 * hidden * wide
-    tokens, squares = float(lengths.sum()), float((lengths.astype(np.float64) ** 2).sum())
-    return config.num_hidden_layers * (6 * weights * tokens + 12 * hidden * squares)
-
-
-def measure_large(
-    args: argparse.Namespace, data: SquadData, windows: Windows, tokenizer: Any
-) -> dict[str, Any]:
-    """Part large: random weights of BERT-large's shape; ours and the Trainer in turn."""
-    config = BertConfig(vocab_size=len(tokenizer), **LARGE)
-    size = args.large_batch_size
-    rounds = sample_rounds(args, windows, size, args.large_steps)
-    longest = warm_up(windows, [step for steps in rounds for step in steps], 1)
-    questions = np.unique(windows.question[np.concatenate(rounds[0])])
-    features = trainer_features(args, data, questions, tokenizer)
-
-    def try_ours(micro: int) -> nn.Module:
-        model = prepared(args, BertForQuestionAnswering(config))
-        our_round(args, model, windows, longest, micro)
-        return model
-
-    def try_trainer(micro: int) -> nn.Module:
-        model = BertForQuestionAnswering(config)
-        trainer_round(args, model, features, 1, size, micro)
-        return model
-
-    our_micro, ours = fit_micro_batch(size, try_ours)
-    trainer_micro, theirs = fit_micro_batch(size, try_trainer)
-    peak = peak_bf16_rate("cuda")
-    our_rounds, trainer_rounds = [], []
-    for r, steps in enumerate(rounds):
-        our_rounds.append(our_round(args, ours, windows, steps, our_micro))
-        trainer_rounds.append(
-            trainer_round(args, theirs, features, args.large_steps, size, trainer_micro)
-        )
-        print(
-            f"BERT-large's shape, round {r + 1}: ours {our_rounds[-1].rate:.1f} examples/s,"
-            f" Trainer {trainer_rounds[-1].rate:.1f}",
-            flush=True,
-        )
-    our_total, trainer_total = overall(our_rounds), overall(trainer_rounds)
-    sampled = np.concatenate([step for steps in rounds for step in steps])
-    work = training_operations(config, windows.total_lengths[sampled])
-    return {
-        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-        "precision": pick_precision(args.precision, args.no_cuda),
-        "our_rates": [each.rate for each in our_rounds],
-        "trainer_rates": [each.rate for each in trainer_rounds],
-        "our_rate": our_total.rate,
-        "our_tokens_per_second": our_total.tokens / our_total.seconds,
-        "trainer_rate": trainer_total.rate,
-        "trainer_tokens_per_second": trainer_total.tokens / trainer_total.seconds,
-        "ratio": our_total.rate / trainer_total.rate,
-        "our_micro_batch_size": our_micro,
-        "trainer_micro_batch_size": trainer_micro,
-        "our_teraflops": work / our_total.seconds / 1e12,
-        "peak_teraflops": peak / 1e12,
-        "share_of_peak": work / our_total.seconds / peak,
-    }
-
-
 # ------------------------------------------------------------------------------------------------
 # The report
 
@@ -727,21 +622,6 @@ def report(figures: dict[str, Any], target: float | None) -> str:
                 f1["trainer_f1"] if key == "our" else None,
             )
         add("whole epoch, ours / Trainer", f1["ratio"], f"{f1['ratio']:.2f}", target)
-    if large := figures.get("large"):
-        for name, key in (("ours", "our"), ("Trainer", "trainer")):
-            rate, tokens = large[f"{key}_rate"], large[f"{key}_tokens_per_second"]
-            add(
-                f"BERT-large's shape, {name}, examples/s (tokens/s)",
-                rate,
-                f"{rate:.1f} ({tokens:,.0f})",
-            )
-        for name, key, digits in (
-            ("BERT-large's shape, ours / Trainer", "ratio", 2),
-            ("BERT-large's shape, ours, TFLOP/s", "our_teraflops", 1),
-            ("large bf16 matrix product, TFLOP/s", "peak_teraflops", 1),
-            ("share of the card's bf16 rate", "share_of_peak", 3),
-        ):
-            add(name, large[key], f"{large[key]:.{digits}f}")
     lines = ["| measure | value | at least | met |", "|---|---|---|---|"]
     for name, shown, required, value in rows:
         if required is None:
@@ -778,16 +658,13 @@ def main() -> None:
         "threads": torch.get_num_threads(),
         "load_average_before": load,
     }
-    large = gpu and not args.skip_large
-    if large or not args.skip_speed:
+    if not args.skip_speed:
         lengths = (args.max_seq_length_q, args.max_seq_length_c, args.doc_stride)
         windows = qa.make_windows(train_data, tokenizer, *lengths, for_training=True)
     if not args.skip_speed:
         figures["speed"] = measure_speed(args, train_data, windows, tokenizer)
     if not args.skip_f1:
         figures["f1"] = measure_f1(args, train_data, dev_data, tokenizer)
-    if large:
-        figures["large"] = measure_large(args, train_data, windows, tokenizer)
     if args.json:
         write_json(args.json, figures)
     print("\n" + report(figures, None if gpu else SPEED_TARGETS[precision]), flush=True)
