@@ -7,6 +7,7 @@ import math
 import os
 import random
 import resource
+import shlex
 import shutil
 import signal
 import time
@@ -31,7 +32,7 @@ from conftest import run, train_qa_command
 from safetensors.torch import load_file, save_file
 
 from cli import UserError
-from training import loop, progress
+from training import loop, progress, results
 from training.passes import Batches
 from training.run import Run
 
@@ -488,3 +489,28 @@ def test_model_with_nan_weights(
     line = error_line(capfd.readouterr().err)
     assert "at step 1" in line and "nan" in line
     assert states(out) == []
+
+
+def test_the_cards_command_is_the_command() -> None:
+    """Zeros are among its flags, and paths with spaces are one word for a shell."""
+    arguments = {
+        "model_student": "my models/bert",
+        "num_train_epochs": 0.0,
+        "seed": 0,
+        "no_cuda": True,
+        "overwrite_output_dir": False,
+        "report_to": None,
+        "stages": ["heads", "final"],
+        "nncf": {"preset": "mixed"},
+        "sha256_train": "0",
+    }
+    command = results.command_line("train_qa.py", arguments).replace("\\\n", " ")
+    assert shlex.split(command) == [
+        "python3",
+        "train_qa.py",
+        "--model_student=my models/bert",
+        "--num_train_epochs=0.0",
+        "--seed=0",
+        "--no_cuda",
+        "--stages=heads,final",
+    ]

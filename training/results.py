@@ -6,6 +6,7 @@ import argparse
 import json
 import os
 import platform
+import shlex
 import sys
 import time
 from collections.abc import Sequence
@@ -312,11 +313,16 @@ def write_emb_card(output_dir: str, metrics: dict[str, Any], script: str, made: 
     )
 
 
-def _flag(key: str, value: Any) -> str:
-    """A line of the command."""
-    if value is True:
-        return f"  --{key}"
-    return f"  --{key}={','.join(value) if isinstance(value, list) else value}"
+def command_line(script: str, arguments: dict[str, Any]) -> str:
+    """The command of a run, a flag a line, for a shell."""
+    flags = []
+    for key, value in arguments.items():
+        # 0 is a value. What is not a flag tells a run from others all the same.
+        if value is None or value is False or key == "nncf" or key.startswith("sha256"):
+            continue
+        text = ",".join(value) if isinstance(value, list) else value
+        flags.append(f"--{key}" if value is True else shlex.quote(f"--{key}={text}"))
+    return " \\\n  ".join([f"python3 {script}", *flags])
 
 
 def _write_card(
@@ -332,11 +338,6 @@ def _write_card(
     """Write README.md: what every model card tells, and what a task adds to it."""
     arguments = metrics["arguments"]
     name = os.path.basename(os.path.abspath(output_dir))
-    command = " \\\n".join(
-        _flag(key, value)
-        for key, value in arguments.items()
-        if value not in (None, False) and key != "nncf" and not key.startswith("sha256")
-    )
     rows = "\n".join(f"| {key} | {value} |" for key, value in figures.items())
     text = f"""---
 pipeline_tag: {tag}
@@ -367,8 +368,7 @@ OpenVINO it can be reshaped to other batch sizes and lengths.
 
 ## Training
 ```
-python3 {script} \\
-{command}
+{command_line(script, arguments)}
 ```
 """
     with open(os.path.join(output_dir, "README.md"), "w", encoding="utf-8") as file:
