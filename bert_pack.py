@@ -290,7 +290,7 @@ def _set(linear: nn.Linear, weight: Tensor, bias: Tensor | float) -> None:
 
 @torch.no_grad()
 def _fit_norm(norm: nn.LayerNorm, inputs: Tensor, outputs: Tensor) -> None:
-    """Gain and bias of a LayerNorm, [T, h] to [T, h], by least squares a coordinate."""
+    """Fit gain and bias by least squares, one coordinate at a time: [T, h] to [T, h]."""
     x = F.layer_norm(inputs, norm.normalized_shape, eps=norm.eps)
     mean, wanted = x.mean(dim=0), outputs.mean(dim=0)
     centred = x - mean

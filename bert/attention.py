@@ -26,12 +26,13 @@ def attend(
 ) -> Tensor:
     """Scaled-dot-product attention (Vaswani et al., 2017, eq. 1).
 
-    It is torch's fused kernel, but for three cases. On a CPU with gradients it is two batched
-    products and a softmax in the activations' precision, which takes half the time of the fused
-    kernel with its backward pass, which recomputes; without gradients the fused one takes half of
-    theirs. In a graph being exported it is the same products: the pattern that OpenVINO fuses. On
-    a GPU in half precision it is the flash kernel for texts of different lengths, which takes no
-    mask.
+    It is torch's fused kernel, except in three cases:
+    - On a CPU with gradients it is two batched products and a softmax. Forward and backward then
+      take half the time of the fused kernel, whose backward pass recomputes. Without gradients the
+      fused kernel takes half the time.
+    - In a graph that is exported it is the same products: the pattern that OpenVINO fuses.
+    - On a GPU in half precision it is the flash kernel for texts of different lengths, which takes
+      no mask.
 
     Args:
         parts: query, key and value, [B, L, A] each, of `heads` heads.

@@ -101,7 +101,7 @@ def calibrate(
         before_each: called before each of them, in each of NNCF's passes over them.
 
     Raises:
-        UserError: settings that NNCF has, but not for torch models.
+        UserError: NNCF does not support these settings for PyTorch models.
     """
 
     def inputs(sample: dict[str, Tensor]) -> dict[str, Tensor]:

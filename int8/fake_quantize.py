@@ -337,8 +337,8 @@ def quantize(
 
 
 def _state(quantizer: BaseQuantizer, x: Tensor, dtype: torch.dtype) -> tuple[Any, ...]:
-    """What the rounding of a weight depends on; but for a fused step, versions of tensors go up
-    when they change."""
+    """The state on which the rounding of a weight depends. The version of a tensor goes up with
+    each change, except in a fused optimizer step."""
     versions = [(each.data_ptr(), each._version) for each in (x, *quantizer.parameters())]
     return (*versions, quantizer.levels_in_use, dtype)
 

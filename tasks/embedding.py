@@ -35,11 +35,11 @@ QUESTION_BLOCK = 1024  # of the distances computed at once: 256 MB with the cont
 def ranks(questions: Tensor, contexts: Tensor, own: Tensor) -> Tensor:
     """How many contexts are nearer (L2) to each question than its own is: int64 [questions].
 
-    What is as near but for rounding counts as nearer, so that vectors that are all alike find
-    nothing; and so do vectors that are not finite.
+    A context that is as near, to rounding, counts as nearer. So vectors that are all alike find
+    nothing, and vectors that are not finite find nothing either.
 
-    As matrix products in blocks: what it needs beside the vectors hardly grows with their number.
-    Computed where the arguments are, all on one device; nothing is read from it.
+    Distances are matrix products in blocks, so memory hardly grows with the number of vectors. They
+    are computed where the arguments are, all on one device; nothing is read from it.
 
     Args:
         questions: [Q, H].
@@ -148,7 +148,7 @@ class EmbeddingTask(Task):
 
     Attributes:
         train_pairs, dev_pairs: after `tokenize`.
-        searched: the dev file's contexts, then those of --eval_extra_contexts that it has not.
+        searched: the dev file's contexts, then the further ones of --eval_extra_contexts.
     """
 
     auto_class = AutoModelForEmbedding

@@ -220,9 +220,9 @@ class HardNegatives:
 def fit_temperature(scores: Tensor, own: Tensor, now: float | Tensor | None) -> Tensor:
     """A temperature for the softmax of scores, a step on from the one before.
 
-    Vectors may be of any size, and a temperature that does not fit theirs has training grow or
-    shrink them before anything else. The first is the one at which the loss is least; later ones go
-    a tenth of the way, in logarithms, to where it would be.
+    If the temperature does not fit the scale of the vectors, training first rescales the vectors.
+    So the first temperature is the one at which the loss is least. Each later one goes a tenth of
+    the way, in logarithms, to the one at which it would be least now.
 
     Args:
         scores: [Q, C], -distance, or -inf where a context does not count.
@@ -230,7 +230,7 @@ def fit_temperature(scores: Tensor, own: Tensor, now: float | Tensor | None) -> 
         now: the temperature of the step before, or None at the first.
 
     Returns:
-        an FP64 scalar on the device of `scores`; but for the first, nothing waits for that.
+        an FP64 scalar on the device of `scores`; only the first call waits for the device.
     """
     if now is None:
         spread = scores[scores.isfinite()].std().double()

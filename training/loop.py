@@ -109,8 +109,8 @@ class Divergence:
     def found(self, loss: float) -> bool:
         """Take note of a step's loss; True if it is not finite, or if the mean is far over `good`.
 
-        A mean counts once it is over RECENT_STEPS steps, here and as `good`: a few are a matter of
-        luck, and of whether their texts are short or long.
+        Only means over RECENT_STEPS steps are compared: shorter ones depend too much on which
+        texts came.
         """
         if not math.isfinite(loss):
             return True

@@ -256,7 +256,7 @@ class Run:
             self.accelerator.wait_for_everyone()  # so that all can read the record
 
     def forget_after(self, stage: str, step: int) -> None:
-        """Drop log records of work that the restored state has not seen: it is done again."""
+        """Drop the log records of steps after the restored state: they are done again."""
         path = os.path.join(self.output_dir, "metrics.jsonl")
         if self.main and os.path.exists(path):
             records = read_log(self.output_dir)
