@@ -401,41 +401,52 @@ def plan_steps(lengths: np.ndarray, step_size: int, seed: int, epoch: int) -> li
     return steps + ([rest[np.argsort(lengths[rest], kind="stable")]] if len(rest) else [])
 
 
-def make_batch(windows: Windows, chosen: np.ndarray, pad_to: int | None = None) -> dict[str, Any]:
-    """Arrays of a few windows, padded to the longest, rounded up to a multiple of 8.
+def token_rows(
+    rows: Sequence[Sequence[np.ndarray]], special: SpecialIds, pad_to: int | None = None
+) -> dict[str, np.ndarray]:
+    """What a model reads, padded to the longest row, rounded up to a multiple of 8.
 
     Args:
-        chosen: int [B], indices of windows.
+        rows: the token ids of each row's parts; a row is [CLS] part [SEP] part [SEP] ..., and a
+            part's place is its token type.
         pad_to: pad to this length instead (what a static graph needs).
 
     Returns:
         input_ids, attention_mask, token_type_ids, position_ids: int64 [B, L].
     """
-    total = windows.total_lengths[chosen]
-    longest = int(total.max())
-    length = pad_to or -(-longest // 8) * 8
-    special = windows.special
-    input_ids = np.full((len(chosen), length), special.pad, np.int64)
+    lengths = np.array([1 + sum(len(part) + 1 for part in parts) for parts in rows])
+    longest = int(lengths.max())
+    input_ids = np.full((len(rows), pad_to or -(-longest // 8) * 8), special.pad, np.int64)
     token_type_ids = np.zeros_like(input_ids)
-    for row, w in enumerate(chosen):
-        question = windows.questions.ids[windows.questions.of(windows.question[w])]
-        begin = windows.contexts.bounds[windows.context_of[windows.question[w]]] + windows.first[w]
-        context = windows.contexts.ids[begin : begin + windows.length[w]]
-        at = len(question) + 2
-        input_ids[row, 0] = special.cls
-        input_ids[row, 1 : at - 1] = question
-        input_ids[row, at - 1] = special.sep
-        input_ids[row, at : at + len(context)] = context
-        input_ids[row, at + len(context)] = special.sep
-        token_type_ids[row, at : at + len(context) + 1] = 1
-    position_ids = np.broadcast_to(np.arange(length), input_ids.shape)
+    input_ids[:, 0] = special.cls
+    for row, parts in enumerate(rows):
+        begin = 1
+        for kind, part in enumerate(parts):
+            end = begin + len(part)
+            input_ids[row, begin:end] = part
+            input_ids[row, end] = special.sep
+            token_type_ids[row, begin : end + 1] = kind
+            begin = end + 1
+    position_ids = np.broadcast_to(np.arange(input_ids.shape[1]), input_ids.shape)
     return {
         "input_ids": input_ids,
-        "attention_mask": (position_ids < total[:, None]).astype(np.int64),
+        "attention_mask": (position_ids < lengths[:, None]).astype(np.int64),
         "token_type_ids": token_type_ids,
         # Rounding up may go past the positions that a model has; padding may repeat one.
         "position_ids": np.minimum(position_ids, max(longest, pad_to or 0) - 1),
     }
+
+
+def make_batch(
+    windows: Windows, chosen: np.ndarray, pad_to: int | None = None
+) -> dict[str, np.ndarray]:
+    """`token_rows` of a few windows, `chosen`: int [B]."""
+    rows = []
+    for w in chosen:
+        question = windows.questions.ids[windows.questions.of(windows.question[w])]
+        begin = windows.contexts.bounds[windows.context_of[windows.question[w]]] + windows.first[w]
+        rows.append((question, windows.contexts.ids[begin : begin + windows.length[w]]))
+    return token_rows(rows, windows.special, pad_to)
 
 
 # ------------------------------------------------------------------------------------------------

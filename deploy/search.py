@@ -125,17 +125,7 @@ class Embedder:
             if at != length:
                 run, at = self.compile(length), length
             ids = tokens.ids[tokens.of(i)]
-            row = np.full((1, length), self.special.pad, np.int64)
-            row[0, : len(ids) + 2] = [self.special.cls, *ids, self.special.sep]
-            position = np.arange(length)[None]
-            (vector,) = run(
-                {
-                    "input_ids": row,
-                    "attention_mask": (position < len(ids) + 2).astype(np.int64),
-                    "token_type_ids": np.zeros_like(row),
-                    "position_ids": position,
-                }
-            )
+            (vector,) = run(squad_utils.token_rows([(ids,)], self.special, length))
             found[i] = vector[0]
         return np.stack(found).astype(np.float32)
 

@@ -45,24 +45,9 @@ class Texts:
         return self.tokens.lengths + 2
 
     def batch(self, chosen: np.ndarray, pad_to: int | None = None) -> dict[str, np.ndarray]:
-        """input_ids, attention_mask, token_type_ids, position_ids of a few texts, int64 [B, L];
-        padded to the longest, rounded up to a multiple of 8, or to `pad_to`."""
-        total = self.total_lengths[chosen]
-        length = pad_to or -(-int(total.max()) // 8) * 8
-        input_ids = np.full((len(chosen), length), self.special.pad, np.int64)
-        for row, text in enumerate(chosen):
-            ids = self.tokens.ids[self.tokens.of(text)]
-            input_ids[row, : len(ids) + 2] = [self.special.cls, *ids, self.special.sep]
-        places = np.arange(length)
-        # What pads beyond the longest may be beyond the model's positions.
-        position_ids = np.minimum(places, (pad_to or int(total.max())) - 1)
-        position_ids = np.broadcast_to(position_ids, input_ids.shape).copy()
-        return {
-            "input_ids": input_ids,
-            "attention_mask": (places < total[:, None]).astype(np.int64),
-            "token_type_ids": np.zeros_like(input_ids),
-            "position_ids": position_ids,
-        }
+        """`squad_utils.token_rows` of a few texts, `chosen`: int [B]."""
+        rows = [(self.tokens.ids[self.tokens.of(text)],) for text in chosen]
+        return squad_utils.token_rows(rows, self.special, pad_to)
 
 
 def make_texts(strings: Sequence[str], tokenizer: Any, max_length: int, what: str) -> Texts:
