@@ -154,6 +154,7 @@ def answer(
         model.doc_stride,
         for_training=False,
     )
+    offsets = tokens.offsets_of(0)
     # One window at a time, and few spans of each: memory does not grow with their number.
     spans: list[tuple[float, float, int, int]] = []
     for window in range(len(windows)):
@@ -167,18 +168,18 @@ def answer(
         )
         shift = windows.first[window] - at[0]
         for i in np.flatnonzero(np.isfinite(log_prob[0])):
-            begin = int(tokens.offsets[first[0, i] + shift, 0])
-            end = int(tokens.offsets[last[0, i] + shift, 1])
+            begin = int(offsets[first[0, i] + shift, 0])
+            end = int(offsets[last[0, i] + shift, 1])
             spans.append((float(log_prob[0, i]), float(no_answer[0]), begin, end))
         spans = heapq.nlargest(SPANS_KEPT, spans)
 
     best: list[Answer] = []
-    for log_prob, _, begin, end in spans:
+    for score, _, begin, end in spans:
         if len(best) < top_k and all(end <= a.start or begin >= a.end for a in best):
             sentence = sentence_around(context, begin, end)
             text = squad_utils.cut(context, begin, end)
             end = begin + len(text)
-            best.append(Answer(text, math.exp(log_prob), begin, end, sentence))
+            best.append(Answer(text, math.exp(score), begin, end, sentence))
     return best, math.exp(min(spans[0][1] - spans[0][0], 700.0))
 
 

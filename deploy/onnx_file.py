@@ -236,10 +236,9 @@ def _store_int8(graph: onnx.GraphProto) -> None:
     removed: set[str] = set()  # outputs of nodes that are not needed any more
     replaced: dict[str, list[onnx.NodeProto]] = {}  # what takes the place of the node of an output
     for quantize in [node for node in graph.node if node.op_type == "QuantizeLinear"]:
-        weight = value(quantize.input[0])
-        if weight is None:
+        weight, scale, zero_point = (value(name) for name in quantize.input)
+        if weight is None or scale is None or zero_point is None:
             continue
-        scale, zero_point = value(quantize.input[1]), value(quantize.input[2])
         axis = next((a.i for a in quantize.attribute if a.name == "axis"), 1)
         shape = [1] * weight.ndim
         if scale.ndim:
@@ -259,7 +258,7 @@ def _store_int8(graph: onnx.GraphProto) -> None:
                 replaced[result] = _look_up(graph, base, tables, user, dequantize)
                 continue
             stored = integers
-            attributes = {"axis": axis} if scale.ndim else {}
+            attributes: dict[str, Any] = {"axis": axis} if scale.ndim else {}
             if user.op_type == "Transpose":
                 stored = integers.T
                 attributes = {"axis": 1 - axis} if scale.ndim else {}

@@ -14,8 +14,9 @@ import shutil
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
-from typing import Any, NoReturn
+from collections.abc import Callable, Iterator, Mapping
+from types import FrameType
+from typing import Any, NoReturn, TypedDict, cast
 
 import torch
 from accelerate import Accelerator
@@ -74,8 +75,44 @@ RUN_FOLDERS = (CHECKPOINTS, "tensorboard", "unmerged")
 
 
 # ------------------------------------------------------------------------------------------------
+# What stands in its JSON files
+class Best(TypedDict):
+    """The best weights kept so far: their stage, step and score."""
+
+    stage: str
+    step: int
+    score: float
+
+
+class ProgressState(TypedDict):
+    """What `Progress` needs to go on: times, and the figures of steps since the last record."""
+
+    seconds: float
+    window_seconds: float
+    window: list[dict[str, float]]
+
+
+class DivergenceState(TypedDict):
+    """The fields of `loop.Divergence`."""
+
+    recent: list[float]
+    good: float | None
+    factor: float
+
+
+class Position(TypedDict):
+    """Where a state is in the run; `pass_tokens` of each process, as `StepGradient` has them."""
+
+    stage: str
+    step: int
+    progress: ProgressState
+    divergence: DivergenceState
+    pass_tokens: list[int]
+
+
+# ------------------------------------------------------------------------------------------------
 # The folder
-def check_output_dir(output_dir: str, arguments: dict[str, Any], overwrite: bool) -> str:
+def check_output_dir(output_dir: str, arguments: Mapping[str, object], overwrite: bool) -> str:
     """Whether this command may write there, and what it finds: "new", "unfinished", "finished".
 
     Args:
@@ -125,7 +162,7 @@ def check_output_dir(output_dir: str, arguments: dict[str, Any], overwrite: bool
     return "new"
 
 
-def _passed(metrics: dict[str, Any]) -> bool:
+def _passed(metrics: Mapping[str, Any]) -> bool:
     """Whether the exported file has passed its check, by what metrics.json tells."""
     return bool(metrics.get("onnx_check", {}).get("passed", True))
 
@@ -138,7 +175,7 @@ def _read_json(path: str) -> dict[str, Any]:
         return {}
 
 
-def write_json(path: str, value: Any) -> None:
+def write_json(path: str, value: object) -> None:
     """Write JSON under a temporary name, then rename: the file is whole or it is not there."""
     with open(f"{path}.tmp", "w", encoding="utf-8") as file:
         json.dump(value, file, indent=1, ensure_ascii=False)
@@ -171,7 +208,7 @@ class Run:
         self,
         accelerator: Accelerator,
         output_dir: str,
-        arguments: dict[str, Any],
+        arguments: Mapping[str, object],
         state: str,
         save_minutes: float,
         log_steps: int,
@@ -228,7 +265,7 @@ class Run:
                 f"--output_dir: another process is writing to {self.output_dir}"
             ) from None
 
-    def _on_signal(self, number: int, _: Any) -> None:
+    def _on_signal(self, number: int, _: FrameType | None) -> None:
         if self.stop_signal:  # asked twice: do not wait for the step or the save to end
             signal.signal(number, signal.SIG_DFL)
             signal.raise_signal(number)
@@ -257,7 +294,7 @@ class Run:
             with tqdm.external_write_mode(file=sys.stdout):
                 print(text, flush=True)
 
-    def log(self, record: dict[str, Any]) -> None:
+    def log(self, record: Mapping[str, object]) -> None:
         """Append a record to metrics.jsonl (and tensorboard), on the main process alone."""
         if not self.main:
             return
@@ -315,11 +352,12 @@ class Run:
             shutil.rmtree(folder, ignore_errors=True)
             os.rename(f"{folder}.tmp", folder)
 
-    def best(self) -> dict[str, Any] | None:
+    def best(self) -> Best | None:
         """`stage`, `step` and `score` of the best weights kept so far, or None."""
-        return _read_json(os.path.join(self._checkpoints, BEST, "position.json")) or None
+        found = _read_json(os.path.join(self._checkpoints, BEST, "position.json"))
+        return cast(Best, found) if found else None
 
-    def load_best(self, model: nn.Module) -> dict[str, Any] | None:
+    def load_best(self, model: nn.Module) -> Best | None:
         """Give a model the weights of the best checkpoint, and say which that is."""
         self.accelerator.wait_for_everyone()
         best = self.best()
@@ -341,7 +379,7 @@ class Run:
             and os.path.exists(os.path.join(self._checkpoints, name, "position.json"))
         )
 
-    def save(self, position: dict[str, Any]) -> bool:
+    def save(self, position: Position) -> bool:
         """Save weights, optimizer, random generators and `position`; keep the last two states.
 
         The state is written under a temporary name, brought to the disk and renamed. If that
@@ -383,12 +421,13 @@ class Run:
         self.accelerator.wait_for_everyone()
         return True
 
-    def position(self, before: int = 0) -> dict[str, Any] | None:
+    def position(self, before: int = 0) -> Position | None:
         """The position of the newest state, or of one so many before it; None if there is none."""
         states = self._states()
         if len(states) <= before:
             return None
-        return _read_json(os.path.join(self._checkpoints, states[-1 - before], "position.json"))
+        path = os.path.join(self._checkpoints, states[-1 - before], "position.json")
+        return cast(Position, _read_json(path))
 
     def drop_newest(self) -> None:
         """Remove the newest state: the one before it takes its place."""
@@ -427,7 +466,7 @@ class Run:
                 " the same command again goes on from the saved state"
             ) from None
 
-    def finish(self, metrics: dict[str, Any]) -> None:
+    def finish(self, metrics: Mapping[str, Any]) -> None:
         """Write metrics.json, which marks the run as finished, and remove its states.
 
         Where the exported file has not passed its check the states stay, to export it again.
@@ -455,7 +494,7 @@ def read_log(output_dir: str) -> list[dict[str, Any]]:
     return records
 
 
-def summary(figures: dict[str, Any]) -> str:
+def summary(figures: Mapping[str, float]) -> str:
     """A line of figures: "F1 88.12, EM 80.45"."""
     names = {"f1": "F1", "exact_match": "EM"}
     keys = [*names, *(key for key in figures if key not in names)]
