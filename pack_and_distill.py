@@ -449,9 +449,8 @@ def main() -> None:
     run.evaluate_once("teacher", lambda: evaluation(teacher, fp32=True))
     anew = run.position() is None
     student = pack_student(args, cfg, task, run, anew)
-    cast(PackedBertPreTrainedModel, student).copy_head(
-        teacher
-    )  # which reads the states that the student learns
+    # The head reads the states that the student learns.
+    cast(PackedBertPreTrainedModel, student).copy_head(teacher)
     if anew:
         run.evaluate_once("packed", lambda: evaluation(student, fp32=True))
     plan = plan_stages(args, cfg.num_hidden_layers)

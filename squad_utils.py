@@ -56,17 +56,17 @@ class QuestionRecord(TypedDict):
     answers: list[AnswerRecord]
 
 
-class Paragraph(TypedDict):
+class ParagraphRecord(TypedDict):
     """A context of a SQuAD file and its questions."""
 
     context: str
     qas: list[QuestionRecord]
 
 
-class Article(TypedDict):
+class ArticleRecord(TypedDict):
     """An article of a SQuAD file; these records may have other keys as well."""
 
-    paragraphs: list[Paragraph]
+    paragraphs: list[ParagraphRecord]
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,7 @@ class SquadData:
     """
 
     path: str
-    articles: list[Article]
+    articles: list[ArticleRecord]
     contexts: list[str]
     ids: list[str]
     questions: list[str]

@@ -15,7 +15,7 @@ from transformers.models.bert.modeling_bert import BertCrossAttention, BertLayer
 try:
     from torch.nn.attention.varlen import varlen_attn  # since torch 2.10
 except ImportError:
-    varlen_attn = None  # type: ignore[assignment] # in the place of a function
+    varlen_attn = None  # type: ignore[assignment]  # in the place of a function
 
 
 def attend(
@@ -183,7 +183,7 @@ def fuse_attention(model: PreTrainedModel, separate_products: bool = False) -> P
             encoder.register_forward_pre_hook(_give_mask, with_kwargs=True)
             for layer in bert_layers(encoder):
                 fused = FusedSelfAttention(layer.attention.self, separate_products)
-                layer.attention.self = fused  # type: ignore[assignment] # in its place
+                layer.attention.self = fused  # type: ignore[assignment]  # in its place
     else:
         layers: Any = encoder.layers  # of a packed BERT, which this module does not know
         for packed in layers:

@@ -74,7 +74,7 @@ class Embedding:
 
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)  # type: ignore[misc]  # of the library's class beside it
-        if module is self:
+        if module is cast(nn.Module, self):
             nn.init.zeros_(self.log_scale)
 
     def forward(

@@ -55,7 +55,7 @@ class PackedBertConfig(PreTrainedConfig):
     pad_token_id: int | None = 0
     pooling: str = "cls"  # of an embedding model
     merged: bool = False
-    pack_cfg: dict | None = None
+    pack_cfg: dict | None = None  # type: ignore[type-arg]  # the library checks values by it
 
 
 # ------------------------------------------------------------------------------------------------

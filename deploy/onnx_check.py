@@ -70,13 +70,13 @@ def check_file(path: str, graph: nn.Module, feeds: Sequence[Feed], int8: bool) -
         int8: whether the graph rounds, by modules that have `integers_of`.
     """
     exact = run_exactly(path)
-    outputs_of: Any = graph.outputs  # an onnx_file.Outputs
+    declared: Any = graph.outputs  # an onnx_file.Outputs
     with torch.no_grad():
         expected = [[each.numpy() for each in graph(*_tensors(feed))] for feed in feeds]
 
     def deviation(infer: Infer) -> float:
         return _worst(
-            _deviation(mine, theirs, feed, outputs_of.per_token)
+            _deviation(mine, theirs, feed, declared.per_token)
             for feed, outputs in zip(feeds, expected, strict=True)
             for mine, theirs in zip(outputs, infer(feed), strict=True)
         )
@@ -173,7 +173,7 @@ def _layer_by_layer(
 ) -> tuple[float, float]:
     """The mean difference of the outputs where PyTorch's integers are given to each layer, and the
     share of integers that the file rounds otherwise."""
-    outputs_of: Any = graph.outputs  # an onnx_file.Outputs
+    declared: Any = graph.outputs  # an onnx_file.Outputs
     names = _take_integers_from_outside(model.graph)
     infer = run_exactly(model.SerializeToString())
     worst, flipped, count = 0.0, 0, 0
@@ -183,7 +183,7 @@ def _layer_by_layer(
         given = {_given(name): each for name, each in zip(names, recorded, strict=True)}
         found = infer({**feed, **given})
         for mine, theirs in zip(outputs, found, strict=False):
-            worst = max(worst, _worst(iter([_deviation(mine, theirs, feed, outputs_of.per_token)])))
+            worst = max(worst, _worst(iter([_deviation(mine, theirs, feed, declared.per_token)])))
         for name, rounded in zip(names, found[len(outputs) :], strict=True):
             flipped += int((given[_given(name)] != rounded).sum())
             count += rounded.size

@@ -236,9 +236,11 @@ def _store_int8(graph: onnx.GraphProto) -> None:
     removed: set[str] = set()  # outputs of nodes that are not needed any more
     replaced: dict[str, list[onnx.NodeProto]] = {}  # what takes the place of the node of an output
     for quantize in [node for node in graph.node if node.op_type == "QuantizeLinear"]:
-        weight, scale, zero_point = (value(name) for name in quantize.input)
-        if weight is None or scale is None or zero_point is None:
+        weight = value(quantize.input[0])
+        if weight is None:
             continue
+        scale, zero_point = value(quantize.input[1]), value(quantize.input[2])
+        assert scale is not None and zero_point is not None  # a quantizer's are constants
         axis = next((a.i for a in quantize.attribute if a.name == "axis"), 1)
         shape = [1] * weight.ndim
         if scale.ndim:

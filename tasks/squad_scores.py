@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from types import ModuleType
 
 from cli import UserError, read_text
-from squad_utils import Article, SquadData
+from squad_utils import ArticleRecord, SquadData
 
 Scorer = Callable[[SquadData, dict[str, str], dict[str, float]], dict[str, float]]
 
@@ -44,7 +44,7 @@ def f1(prediction: str, truth: str) -> float:
     return 2 * precision * recall / (precision + recall)
 
 
-def _questions(articles: Sequence[Article]) -> Iterator[tuple[str, list[str]]]:
+def _questions(articles: Sequence[ArticleRecord]) -> Iterator[tuple[str, list[str]]]:
     """(id, gold answer texts) of every question, in the file's order."""
     for article in articles:
         for paragraph in article["paragraphs"]:
@@ -52,7 +52,7 @@ def _questions(articles: Sequence[Article]) -> Iterator[tuple[str, list[str]]]:
                 yield qa["id"], [answer["text"] for answer in qa["answers"]]
 
 
-def score_v1(articles: Sequence[Article], predictions: dict[str, str]) -> dict[str, float]:
+def score_v1(articles: Sequence[ArticleRecord], predictions: dict[str, str]) -> dict[str, float]:
     """SQuAD 1.1: the best of a question's gold answers counts; a missing prediction counts 0.
 
     Returns:
@@ -68,7 +68,7 @@ def score_v1(articles: Sequence[Article], predictions: dict[str, str]) -> dict[s
 
 
 def score_v2(
-    articles: Sequence[Article],
+    articles: Sequence[ArticleRecord],
     predictions: dict[str, str],
     no_answer: dict[str, float],
 ) -> dict[str, float]:

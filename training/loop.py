@@ -251,7 +251,7 @@ class Training:
         if self.accelerator.scaler is None:  # which skips a step of its own accord
             # Read by the fused optimizer, on the device: it leaves all as it is where this is 1.
             failed = (~(losses.sum() + norm).isfinite()).float()
-            self.adamw.found_inf = failed  # type: ignore[attr-defined] # torch tells no type of it
+            self.adamw.found_inf = failed  # type: ignore[attr-defined]  # torch does not tell
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=self.accelerator.device.type == "cpu")
         self.step += 1
@@ -298,8 +298,8 @@ class Training:
             position = run.position(before=1)
             if position and position["stage"] == stage.name and stage.goes_back:
                 run.drop_newest()
-        there = position is not None and position["stage"] == stage.name
-        if not (position and there and stage.goes_back) or self.divergence.factor <= LOWEST_FACTOR:
+        there = stage.goes_back and position and position["stage"] == stage.name
+        if not position or not there or self.divergence.factor <= LOWEST_FACTOR:
             self.progress.close()
             saved = run.position()
             kept = f"the state of step {saved['step']}" if saved else "no state yet"

@@ -118,7 +118,7 @@ def in_half(teacher: PreTrainedModel, accelerator: Accelerator) -> PreTrainedMod
     return teacher
 
 
-Compiled = list[tuple[nn.Module, Callable]]  # layers, and their compiled forward
+Compiled = list[tuple[nn.Module, Callable[..., object]]]  # layers, and their compiled forward
 
 
 def compiled_layers(model: nn.Module) -> Compiled:

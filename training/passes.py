@@ -271,6 +271,9 @@ def to_device(batch: dict[str, Tensor], device: torch.device) -> dict[str, Tenso
     return {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
 
 
+Shape = tuple[tuple[str, torch.Size], ...]  # of a batch's tensors, by name
+
+
 class GraphedPasses:
     """Passes replayed as CUDA graphs, one for each shape of a batch, where that is faster.
 
@@ -284,9 +287,9 @@ class GraphedPasses:
 
     def forget(self) -> None:
         """Drop all graphs and their memory."""
-        self.seen: dict[tuple, int] = {}
-        self.pays: dict[tuple, bool] = {}
-        self.captured: dict[tuple, tuple[torch.cuda.CUDAGraph, dict[str, Tensor], Tensor]] = {}
+        self.seen: dict[Shape, int] = {}
+        self.pays: dict[Shape, bool] = {}
+        self.captured: dict[Shape, tuple[torch.cuda.CUDAGraph, dict[str, Tensor], Tensor]] = {}
         self.pool: torch.cuda._POOL_HANDLE | None = None
 
     def __call__(self, batch: dict[str, Tensor], weight: float) -> Tensor:
@@ -308,7 +311,7 @@ class GraphedPasses:
         graph.replay()
         return figures.clone()
 
-    def _timed(self, shape: tuple, batch: dict[str, Tensor], weight: Tensor) -> Tensor:
+    def _timed(self, shape: Shape, batch: dict[str, Tensor], weight: Tensor) -> Tensor:
         """A pass on a stream of its own, as one must be before a capture; what launching took."""
         stream = torch.cuda.Stream()
         torch.cuda.synchronize()
@@ -322,7 +325,7 @@ class GraphedPasses:
         self.pays[shape] = launched > LAUNCH_BOUND * (time.perf_counter() - began)
         return figures
 
-    def _capture(self, shape: tuple, batch: dict[str, Tensor], weight: Tensor) -> None:
+    def _capture(self, shape: Shape, batch: dict[str, Tensor], weight: Tensor) -> None:
         inputs = {name: tensor.clone() for name, tensor in {**batch, "weight": weight}.items()}
         graph = torch.cuda.CUDAGraph()
         self.pool = self.pool or torch.cuda.graph_pool_handle()

@@ -15,7 +15,7 @@ PLAIN_LINE_SECONDS = 30.0  # between progress lines where there is no terminal
 
 # ------------------------------------------------------------------------------------------------
 # What is shown
-class Named(Protocol):
+class ShownStage(Protocol):
     """What is shown of a stage; loop.Stage has the meanings."""
 
     @property
@@ -32,7 +32,7 @@ class Progress:
     """Progress on a terminal (a bar) or elsewhere (plain lines now and then), and in the log."""
 
     def __init__(
-        self, run: Run, stage: Named, step: int, total: int, earlier: ProgressState | None
+        self, run: Run, stage: ShownStage, step: int, total: int, earlier: ProgressState | None
     ) -> None:
         """`stage` is a loop.Stage, `earlier` the `state` that this progress goes on from."""
         self.run, self.stage, self.total = run, stage, total

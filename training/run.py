@@ -162,9 +162,10 @@ def check_output_dir(output_dir: str, arguments: Mapping[str, object], overwrite
     return "new"
 
 
-def _passed(metrics: Mapping[str, Any]) -> bool:
+def _passed(metrics: Mapping[str, object]) -> bool:
     """Whether the exported file has passed its check, by what metrics.json tells."""
-    return bool(metrics.get("onnx_check", {}).get("passed", True))
+    check = metrics.get("onnx_check")
+    return not isinstance(check, dict) or bool(check.get("passed", True))
 
 
 def _read_json(path: str) -> dict[str, Any]:
@@ -466,7 +467,7 @@ class Run:
                 " the same command again goes on from the saved state"
             ) from None
 
-    def finish(self, metrics: Mapping[str, Any]) -> None:
+    def finish(self, metrics: Mapping[str, object]) -> None:
         """Write metrics.json, which marks the run as finished, and remove its states.
 
         Where the exported file has not passed its check the states stay, to export it again.
