@@ -26,9 +26,10 @@ test: $(VENV)/dev  ## run all tests
 test-fast: $(VENV)/dev  ## run the tests that take no whole run of a script
 	$(BIN)/python -m pytest $(IN_TWO) -m "not slow"
 
-lint: $(VENV)/dev  ## check style and format
+lint: $(VENV)/dev  ## check style, format and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
 
 bench: $(VENV)/demo  ## training speed against transformers.Trainer; needs SQUAD=<folder>
 	$(if $(SQUAD),,$(error give the folder of train-v1.1.json and dev-v1.1.json: make bench SQUAD=...))

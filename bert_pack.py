@@ -14,17 +14,19 @@ import difflib
 import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import BertModel, PreTrainedConfig, PreTrainedModel
 from transformers.activations import ACT2FN
+from transformers.models.bert.modeling_bert import BertLayer
 
 from bert import embedding  # noqa: F401 - its models are known to the Auto classes with it
+from bert.attention import bert_layers
 from bert.packed import PACKED_CLASSES, PackedBertConfig, PackedBertModel, PackedLayer
 from cli import UserError, key_values, one_of, whole
 
@@ -171,8 +173,11 @@ def pack(
         bf16: let models compute in bfloat16; sums over the sample stay in FP32.
     """
     student = PACKED_CLASSES[type(teacher)](packed_config(teacher.config, cfg))
-    student = student.to(teacher.device).eval()
-    bert, packed = teacher.base_model, student.base_model
+    # The library's own `to` is not typed so that it can be called.
+    student = nn.Module.to(student, teacher.device).eval()
+    bert = cast(BertModel, teacher.base_model)
+    packed = cast(PackedBertModel, student.base_model)
+    assert packed.state_maps is not None  # it is not merged
     student.copy_head(teacher)
     for name in ("word_embeddings", "position_embeddings", "token_type_embeddings"):
         table = getattr(packed.embeddings, name)
@@ -196,11 +201,14 @@ def pack(
             report(i + 1, n)
         skipped, original = depth * i // n, depth * (i + 1) // n - 1
         with torch.no_grad():
-            for layer in bert.encoder.layer[skipped:original]:
+            for layer in bert_layers(bert)[skipped:original]:
                 target = sample.attend(layer, target)
-        maps = (packed.layers[i], packed.state_maps[i + 1])
-        layer = bert.encoder.layer[original]
-        state, target = _pack_layer(*maps, layer, sample, state, target, directions, regress)
+        packed_layer = packed.packed_layers[i]
+        state_map = cast(nn.Linear, packed.state_maps[i + 1])
+        layer = bert_layers(bert)[original]
+        state, target = _pack_layer(
+            packed_layer, state_map, layer, sample, state, target, directions, regress
+        )
     return student
 
 
@@ -234,7 +242,7 @@ class _Sample:
         return torch.cat(results)
 
 
-def principal_directions(bert: PreTrainedModel, sample: _Sample, width: int) -> Tensor:
+def principal_directions(bert: BertModel, sample: _Sample, width: int) -> Tensor:
     """Orthonormal directions P [H, h] that keep most of the teacher's hidden states.
 
     The principal directions of all its states together, each state's second moments scaled to
@@ -248,7 +256,7 @@ def principal_directions(bert: PreTrainedModel, sample: _Sample, width: int) -> 
         return torch.eye(full, dtype=torch.float64, device=device)
     moments = torch.zeros(full, full, dtype=torch.float64, device=device)
     state = sample.embed(bert.embeddings)
-    for layer in (None, *bert.encoder.layer):
+    for layer in (None, *bert_layers(bert)):
         state = sample.attend(layer, state) if layer else state
         squares = (state.T @ state).double()
         moments += squares / squares.trace()
@@ -338,11 +346,13 @@ def _pack_embeddings(
     Returns:
         the packed state 0, [T, h].
     """
-    embeddings, state_map = packed.embeddings, packed.state_maps[0]
+    embeddings = packed.embeddings
+    state_map = cast(nn.ModuleList, packed.state_maps)[0]
+    assert isinstance(state_map, nn.Linear)
     if embeddings.sum_map is not None:
         _set(embeddings.sum_map, directions.T, 0.0)
     else:
-        maps = (embeddings.word_map, embeddings.position_map, embeddings.token_type_map)
+        maps = embeddings.maps()
         for each in maps:
             _set(each, directions.T, 0.0)
         with torch.no_grad():
@@ -368,7 +378,7 @@ def _pack_embeddings(
 def _pack_layer(
     layer: PackedLayer,
     state_map: nn.Linear,
-    original: nn.Module,
+    original: BertLayer,
     sample: _Sample,
     state: Tensor,
     target: Tensor,
@@ -414,9 +424,10 @@ def _pack_layer(
         else:
             weight, bias = least_squares(state, target_before, up)
             first, second = original.intermediate.dense, original.output.dense
+            packed_first, packed_second = layer.linears
             inner = first.weight.double()
-            _set(layer.feed_forward[0], inner @ weight, inner @ bias + first.bias)
-            _set(layer.feed_forward[1], down @ second.weight.double(), down @ second.bias.double())
+            _set(packed_first, inner @ weight, inner @ bias + first.bias)
+            _set(packed_second, down @ second.weight.double(), down @ second.bias.double())
         _fit_norm(layer.output_norm, state + layer.feed(state), target @ narrow)
         _set(state_map, *least_squares(layer.after_attention(state), target, up))
     if layer.stacked:
@@ -433,7 +444,7 @@ def _start_stacked(
     layer: PackedLayer, state: Tensor, added: Tensor, generator: torch.Generator
 ) -> None:
     """Begin stacked feed-forward layers: random (He et al., 2015), the last by least squares."""
-    *random, last = layer.feed_forward
+    *random, last = layer.linears
     inner = state
     for linear in random:
         scale = (2 / linear.in_features) ** 0.5
@@ -490,7 +501,7 @@ class HeadImportance:
         """Put the gates on the heads of a model."""
         self._hooks = [
             layer.attention_output.register_forward_pre_hook(functools.partial(self._gate, i))
-            for i, layer in enumerate(student.base_model.layers)
+            for i, layer in enumerate(cast(PackedBertModel, student.base_model).packed_layers)
         ]
 
     def remove(self) -> None:
@@ -505,10 +516,12 @@ class HeadImportance:
 
     def update(self, accelerator: Accelerator) -> None:
         """Count the gradient that a step's backward passes have left in the gates."""
-        gradient = accelerator.reduce(self.gates.grad, reduction="sum").double().abs()
+        own = self.gates.grad
+        assert own is not None  # a backward pass has left it
+        gradient = accelerator.reduce(own, reduction="sum").double().abs()
         if accelerator.scaler is not None:
             gradient = gradient / accelerator.scaler.scale(torch.ones_like(gradient))
-        self.gates.grad.zero_()
+        own.zero_()
         self.steps += 1
         # On the device, without a wait; what is not finite does not count.
         step = (gradient - self.mean) / self.steps
@@ -534,7 +547,7 @@ def prune_heads(student: PreTrainedModel, kept: Tensor) -> PreTrainedModel:
     """
     config = copy.deepcopy(student.config)
     config.num_attention_heads = kept.shape[1]
-    pruned = type(student)(config).to(student.device).train(student.training)
+    pruned = nn.Module.to(type(student)(config), student.device).train(student.training)
     weights = student.state_dict()
     for i, heads in enumerate(kept.to(student.device)):
         name = f"{student.base_model_prefix}.layers.{i}"

@@ -82,7 +82,9 @@ class ArgumentParser(argparse.ArgumentParser):
         self.usage = self.format_usage().removeprefix("usage: ").replace("%", "%%")
         return super().format_help()
 
-    def parse_args(self, args=None, namespace=None):  # type: ignore[override]
+    def parse_args(  # type: ignore[override]  # the library's also takes namespaces of other kinds
+        self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None
+    ) -> argparse.Namespace:
         parsed, unknown = self.parse_known_args(args, namespace)
         if unknown:
             flag = unknown[0].split("=")[0]

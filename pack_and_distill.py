@@ -12,7 +12,7 @@ import copy
 import functools
 import signal
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -28,7 +28,7 @@ from bert.model_folder import (
     load_tokenizer,
     unmerged_folder,
 )
-from bert.packed import PackedBertConfig, merge
+from bert.packed import PackedBertConfig, PackedBertPreTrainedModel, merge
 from bert_pack import HeadImportance, PackCfg
 from cli import ArgumentParser, UserError, is_main_process, number, run_main
 from int8.quantizers import is_quantized
@@ -453,7 +453,8 @@ def main() -> None:
     run.evaluate_once("teacher", lambda: evaluation(teacher, fp32=True))
     anew = run.states.position() is None
     student = pack_student(args, cfg, task, run, anew)
-    student.copy_head(teacher)  # which reads the states that the student learns
+    # The head reads the states that the student learns.
+    cast(PackedBertPreTrainedModel, student).copy_head(teacher)
     if anew:
         run.evaluate_once("packed", lambda: evaluation(student, fp32=True))
     plan = plan_stages(args, cfg.num_hidden_layers)

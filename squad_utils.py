@@ -22,7 +22,7 @@ import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, TypedDict
 
 import numpy as np
 from tokenizers import Tokenizer
@@ -41,6 +41,34 @@ IMPOSSIBLE = -np.inf  # log-probability of what must not be chosen
 # The file
 
 
+class AnswerRecord(TypedDict):
+    """An answer as a SQuAD file has it."""
+
+    text: str
+    answer_start: int
+
+
+class QuestionRecord(TypedDict):
+    """A question of a SQuAD file."""
+
+    id: str
+    question: str
+    answers: list[AnswerRecord]
+
+
+class ParagraphRecord(TypedDict):
+    """A context of a SQuAD file and its questions."""
+
+    context: str
+    qas: list[QuestionRecord]
+
+
+class ArticleRecord(TypedDict):
+    """An article of a SQuAD file; these records may have other keys as well."""
+
+    paragraphs: list[ParagraphRecord]
+
+
 @dataclass(frozen=True)
 class SquadData:
     """A SQuAD file. Question i is ids[i], questions[i], asked of contexts[context_of[i]].
@@ -55,7 +83,7 @@ class SquadData:
     """
 
     path: str
-    articles: list[dict[str, Any]]
+    articles: list[ArticleRecord]
     contexts: list[str]
     ids: list[str]
     questions: list[str]
@@ -185,6 +213,11 @@ class Tokens:
 
     def of(self, text: int) -> slice:
         return slice(self.bounds[text], self.bounds[text + 1])
+
+    def offsets_of(self, text: int) -> np.ndarray:
+        """The offsets of a text's tokens, where they were kept: int32 [tokens, 2]."""
+        assert self.offsets is not None
+        return self.offsets[self.of(text)]
 
 
 def tokenize(
@@ -352,7 +385,7 @@ def _answer_tokens(data: SquadData, contexts: Tokens) -> np.ndarray:
     """int32 [answers, 2]: first and last token that share a character with each answer."""
     found = []
     for context, answers in zip(data.context_of, data.answers, strict=True):
-        starts, ends = contexts.offsets[contexts.of(context)].T
+        starts, ends = contexts.offsets_of(context).T
         for start, text in answers:
             first = np.searchsorted(ends, start, side="right")
             last = np.searchsorted(starts, start + len(text), side="left") - 1
@@ -563,7 +596,7 @@ class Answers:
             answers[name] = ""
             if self._window[q] >= 0:
                 context = self.windows.context_of[q]
-                offsets = self.windows.contexts.offsets[self.windows.contexts.of(context)]
+                offsets = self.windows.contexts.offsets_of(context)
                 begin, end = offsets[self._span[q, 0], 0], offsets[self._span[q, 1], 1]
                 answers[name] = cut(self.data.contexts[context], begin, end)
         return answers

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import BertModel, PreTrainedModel
+from transformers.models.bert.modeling_bert import BertCrossAttention, BertLayer, BertSelfAttention
 
 try:
     from torch.nn.attention.varlen import varlen_attn  # since torch 2.10
 except ImportError:
-    varlen_attn = None
+    varlen_attn = None  # type: ignore[assignment]  # in the place of a function
 
 
 def attend(
@@ -48,10 +49,10 @@ def attend(
     if mask is not None and mask.dtype == torch.int32:
         batch, length, _ = parts[0].shape
         # Each [B L, heads, head_size].
-        rows = (part.reshape(batch * length, heads, head_size) for part in parts)
+        q, k, v = (part.reshape(batch * length, heads, head_size) for part in parts)
         ends = mask.flatten()
-        context = varlen_attn(*rows, ends, ends, length, length)
-        return context.reshape(batch, length, heads * head_size)
+        rows = varlen_attn(q, k, v, ends, ends, length, length)
+        return cast(Tensor, rows).reshape(batch, length, heads * head_size)
     # Each [B, heads, L, head_size].
     query, key, value = (part.unflatten(-1, (heads, head_size)).transpose(1, 2) for part in parts)
     on_cpu = query.device.type == "cpu"
@@ -117,13 +118,20 @@ def mask_for(attention_mask: Tensor, head_size: int, masked: bool = False) -> Te
     return attention_mask.bool()[:, None, None, :]
 
 
-def _give_mask(bert: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def bert_layers(bert: BertModel) -> list[BertLayer]:
+    """The layers of the library's encoder, with their type, which a ModuleList does not have."""
+    return cast("list[BertLayer]", list(bert.encoder.layer))
+
+
+def _give_mask(
+    bert: BertModel, args: tuple[object, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[object, ...], dict[str, Any]] | None:
     """Before a BERT's forward on a GPU, take the place of the library's mask: making that waits
     for the GPU, and having it rules the flash kernel out."""
     mask = kwargs.get("attention_mask")
     if mask is None or mask.dim() != 2 or mask.device.type == "cpu":
         return None
-    attention = bert.encoder.layer[0].attention.self
+    attention = cast(FusedSelfAttention, bert_layers(bert)[0].attention.self)
     masked = attention.separate_products or (attention.training and attention.dropout.p > 0)
     head_size = attention.query.out_features // attention.heads
     return args, {**kwargs, "attention_mask": mask_for(mask, head_size, masked)}
@@ -137,7 +145,9 @@ class FusedSelfAttention(nn.Module):
     three times as wide; but quantizers need the three, whose weights are parameters.
     """
 
-    def __init__(self, original: nn.Module, separate_products: bool = False) -> None:
+    def __init__(
+        self, original: BertSelfAttention | BertCrossAttention, separate_products: bool = False
+    ) -> None:
         super().__init__()
         self.separate_products = separate_products
         self.query, self.key, self.value = original.query, original.key, original.value
@@ -151,7 +161,7 @@ class FusedSelfAttention(nn.Module):
         """hidden_states [B, L, H]; attention_mask as in `attend`. Returns [B, L, H]."""
         parts = (self.query, self.key, self.value)
         if self.separate_products:
-            qkv = [part(hidden_states) for part in parts]
+            qkv = tuple(part(hidden_states) for part in parts)
         else:
             weight = torch.cat([part.weight for part in parts])
             bias = torch.cat([part.bias for part in parts])
@@ -168,12 +178,15 @@ def fuse_attention(model: PreTrainedModel, separate_products: bool = False) -> P
     """
     encoder = model.base_model
     if model.config.model_type == "bert":
+        encoder = cast(BertModel, encoder)
         model.set_attn_implementation("sdpa")  # whose masks are bool, True for what is seen
-        if not isinstance(encoder.encoder.layer[0].attention.self, FusedSelfAttention):
+        if not isinstance(bert_layers(encoder)[0].attention.self, FusedSelfAttention):
             encoder.register_forward_pre_hook(_give_mask, with_kwargs=True)
-            for layer in encoder.encoder.layer:
-                layer.attention.self = FusedSelfAttention(layer.attention.self, separate_products)
+            for layer in bert_layers(encoder):
+                fused = FusedSelfAttention(layer.attention.self, separate_products)
+                layer.attention.self = fused  # type: ignore[assignment]  # in its place
     else:
-        for layer in encoder.layers:
-            layer.separate_products |= separate_products
+        layers: Any = encoder.layers  # of a packed BERT, which this module does not know
+        for packed in layers:
+            packed.separate_products |= separate_products
     return model

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, BertModel, BertPreTrainedModel, PretrainedConfig
+from transformers import AutoConfig, BertConfig, BertModel, BertPreTrainedModel, PretrainedConfig
 from transformers.modeling_outputs import ModelOutput
 
 from bert.packed import PACKED_CLASSES, PackedBertConfig, PackedBertModel, PackedBertPreTrainedModel
@@ -22,7 +22,7 @@ POOLERS = ("pretrained", "identity")
 class EmbeddingOutput(ModelOutput):
     """`embedding` [B, H], and hidden_states if asked for."""
 
-    embedding: Tensor | None = None
+    embedding: Tensor
     hidden_states: tuple[Tensor, ...] | None = None
 
 
@@ -63,9 +63,18 @@ class Embedding:
     one learned scale exp(s), where the library's pooler has tanh. `config.pooling` is "cls" or
     "mean"."""
 
+    bert: nn.Module
+    config: Any  # of either model
+    log_scale: nn.Parameter
+
+    @property
+    def output_map(self) -> nn.Linear:
+        """The linear layer behind pooling."""
+        raise NotImplementedError
+
     def _init_weights(self, module: nn.Module) -> None:
-        super()._init_weights(module)
-        if module is self:
+        super()._init_weights(module)  # type: ignore[misc]  # of the library's class beside it
+        if module is cast(nn.Module, self):
             nn.init.zeros_(self.log_scale)
 
     def forward(
@@ -86,17 +95,19 @@ class Embedding:
 class BertForEmbedding(Embedding, BertPreTrainedModel):
     """BERT and the linear layer of its pooler. The output is H wide."""
 
-    def __init__(self, config: PretrainedConfig) -> None:
+    bert: BertModel
+
+    def __init__(self, config: BertConfig) -> None:
         super().__init__(config)
         config.pooling = getattr(config, "pooling", "cls")
         self.bert = BertModel(config, add_pooling_layer=False)
-        self.bert.pooler = LinearPooler(config)
+        self.bert.pooler = LinearPooler(config)  # type: ignore[assignment]  # in its place
         self.log_scale = nn.Parameter(torch.zeros(()))
         self.post_init()
 
     @property
     def output_map(self) -> nn.Linear:
-        return self.bert.pooler.dense
+        return cast(LinearPooler, self.bert.pooler).dense
 
     def start_pooler_anew(self) -> None:
         """Make the linear layer the identity: the embedding is then the pooled state itself."""
@@ -108,6 +119,7 @@ class PackedBertForEmbedding(Embedding, PackedBertPreTrainedModel):
     """The packed encoder with its teacher's pooler and scale; the output is H wide as well."""
 
     head = "pooler"
+    bert: PackedBertModel
 
     def __init__(self, config: PackedBertConfig) -> None:
         super().__init__(config)
@@ -137,7 +149,7 @@ class AutoModelForEmbedding:
 
     @classmethod
     def from_config(cls, config: PretrainedConfig) -> BertForEmbedding | PackedBertForEmbedding:
-        return cls._class_of(config)(config)
+        return cls._class_of(config)(cast(Any, config))  # which its class takes
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str, **kwargs: Any) -> Any:

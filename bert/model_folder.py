@@ -4,13 +4,19 @@ from __future__ import annotations
 
 import functools
 import os
-from typing import Any
+from typing import Any, Protocol, cast
 
 import huggingface_hub
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
 from transformers.utils import logging as transformers_logging
 
 from bert import (
@@ -55,6 +61,16 @@ transformers_logging.disable_progress_bar()  # of reading weights; a download st
 
 
 huggingface_hub.utils.enable_progress_bars()
+
+
+class AutoClass(Protocol):
+    """One of the library's Auto classes, or ours: AutoModelForQuestionAnswering itself, say."""
+
+    def from_config(self, config: PretrainedConfig) -> PreTrainedModel:
+        """A model with random weights."""
+
+    def from_pretrained(self, pretrained_model_name_or_path: str, **kwargs: Any) -> Any:
+        """A model, or with output_loading_info the model and a dict."""
 
 
 @functools.lru_cache
@@ -130,8 +146,13 @@ def check_model(name: str, flag: str, max_seq_length_c: int) -> PretrainedConfig
     return config
 
 
-def check_teacher(name: str, teacher: PretrainedConfig, student: PretrainedConfig,
-                  tokenizer: Any, has_state_maps: bool = False) -> None:  # fmt: skip
+def check_teacher(
+    name: str,
+    teacher: PretrainedConfig,
+    student: PretrainedConfig,
+    tokenizer: PreTrainedTokenizerFast,
+    has_state_maps: bool = False,
+) -> None:
     """Check that --model_teacher, of name `name`, can teach --model_student.
 
     Args:
@@ -159,7 +180,7 @@ def check_teacher(name: str, teacher: PretrainedConfig, student: PretrainedConfi
         raise UserError("--model_teacher has another vocabulary than --model_student")
 
 
-def load_model(name: str, flag: str, auto_class: Any, quiet: bool = False) -> PreTrainedModel:
+def load_model(name: str, flag: str, auto_class: AutoClass, quiet: bool = False) -> PreTrainedModel:
     """The model in FP32 on the CPU, with its quantizers if it has any; says which of its weights
     start anew, unless quiet.
 
@@ -204,7 +225,7 @@ def warn_of_overflow(model: nn.Module, what: str) -> None:
         )
 
 
-def load_for_export(folder: str, auto_class: Any) -> tuple[PreTrainedModel, bool]:
+def load_for_export(folder: str, auto_class: AutoClass) -> tuple[PreTrainedModel, bool]:
     """A saved checkpoint as it is exported to ONNX, and whether it has quantizers."""
     model, quantized = load_model(folder, "--output_dir", auto_class, quiet=True), False
     if is_quantized(folder):
@@ -215,7 +236,7 @@ def load_for_export(folder: str, auto_class: Any) -> tuple[PreTrainedModel, bool
     return model, quantized
 
 
-def load_teacher(name: str, auto_class: Any, device: torch.device) -> PreTrainedModel:
+def load_teacher(name: str, auto_class: AutoClass, device: torch.device) -> PreTrainedModel:
     """--model_teacher as it is needed: with fast attention, in eval mode, not training.
 
     Raises:
@@ -225,7 +246,7 @@ def load_teacher(name: str, auto_class: Any, device: torch.device) -> PreTrained
     return teacher.eval().requires_grad_(False).to(device)
 
 
-def load_tokenizer(name: str, flag: str, config: PretrainedConfig) -> Any:
+def load_tokenizer(name: str, flag: str, config: PretrainedConfig) -> PreTrainedTokenizerFast:
     """The model's fast tokenizer.
 
     Raises:
@@ -233,7 +254,8 @@ def load_tokenizer(name: str, flag: str, config: PretrainedConfig) -> Any:
             the model of configuration `config`.
     """
     try:
-        tokenizer = AutoTokenizer.from_pretrained(**find_model(name, flag), use_fast=True)
+        found = AutoTokenizer.from_pretrained(**find_model(name, flag), use_fast=True)
+        tokenizer = cast(PreTrainedTokenizerFast, found)  # if not, an error below
     except UserError:
         raise
     except Exception as error:
@@ -252,7 +274,7 @@ def load_tokenizer(name: str, flag: str, config: PretrainedConfig) -> Any:
     return tokenizer
 
 
-def special_ids(tokenizer: Any) -> SpecialIds:
+def special_ids(tokenizer: PreTrainedTokenizerFast) -> SpecialIds:
     """Ids of the special tokens of BERT's input format."""
     return SpecialIds(tokenizer.cls_token_id, tokenizer.sep_token_id, tokenizer.pad_token_id)
 
@@ -301,7 +323,7 @@ def unmerged_folder(name: str) -> str:
     return folder if os.path.isfile(os.path.join(folder, "config.json")) else name
 
 
-def save_model(model: PreTrainedModel, tokenizer: Any, folder: str) -> None:
+def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, folder: str) -> None:
     """Save a model on the CPU with its tokenizer; of a quantized one, the quantizers in files of
     their own."""
     if hasattr(model, "__nncf_hooks"):
@@ -311,7 +333,7 @@ def save_model(model: PreTrainedModel, tokenizer: Any, folder: str) -> None:
     save_vocabulary(tokenizer, folder)
 
 
-def save_vocabulary(tokenizer: Any, output_dir: str) -> None:
+def save_vocabulary(tokenizer: PreTrainedTokenizerFast, output_dir: str) -> None:
     """Save the tokenizer's files, and vocab.txt (a token a line, by id) for other programs."""
     tokenizer.save_pretrained(output_dir)
     by_id = sorted(tokenizer.get_vocab().items(), key=lambda item: item[1])

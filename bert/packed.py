@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import copy
 import itertools
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -55,7 +55,7 @@ class PackedBertConfig(PreTrainedConfig):
     pad_token_id: int | None = 0
     pooling: str = "cls"  # of an embedding model
     merged: bool = False
-    pack_cfg: dict | None = None
+    pack_cfg: dict | None = None  # type: ignore[type-arg]  # the library checks values by it
 
 
 # ------------------------------------------------------------------------------------------------
@@ -81,6 +81,11 @@ class PackedEmbeddings(nn.Module):
             self.token_type_map = nn.Linear(full, packed)
         self.LayerNorm = nn.LayerNorm(packed if config.pack_emb else full, config.layer_norm_eps)
 
+    def maps(self) -> list[nn.Linear]:
+        """Those of words, positions and types; none where the sum has one, or they are merged."""
+        maps = (self.word_map, self.position_map, self.token_type_map)
+        return [each for each in maps if each is not None]
+
     def forward(self, input_ids: Tensor, token_type_ids: Tensor, position_ids: Tensor) -> Tensor:
         """int64 [B, L] each."""
         states = self.LayerNorm(self.summed(input_ids, token_type_ids, position_ids))
@@ -91,9 +96,9 @@ class PackedEmbeddings(nn.Module):
         words = self.word_embeddings(input_ids)
         positions = self.position_embeddings(position_ids)
         types = self.token_type_embeddings(token_type_ids)
-        if self.word_map is not None:
-            words = self.word_map(words)
-            positions, types = self.position_map(positions), self.token_type_map(types)
+        if maps := self.maps():
+            of_words, of_positions, of_types = maps
+            words, positions, types = of_words(words), of_positions(positions), of_types(types)
         return words + positions + types
 
 
@@ -127,6 +132,11 @@ class PackedLayer(nn.Module):
         parts = self.qkv(states).chunk(3, dim=-1)
         return attend(parts, self.heads, mask, separate_products=self.separate_products)
 
+    @property
+    def linears(self) -> list[nn.Linear]:
+        """`feed_forward`, with the type of its layers."""
+        return cast("list[nn.Linear]", list(self.feed_forward))
+
     def after_attention(self, states: Tensor) -> Tensor:
         return self.output_norm(states + self.feed(states))
 
@@ -144,6 +154,11 @@ class PackedBertPreTrainedModel(PreTrainedModel):
     config_class = PackedBertConfig
     base_model_prefix = "bert"
     _supports_sdpa = True
+    head: str  # the linear layer that reads the last state
+
+    def copy_head(self, teacher: Any) -> None:
+        """Take over what reads the last state, of a teacher of the same task."""
+        raise NotImplementedError
 
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
@@ -167,6 +182,11 @@ class PackedBertModel(PackedBertPreTrainedModel):
                 for _ in range(config.num_hidden_layers + 1)
             )
         self.post_init()
+
+    @property
+    def packed_layers(self) -> list[PackedLayer]:
+        """`layers`, with their type."""
+        return cast("list[PackedLayer]", list(self.layers))
 
     def get_input_embeddings(self) -> nn.Module:
         return self.embeddings.word_embeddings
@@ -196,7 +216,7 @@ class PackedBertModel(PackedBertPreTrainedModel):
         if position_ids is None:
             position_ids = torch.arange(input_ids.shape[1], device=input_ids.device)[None]
         if attention_mask is not None and attention_mask.dim() == 2:
-            masked = self.layers[0].separate_products
+            masked = self.packed_layers[0].separate_products
             attention_mask = mask_for(attention_mask, self.config.head_size, masked)
         states = [self.embeddings(input_ids, token_type_ids, position_ids)]
         for layer in self.layers[:num_layers]:
@@ -215,13 +235,13 @@ class PackedBertModel(PackedBertPreTrainedModel):
 class PackedBertForQuestionAnswering(PackedBertPreTrainedModel):
     """The packed encoder with the teacher's QA head."""
 
-    head = "qa_outputs"  # the linear layer that reads the last state
+    head = "qa_outputs"
 
     def __init__(self, config: PackedBertConfig) -> None:
         super().__init__(config)
         self.bert = PackedBertModel(config)
         self.qa_outputs = nn.Linear(
-            config.hidden_size if config.merged else config.state_size, config.num_labels
+            config.hidden_size if config.merged else config.state_size, cast(int, config.num_labels)
         )
         self.post_init()
 
@@ -240,7 +260,9 @@ class PackedBertForQuestionAnswering(PackedBertPreTrainedModel):
         )
 
 
-PACKED_CLASSES = {BertForQuestionAnswering: PackedBertForQuestionAnswering}
+PACKED_CLASSES: dict[type[PreTrainedModel], type[PackedBertPreTrainedModel]] = {
+    BertForQuestionAnswering: PackedBertForQuestionAnswering
+}
 
 
 AutoConfig.register(PackedBertConfig.model_type, PackedBertConfig)
@@ -266,7 +288,8 @@ def merge(student: PreTrainedModel) -> PreTrainedModel:
     weights = {name: value.cpu() for name, value in student.state_dict().items()}
 
     def pop(name: str) -> tuple[Tensor, Tensor]:
-        return tuple(weights.pop(f"{name}.{part}").double() for part in ("weight", "bias"))
+        weight, bias = (weights.pop(f"{name}.{part}").double() for part in ("weight", "bias"))
+        return weight, bias
 
     prefix = student.base_model_prefix
     if config.pack_emb:
@@ -274,9 +297,10 @@ def merge(student: PreTrainedModel) -> PreTrainedModel:
             weight, bias = pop(f"{prefix}.embeddings.{kind}_map")
             table = f"{prefix}.embeddings.{kind}_embeddings.weight"
             weights[table] = weights[table].double() @ weight.T + bias
-    weight, bias = pop(student.head)
+    head = str(student.head)
+    weight, bias = pop(head)
     maps = [pop(f"{prefix}.state_maps.{i}") for i in range(config.num_hidden_layers + 1)]
-    weights[f"{student.head}.weight"] = weight @ maps[-1][0]
-    weights[f"{student.head}.bias"] = weight @ maps[-1][1] + bias
+    weights[f"{head}.weight"] = weight @ maps[-1][0]
+    weights[f"{head}.bias"] = weight @ maps[-1][1] + bias
     merged.load_state_dict(weights)
     return merged

@@ -52,9 +52,12 @@ def multiplies_activations(model: onnx.ModelProto) -> bool:
     is allowed.
     """
     return any(
-        all(factor is not None and factor.weight is None for factor in factors)
-        and 2 * factors[1].largest > PAIR_LIMIT
-        for factors in _products(model)
+        first is not None
+        and second is not None
+        and first.weight is None
+        and second.weight is None
+        and 2 * second.largest > PAIR_LIMIT
+        for first, second in _products(model)
     )
 
 
@@ -95,7 +98,9 @@ def with_float_weights(model: onnx.ModelProto) -> onnx.ModelProto:
         if all(name in values for name in node.input):
             feed = {name: numpy_helper.to_array(values[name]) for name in node.input}
             (weight,) = ReferenceEvaluator(node).run(None, feed)
-            result.graph.initializer.append(numpy_helper.from_array(weight, node.output[0]))
+            result.graph.initializer.append(
+                numpy_helper.from_array(np.asarray(weight), node.output[0])
+            )
             result.graph.node.remove(node)
     return result
 

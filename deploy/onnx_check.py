@@ -12,6 +12,7 @@ import importlib.util
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import onnx
@@ -69,12 +70,13 @@ def check_file(path: str, graph: nn.Module, feeds: Sequence[Feed], int8: bool) -
         int8: whether the graph rounds, by modules that have `integers_of`.
     """
     exact = run_exactly(path)
+    declared: Any = graph.outputs  # an onnx_file.Outputs
     with torch.no_grad():
         expected = [[each.numpy() for each in graph(*_tensors(feed))] for feed in feeds]
 
     def deviation(infer: Infer) -> float:
         return _worst(
-            _deviation(mine, theirs, feed, graph.outputs.per_token)
+            _deviation(mine, theirs, feed, declared.per_token)
             for feed, outputs in zip(feeds, expected, strict=True)
             for mine, theirs in zip(outputs, infer(feed), strict=True)
         )
@@ -171,6 +173,7 @@ def _layer_by_layer(
 ) -> tuple[float, float]:
     """The mean difference of the outputs where PyTorch's integers are given to each layer, and the
     share of integers that the file rounds otherwise."""
+    declared: Any = graph.outputs  # an onnx_file.Outputs
     names = _take_integers_from_outside(model.graph)
     infer = run_exactly(model.SerializeToString())
     worst, flipped, count = 0.0, 0, 0
@@ -180,9 +183,7 @@ def _layer_by_layer(
         given = {_given(name): each for name, each in zip(names, recorded, strict=True)}
         found = infer({**feed, **given})
         for mine, theirs in zip(outputs, found, strict=False):
-            worst = max(
-                worst, _worst(iter([_deviation(mine, theirs, feed, graph.outputs.per_token)]))
-            )
+            worst = max(worst, _worst(iter([_deviation(mine, theirs, feed, declared.per_token)])))
         for name, rounded in zip(names, found[len(outputs) :], strict=True):
             flipped += int((given[_given(name)] != rounded).sum())
             count += rounded.size
@@ -225,7 +226,8 @@ def _recorded(graph: nn.Module) -> Iterator[list[np.ndarray]]:
     """The integers that the graph's modules round activations to, in the order of their use."""
     integers: list[np.ndarray] = []
 
-    def record(module: nn.Module, inputs: tuple[torch.Tensor], output: torch.Tensor) -> None:
+    # `module` is one with `integers_of`.
+    def record(module: Any, inputs: tuple[torch.Tensor], output: torch.Tensor) -> None:
         if not isinstance(inputs[0], nn.Parameter):
             integers.append(module.integers_of(output))
 

@@ -240,6 +240,7 @@ def _store_int8(graph: onnx.GraphProto) -> None:
         if weight is None:
             continue
         scale, zero_point = value(quantize.input[1]), value(quantize.input[2])
+        assert scale is not None and zero_point is not None  # a quantizer's are constants
         axis = next((a.i for a in quantize.attribute if a.name == "axis"), 1)
         shape = [1] * weight.ndim
         if scale.ndim:
@@ -259,7 +260,7 @@ def _store_int8(graph: onnx.GraphProto) -> None:
                 replaced[result] = _look_up(graph, base, tables, user, dequantize)
                 continue
             stored = integers
-            attributes = {"axis": axis} if scale.ndim else {}
+            attributes: dict[str, Any] = {"axis": axis} if scale.ndim else {}
             if user.op_type == "Transpose":
                 stored = integers.T
                 attributes = {"axis": 1 - axis} if scale.ndim else {}

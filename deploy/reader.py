@@ -144,6 +144,7 @@ class Reader:
             self.doc_stride,
             for_training=False,
         )
+        offsets = tokens.offsets_of(0)
         # One window at a time, and few spans of each: memory does not grow with their number.
         spans: list[tuple[float, float, int, int]] = []
         for window in range(len(windows)):
@@ -156,8 +157,8 @@ class Reader:
             )
             shift = windows.first[window] - at[0]
             for i in np.flatnonzero(np.isfinite(log_prob[0])):
-                begin = int(tokens.offsets[first[0, i] + shift, 0])
-                end = int(tokens.offsets[last[0, i] + shift, 1])
+                begin = int(offsets[first[0, i] + shift, 0])
+                end = int(offsets[last[0, i] + shift, 1])
                 spans.append((float(log_prob[0, i]), float(no_answer[0]), begin, end))
             spans = heapq.nlargest(SPANS_KEPT, spans)
         return spans

@@ -110,13 +110,15 @@ def load_exported(
         warn(f"{flag} {folder}: {why}; {now}; {cure}")
     if in_openvino and runtime.precision == "f32" and this_cpu().has_bf16:
         tell(f"{flag} {folder} runs in f32; --runtime_precision=default is faster and less exact")
-    ids = (tokenizer.token_to_id(token) for token in ("[CLS]", "[SEP]", "[PAD]"))
+    cls, sep, pad = (tokenizer.token_to_id(token) for token in ("[CLS]", "[SEP]", "[PAD]"))
+    if cls is None or sep is None or pad is None:
+        raise UserError(f"{flag}: the tokenizer of {folder} lacks [CLS], [SEP] or [PAD]")
     return OnnxModel(
         path,
         opened.compile,
         opened.length,
         tokenizer,
-        SpecialIds(*ids),
+        SpecialIds(cls, sep, pad),
         arguments,
         metrics,
         opened.arithmetic,

@@ -119,10 +119,11 @@ class Embedder:
         found: list[Any] = [None] * len(texts)
         order = np.argsort(-needed, kind="stable")
         hidden = None if description else True
-        run, at = None, -1
+        run: Infer | None = None
+        at = -1
         for i in tqdm(order, desc=description, unit=" texts", disable=hidden):
             length = shapes[needed[i]]
-            if at != length:
+            if run is None or at != length:
                 run, at = self.compile(length), length
             ids = tokens.ids[tokens.of(i)]
             (vector,) = run(squad_utils.token_rows([(ids,)], self.special, length))
@@ -139,15 +140,16 @@ def load_embedder(folder: str, runtime: Runtime) -> Embedder:
     model = load_exported(
         folder, "--model_emb", "an embedding model", "train_qcemb.py", ["embedding"], runtime
     )
-    lengths = [model.arguments[key] for key in ("max_seq_length_q", "max_seq_length_c")]
+    longest = model.arguments["max_seq_length_c"]
     with open(model.path, "rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     return Embedder(
         functools.lru_cache(model.compile),
         model.tokenizer,
         model.special,
-        *lengths,
-        key=f"{digest} {lengths[1]} {model.arithmetic}",
+        model.arguments["max_seq_length_q"],
+        longest,
+        key=f"{digest} {longest} {model.arithmetic}",
     )
 
 
@@ -200,7 +202,7 @@ def _cut_long(paragraphs: list[Paragraph], embedder: Embedder) -> list[Paragraph
     tokens = squad_utils.tokenize(embedder.tokenizer, texts, True, "reading paragraphs")
     parts = []
     for i, paragraph in enumerate(paragraphs):
-        offsets = tokens.offsets[tokens.of(i)]
+        offsets = tokens.offsets_of(i)
         for begin in range(0, max(len(offsets), 1), room):
             if len(offsets) <= room:
                 parts.append(paragraph)

@@ -8,11 +8,11 @@ import difflib
 import functools
 import re
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
 from unittest import mock
 
 import nncf.torch
 import torch
+from nncf.quantization.algorithms.pipeline import Pipeline
 from nncf.quantization.algorithms.post_training import algorithm as post_training
 from nncf.scopes import get_ignored_node_names_from_subgraph
 from torch import Tensor, nn
@@ -112,7 +112,8 @@ def calibrate(
     try:
         with torch.no_grad(), _holding(config.weight_range):
             model = nncf.quantize(model.eval(), nncf.Dataset(list(samples), inputs), **arguments)
-            return hold_weight_range(model, config.weight_range)
+            hold_weight_range(model, config.weight_range)
+            return model
     except REFUSALS as error:
         reason = str(error).strip().splitlines()[0]
         raise UserError(f"--nncf_config: {config.path}: NNCF refuses it: {reason}") from None
@@ -123,7 +124,7 @@ def _holding(weight_range: WeightRange) -> Iterator[None]:
     """Let nncf.quantize hold the range of weights before it corrects biases."""
     make_pipeline = post_training.create_ptq_pipeline
 
-    def with_range(**arguments: Any) -> Any:
+    def with_range(**arguments: object) -> Pipeline:
         pipeline = make_pipeline(**arguments)
         hold_all = functools.partial(hold_weight_range, weight_range=weight_range)
         pipeline.pipeline_steps[-1].insert(1, HoldWeightRange(hold_all))  # 0 fits the ranges

@@ -17,7 +17,7 @@ import sys
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Concatenate, Generic, ParamSpec, TypeVar
 
 import torch
 from nncf.torch.quantization.layers import AsymmetricQuantizer, BaseQuantizer, SymmetricQuantizer
@@ -156,9 +156,11 @@ def gradient_sums(
 
 # ------------------------------------------------------------------------------------------------
 # Compiled, where that pays
+Rest = ParamSpec("Rest")  # arguments of a function after its first
+Result = TypeVar("Result")
 
 
-class _Compiled:
+class _Compiled(Generic[Rest, Result]):
     """A function that is compiled for a GPU at once, for a CPU when much has been computed.
 
     On a CPU compiled and plain function give the same bits, so that a run that goes on in another
@@ -168,24 +170,26 @@ class _Compiled:
     values_seen = 0  # by all of them, on a CPU
     failed = False
 
-    def __init__(self, function: Callable[..., Any]) -> None:
+    def __init__(self, function: Callable[Concatenate[Tensor, Rest], Result]) -> None:
         self.function = function
-        self.compiled: Callable[..., Any] | None = None
+        self.compiled: Callable[Concatenate[Tensor, Rest], Result] | None = None
 
-    def __call__(self, *args: Any) -> Any:
-        if not self._pays(args[0]):
-            return self.function(*args)
+    def __call__(self, values: Tensor, *args: Rest.args, **named: Rest.kwargs) -> Result:
+        if not self._pays(values):
+            return self.function(values, *args, **named)
         try:
             if self.compiled is None:
                 known = torch._inductor.list_options()
-                options = {name: True for name in EXACT if name in known}
+                options: dict[str, str | int | bool | Callable[..., object]] = {
+                    name: True for name in EXACT if name in known
+                }
                 self.compiled = torch.compile(self.function, dynamic=True, options=options)
-            return self.compiled(*args)
+            return self.compiled(values, *args, **named)
         except Exception as error:  # of a compiler; whatever it is, the plain function is right
             _Compiled.failed = True
             reason = (str(error).strip() or repr(error)).splitlines()[0]
             warn(f"quantizers run as plain operations, which is slower: {reason}")
-            return self.function(*args)
+            return self.function(values, *args, **named)
 
     @staticmethod
     def _pays(values: Tensor) -> bool:
@@ -228,8 +232,10 @@ class FakeQuantize(torch.autograd.Function):
             parameters: the scale of a symmetric range, or the low end and width of another one;
                 they broadcast to the values.
         """
-        ends = symmetric_range if len(parameters) == 1 else asymmetric_range
-        low, width = ends(*parameters, levels, eps)
+        if len(parameters) == 1:
+            low, width = symmetric_range(parameters[0], levels, eps)
+        else:
+            low, width = asymmetric_range(parameters[0], parameters[1], levels, eps)
         steps = (levels[1] - levels[0]) / width
         ctx.levels = levels
         # Not the parameters themselves, which may be raised before the backward pass.
@@ -243,30 +249,34 @@ class FakeQuantize(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         values, low, width, steps, sign = ctx.saved_tensors
         needs_values, _, _, _, _, *needs_range = ctx.needs_input_grad
-        flat = _flat(low, grad, values)
+        grads, inputs = _flat(low, grad, values)
+        of_values: Tensor | None = None
         of_range: list[Tensor | None] = [None] * len(needs_range)
         if any(needs_range):
             floor = ctx.levels[0] / ctx.levels[1]
             if values.device.type == "cuda":
-                of_values, *sums = _gradient_sums(*flat, low, width, steps, floor)
+                of_values, *sums = _gradient_sums(grads, inputs, low, width, steps, floor)
             else:
-                of_values, *parts = _gradients(*flat, low, width, steps, floor)
+                of_values, *parts = _gradients(grads, inputs, low, width, steps, floor)
                 parts = parts[-len(needs_range) :]  # a symmetric range has no low end of its own
                 sums = [sum_like(part.view_as(values), low) for part in parts]
             of_range = [*sums[:-1], sums[-1] * sign][-len(needs_range) :]
         elif needs_values:
-            of_values = _only_inside(*flat, low, width)
-        of_values = of_values.view_as(values).to(values.dtype) if needs_values else None
+            of_values = _only_inside(grads, inputs, low, width)
+        if of_values is not None and needs_values:
+            of_values = of_values.view_as(values).to(values.dtype)
+        else:
+            of_values = None
         return of_values, None, None, None, None, *of_range
 
 
 def _flat(low: Tensor, *tensors: Tensor) -> list[Tensor]:
     """Tensors as vectors, where all their values have one range: one compiled function is enough
     for all shapes then."""
-    tensors = [each.detach() for each in tensors]
-    if low.numel() == 1 and all(each.is_contiguous() for each in tensors):
-        return [each.view(-1) for each in tensors]
-    return tensors
+    detached = [each.detach() for each in tensors]
+    if low.numel() == 1 and all(each.is_contiguous() for each in detached):
+        return [each.view(-1) for each in detached]
+    return detached
 
 
 # ------------------------------------------------------------------------------------------------
@@ -274,15 +284,27 @@ def _flat(low: Tensor, *tensors: Tensor) -> list[Tensor]:
 
 
 # NNCF knows these two by their names, and by the parameters among their arguments.
-def symmetric_quantize(x: Tensor, scale: Tensor, *rest: Any) -> Tensor:
-    """Values rounded to a symmetric range; rest: levels, eps, dtype, known of `FakeQuantize`."""
+def symmetric_quantize(
+    x: Tensor, scale: Tensor, levels: Levels, eps: float, dtype: torch.dtype, known: Tensor | None
+) -> Tensor:
+    """Values rounded to a symmetric range; arguments as in `FakeQuantize`."""
+    rest = (levels, eps, dtype, known)
     if has_torch_function_unary(x):
         return handle_torch_function(symmetric_quantize, (x,), x, scale, *rest)
     return FakeQuantize.apply(x, *rest, scale)
 
 
-def asymmetric_quantize(x: Tensor, low: Tensor, width: Tensor, *rest: Any) -> Tensor:
-    """Values rounded to any range; rest as in `symmetric_quantize`."""
+def asymmetric_quantize(
+    x: Tensor,
+    low: Tensor,
+    width: Tensor,
+    levels: Levels,
+    eps: float,
+    dtype: torch.dtype,
+    known: Tensor | None,
+) -> Tensor:
+    """Values rounded to any range; arguments as in `FakeQuantize`."""
+    rest = (levels, eps, dtype, known)
     if has_torch_function_unary(x):
         return handle_torch_function(asymmetric_quantize, (x,), x, low, width, *rest)
     return FakeQuantize.apply(x, *rest, low, width)
@@ -293,7 +315,7 @@ class Known:
     """A weight as rounded last, and what tells whether it still is: see `_state`."""
 
     rounded: Tensor
-    state: tuple[Any, ...]
+    state: tuple[object, ...]
 
 
 _known: weakref.WeakKeyDictionary[nn.Module, Known] = weakref.WeakKeyDictionary()
@@ -325,7 +347,7 @@ def quantize(
             known = None
         if held and known is None:
             hold(quantizer, x)
-    rest = (quantizer.levels_in_use, quantizer.eps, dtype, known and known.rounded)
+    rest = (quantizer.levels_in_use, quantizer.eps, dtype, None if known is None else known.rounded)
     if symmetric:
         rounded = symmetric_quantize(x, quantizer.scale, *rest)
     else:
@@ -336,7 +358,7 @@ def quantize(
     return rounded
 
 
-def _state(quantizer: BaseQuantizer, x: Tensor, dtype: torch.dtype) -> tuple[Any, ...]:
+def _state(quantizer: BaseQuantizer, x: Tensor, dtype: torch.dtype) -> tuple[object, ...]:
     """The state on which the rounding of a weight depends. The version of a tensor goes up with
     each change, except in a fused optimizer step."""
     versions = [(each.data_ptr(), each._version) for each in (x, *quantizer.parameters())]

@@ -12,11 +12,11 @@ import json
 import logging
 import os
 from collections.abc import Iterator
-from typing import Any
 
 import nncf.torch
 import numpy as np
 import torch
+from nncf.common.graph import NNCFGraph, NNCFNode
 from nncf.torch.function_hook.hook_storage import decode_hook_name
 from nncf.torch.function_hook.nncf_graph.nncf_graph_builder import build_nncf_graph
 from nncf.torch.function_hook.wrapper import get_hook_storage, wrap_model
@@ -95,7 +95,7 @@ def operations(model: nn.Module) -> list[Operation]:
     return found
 
 
-def _graph(model: nn.Module) -> Any:
+def _graph(model: nn.Module) -> NNCFGraph:
     """NNCF's graph of one pass of a model."""
     ids = torch.zeros(1, 8, dtype=torch.long, device=next(model.parameters()).device)
     return build_nncf_graph(wrap_model(model), dict.fromkeys(INPUTS, ids))
@@ -147,8 +147,8 @@ def second_factors(model: nn.Module) -> Iterator[tuple[SymmetricQuantizer, Tenso
             yield quantizer, parameters[source.node_name] if node.node_type == "linear" else None
 
 
-def hold_weight_range(model: nn.Module, weight_range: WeightRange) -> nn.Module:
-    """Hold the range of all weights of linear layers from now on, and return the model.
+def hold_weight_range(model: nn.Module, weight_range: WeightRange) -> None:
+    """Hold the range of all weights of linear layers from now on.
 
     The second factor of a product of two activations, such as the keys', has 7 bits then, for the
     same reason as weights.
@@ -158,20 +158,20 @@ def hold_weight_range(model: nn.Module, weight_range: WeightRange) -> nn.Module:
             hold_in_use(quantizer, weight, weight_range)
         elif weight_range != WeightRange.FULL:
             use_seven_bits(quantizer)
-    model.weight_range = weight_range
-    return model
+    model.weight_range = weight_range  # type: ignore[assignment]  # torch types tensors alone
 
 
 def save_quantized(model: PreTrainedModel, folder: str) -> None:
     """Save a model so that its weights load as any checkpoint's: quantizers in their own files."""
-    hold_weight_range(model, model.weight_range)  # the last step may have moved weights since
+    weight_range = WeightRange(str(model.weight_range))
+    hold_weight_range(model, weight_range)  # the last step may have moved weights since
     # Cloned, since a range that several inputs share may be stored only once in a file.
     state = {name: value.clone().contiguous() for name, value in model.state_dict().items()}
     ranges = {name: state.pop(name) for name in list(state) if name.startswith(HOOKS)}
     model.save_pretrained(folder, state_dict=state)
     save_file(ranges, os.path.join(folder, QUANTIZER_WEIGHTS))
     with open(os.path.join(folder, QUANTIZERS), "w", encoding="utf-8") as file:
-        json.dump({**nncf.torch.get_config(model), WEIGHT_RANGE: model.weight_range}, file)
+        json.dump({**nncf.torch.get_config(model), WEIGHT_RANGE: weight_range}, file)
 
 
 def load_quantizers(model: PreTrainedModel, folder: str, flag: str) -> PreTrainedModel:
@@ -196,10 +196,11 @@ def load_quantizers(model: PreTrainedModel, folder: str, flag: str) -> PreTraine
         raise UserError(f"{flag}: the quantizers of {folder} do not load: {reason}") from None
     if missing:
         raise UserError(f"{flag}: {folder}/{QUANTIZER_WEIGHTS} lacks {missing[0]}")
-    return hold_weight_range(model, weight_range)
+    hold_weight_range(model, weight_range)
+    return model
 
 
-def what_is_int8(model: nn.Module) -> list[dict[str, Any]]:
+def what_is_int8(model: nn.Module) -> list[dict[str, str | int]]:
     """For each kind of operation: how many there are, how many are INT8, and why others are not."""
     inputs: dict[str, set[int]] = {}
     graph = _graph(model)
@@ -253,7 +254,7 @@ MOVING = (
 )
 
 
-def _source(graph: Any, node: Any) -> tuple[Any, str | None]:
+def _source(graph: NNCFGraph, node: NNCFNode) -> tuple[NNCFNode, str | None]:
     """Where numbers come from, seen through quantizers and what only moves them; and the name of
     the last quantizer on the way, or None."""
     quantizer = None
@@ -275,6 +276,9 @@ def _source(graph: Any, node: Any) -> tuple[Any, str | None]:
 
 class _FakeQuantize(nn.Module):
     """A quantizer as the one operation that PyTorch exports as QuantizeLinear, DequantizeLinear."""
+
+    scale: Tensor
+    zero_point: Tensor
 
     def __init__(self, quantizer: BaseQuantizer) -> None:
         super().__init__()

@@ -8,6 +8,7 @@ import json
 import re
 import types
 import typing
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import nncf.torch
@@ -69,7 +70,8 @@ def read_nncf_config(path: str) -> NncfConfig:
         raise UserError(f"--nncf_config: {path} is not JSON: {error}") from None
     if not isinstance(raw, dict):
         raise UserError(f"--nncf_config: {path} is not a JSON object of settings")
-    settings, left_out = raw, ()
+    settings: dict[str, object] = raw
+    left_out: tuple[str, ...] = ()
     if "compression" in raw or "input_info" in raw:
         settings, left_out = _of_before_3(raw, path)
     _check_keys(settings, SETTINGS, path, "")
@@ -121,7 +123,7 @@ def _weight_range(arguments: dict[str, Any], path: str) -> WeightRange:
     return chosen
 
 
-def _check_keys(raw: dict[str, Any], known: typing.Iterable[str], path: str, where: str) -> None:
+def _check_keys(raw: Iterable[str], known: Iterable[str], path: str, where: str) -> None:
     """Raise a UserError for the first key that is not known."""
     for key in raw:
         if key not in known:
@@ -129,7 +131,7 @@ def _check_keys(raw: dict[str, Any], known: typing.Iterable[str], path: str, whe
             raise UserError(f"--nncf_config: {path}: unknown key {where}{key}; {hint}")
 
 
-def _build(kind: Any, value: Any, path: str, where: str) -> Any:
+def _build(kind: object, value: object, path: str, where: str) -> Any:
     """A value of type `kind` from what JSON gave; dataclasses from objects, enums from strings."""
 
     def wrong(needed: str) -> UserError:
@@ -140,7 +142,7 @@ def _build(kind: Any, value: Any, path: str, where: str) -> Any:
         if value is None and types.NoneType in kinds:
             return None
         kind = kinds[0]
-    if dataclasses.is_dataclass(kind):
+    if isinstance(kind, type) and dataclasses.is_dataclass(kind):
         if not isinstance(value, dict):
             raise wrong("an object")
         hints = typing.get_type_hints(kind)
@@ -149,25 +151,26 @@ def _build(kind: Any, value: Any, path: str, where: str) -> Any:
     if isinstance(kind, type) and issubclass(kind, enum.Enum):
         # Where the library's values say nothing ('0' ... '3'), by name.
         texts = all(str(each.value).isdigit() for each in kind)
-        names = {each.name.lower() if texts else each.value: each for each in kind}
-        if not isinstance(value, str) or value not in names:
-            raise wrong(f"one of {', '.join(names)}")
-        return names[value]
+        members = {each.name.lower() if texts else each.value: each for each in kind}
+        if not isinstance(value, str) or value not in members:
+            raise wrong(f"one of {', '.join(members)}")
+        return members[value]
     if typing.get_origin(kind) is list:
         if not isinstance(value, list):
             raise wrong("a list")
         (inner,) = typing.get_args(kind)
         return [_build(inner, each, path, f"{where}[{i}]") for i, each in enumerate(value)]
-    kind = typing.get_origin(kind) or kind
+    plain = typing.get_origin(kind) or kind
+    assert isinstance(plain, type)
     names = {bool: "true or false", int: "a whole number", float: "a number", str: "a string",
              dict: "an object"}  # fmt: skip
-    accepted = (int, float) if kind is float else kind
-    if not isinstance(value, accepted) or (isinstance(value, bool) and kind is not bool):
-        raise wrong(names[kind])
+    accepted = (int, float) if plain is float else (plain,)
+    if not isinstance(value, accepted) or (isinstance(value, bool) and plain is not bool):
+        raise wrong(names[plain])
     return value
 
 
-def _of_before_3(raw: dict[str, Any], path: str) -> tuple[dict[str, Any], tuple[str, ...]]:
+def _of_before_3(raw: Mapping[str, object], path: str) -> tuple[dict[str, object], tuple[str, ...]]:
     """Today's settings for those of an NNCFConfig, and the keys of which nothing is left."""
     compression = raw.get("compression", {})
     if isinstance(compression, list):
@@ -184,8 +187,8 @@ def _of_before_3(raw: dict[str, Any], path: str) -> tuple[dict[str, Any], tuple[
         raise UserError(
             f"--nncf_config: {path}: compression.algorithm is {algorithm!r}, not 'quantization'"
         )
-    settings: dict[str, Any] = {"model_type": "transformer"}
-    advanced: dict[str, Any] = {}
+    settings: dict[str, object] = {"model_type": "transformer"}
+    advanced: dict[str, object] = {}
     left_out = [key for key in raw if key not in ("compression", "target_device")]
     if "target_device" in raw:
         settings["target_device"] = raw["target_device"]

@@ -12,12 +12,14 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Callable
-from typing import Any
 
 import torch
+from nncf import Dataset
+from nncf.common.graph import NNCFGraph
 from nncf.common.tensor_statistics.statistic_point import StatisticPointsContainer
 from nncf.common.utils.backend import BackendType
 from nncf.quantization.algorithms.algorithm import Algorithm
+from nncf.torch.function_hook.nncf_graph.nncf_graph_builder import GraphModelWrapper
 from nncf.torch.quantization.layers import SymmetricQuantizer
 from torch import Tensor, nn
 
@@ -107,12 +109,18 @@ class HoldWeightRange(Algorithm):
     def available_backends(self) -> list[BackendType]:
         return [BackendType.TORCH]
 
-    def get_statistic_points(self, model: Any, graph: Any) -> StatisticPointsContainer:
+    def get_statistic_points(
+        self, model: GraphModelWrapper, graph: NNCFGraph
+    ) -> StatisticPointsContainer:
         return StatisticPointsContainer()
 
     def apply(
-        self, model: Any, graph: Any, statistic_points: Any = None, dataset: Any = None
-    ) -> Any:
+        self,
+        model: GraphModelWrapper,
+        graph: NNCFGraph,
+        statistic_points: StatisticPointsContainer | None = None,
+        dataset: Dataset | None = None,
+    ) -> GraphModelWrapper:
         """`model` is NNCF's wrapper around the model and a sample."""
         self.hold_all(model.model)
         return model

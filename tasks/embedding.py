@@ -5,15 +5,16 @@ from __future__ import annotations
 import argparse
 from collections.abc import Iterator
 from functools import cached_property
-from typing import Any, ClassVar
+from typing import ClassVar, cast
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 import squad_utils
-from bert.embedding import AutoModelForEmbedding
+from bert.embedding import AutoModelForEmbedding, BertForEmbedding
+from bert.model_folder import AutoClass
 from cli import UserError, is_main_process
 from deploy import onnx_file
 from squad_utils import INPUTS, load_squad
@@ -151,8 +152,8 @@ class EmbeddingTask(Task):
         searched: the dev file's contexts, then the further ones of --eval_extra_contexts.
     """
 
-    auto_class = AutoModelForEmbedding
-    architectures = ("BertForEmbedding", "PackedBertForEmbedding")
+    auto_class: ClassVar[AutoClass] = AutoModelForEmbedding
+    architectures: ClassVar[tuple[str, ...]] = ("BertForEmbedding", "PackedBertForEmbedding")
     best_by = "mrr"
     score_names: ClassVar[dict[str, str]] = {"top_1": "top 1", "top_5": "top 5", "mrr": "MRR"}
     outputs = onnx_file.Outputs(("embedding",), ("embedding",), per_token=False)
@@ -182,7 +183,7 @@ class EmbeddingTask(Task):
         if path := getattr(args, "eval_extra_contexts", None):
             self.data["extra"] = load_squad(path, "--eval_extra_contexts")
 
-    def tokenize(self, tokenizer: Any) -> None:
+    def tokenize(self, tokenizer: PreTrainedTokenizerFast) -> None:
         """Make the texts of all files.
 
         Raises:
@@ -205,7 +206,7 @@ class EmbeddingTask(Task):
             every = dict.fromkeys([*self.searched.strings, *self.data["extra"].contexts])
             self.searched = make_texts(list(every), tokenizer, lengths[1], "contexts to search")
 
-    def apply_flags(self, student: nn.Module) -> None:
+    def apply_flags(self, student: PreTrainedModel) -> None:
         """Give a student that is to be fine-tuned what --pooling and --pooler say.
 
         Raises:
@@ -220,7 +221,7 @@ class EmbeddingTask(Task):
                     f"--pooler=identity: {name} is an embedding model, whose pooler would be lost;"
                     " leave it out"
                 )
-            student.start_pooler_anew()
+            cast(BertForEmbedding, student).start_pooler_anew()
             if is_main_process():
                 print(f"--model_student {name}: the pooler starts as the identity")
 
@@ -309,6 +310,6 @@ class EmbeddingTask(Task):
             "extra_contexts": len(self.searched) - len(self.dev_pairs.contexts),
         }
 
-    def write_card(self, metrics: dict[str, Any], script: str, made: str) -> None:
+    def write_card(self, metrics: results.Metrics, script: str, made: str) -> None:
         """Write the model card."""
         results.write_emb_card(self.args.output_dir, metrics, script, made)

@@ -6,7 +6,7 @@ import contextlib
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import TypedDict
 
 import numpy as np
 import torch
@@ -63,7 +63,7 @@ def temperature(text: str) -> float | None:
     raise ValueError("a number over 0, or learned")
 
 
-LOSS_KINDS: dict[str, Callable[[str], Any]] = {
+LOSS_KINDS: dict[str, Callable[[str], object]] = {
     "triplet_num": one_of(0, 1, 2),
     "emb_loss": one_of("none", "L1", "L2"),
     "in_batch": one_of(0, 1),
@@ -88,6 +88,14 @@ def parse_loss_cfg(text: str) -> LossCfg:
 
 # ------------------------------------------------------------------------------------------------
 # Hard negatives
+
+
+class MinedState(TypedDict):
+    """Mined contexts of the last steps, newest first, and their vectors; the temperature."""
+
+    ids: list[np.ndarray]
+    vectors: list[Tensor]
+    temperature: float | None
 
 
 class HardNegatives:
@@ -186,22 +194,23 @@ class HardNegatives:
         texts, place = np.unique([*pairs.context[chosen], *mined], return_inverse=True)
         contexts = self._encode(model, pairs.contexts, texts)
         questions.requires_grad_(), contexts.requires_grad_()
-        excluded = np.array([[pairs.answered_by(pair, c) for c in texts] for pair in chosen])
-        excluded[np.arange(count), place[:count]] = False
-        arrays = {"excluded": excluded, "place": place, "uses": np.bincount(place)}
+        others = np.array([[pairs.answered_by(pair, c) for c in texts] for pair in chosen])
+        others[np.arange(count), place[:count]] = False
+        arrays = {"excluded": others, "places": place, "uses": np.bincount(place)}
         tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
-        excluded, place, uses = to_device(tensors, questions.device).values()
-        own = place[:count]
+        excluded, places, uses = to_device(tensors, questions.device).values()
+        own = places[:count]
         scores = (-all_distances(questions, contexts)).masked_fill(excluded, float("-inf"))
-        if self.cfg.temperature is None:
-            self.temperature = fit_temperature(scores.detach(), own, self.temperature)
-        losses = F.cross_entropy(scores / self.temperature, own, reduction="none")
+        now: float | Tensor | None = self.cfg.temperature
+        if now is None:
+            now = self.temperature = fit_temperature(scores.detach(), own, self.temperature)
+        losses = F.cross_entropy(scores / now, own, reduction="none")
         of_questions, of_contexts = torch.autograd.grad(losses.sum(), (questions, contexts))
         # A context is embedded wherever it stands: together those give its gradient once.
-        of_contexts = (of_contexts / uses[:, None]).index_select(0, place)
+        of_contexts = (of_contexts / uses[:, None]).index_select(0, places)
         return losses.detach(), of_questions, of_contexts[:count], of_contexts[count:]
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> MinedState:
         """All of it on the CPU, so that it loads on any device."""
         return {
             "ids": [ids for ids, _ in self.kept],
@@ -209,7 +218,7 @@ class HardNegatives:
             "temperature": None if self.temperature is None else float(self.temperature),
         }
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: MinedState) -> None:
         self.temperature = state["temperature"]
         self.kept.clear()
         device = self.run.accelerator.device
@@ -310,9 +319,9 @@ class PairBatches(Batches):
         arrays["attention_mask"] = np.concatenate(masks)[None]
         batch = {name: torch.from_numpy(array) for name, array in arrays.items()}
         if mined.in_batch is not None:
-            rows = torch.tensor([mined.row[int(pair)] for pair in chosen])
-            rows = to_device({"rows": rows}, accelerator.device)["rows"]
-            losses, of_q, of_c, of_n = (each.index_select(0, rows) for each in mined.in_batch)
+            ours = torch.tensor([mined.row[int(pair)] for pair in chosen])
+            ours = to_device({"rows": ours}, accelerator.device)["rows"]
+            losses, of_q, of_c, of_n = (each.index_select(0, ours) for each in mined.in_batch)
             batch |= {"in_batch": losses, "gradient_q": of_q, "gradient_c": torch.cat([of_c, of_n])}
         return batch
 
@@ -355,13 +364,14 @@ class EmbeddingLoss:
         self.supervision_weight, self.state_maps = supervision_weight, state_maps
 
     def __call__(self, model: nn.Module, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        taught = self.teacher is not None
+        teacher = self.teacher
         count = len(batch["q_input_ids"])
         prefixes = ["q_"]
         while f"c{len(prefixes) - 1}_input_ids" in batch:
             prefixes.append(f"c{len(prefixes) - 1}_")
         outputs = [
-            model(**inputs_of(batch, each), output_hidden_states=taught) for each in prefixes
+            model(**inputs_of(batch, each), output_hidden_states=teacher is not None)
+            for each in prefixes
         ]
         q = outputs[0].embedding.float()
         contexts = torch.cat([each.embedding.float() for each in outputs[1:]])
@@ -377,13 +387,13 @@ class EmbeddingLoss:
             of_c, of_n = batch["gradient_c"].split(count)
             along = (batch["gradient_q"] * q + of_c * c + of_n * n).sum(dim=1)
             losses["in_batch"] = batch["in_batch"] + along - along.detach()
-        if not taught:
+        if teacher is None:
             return losses
-        errors, distances = self._taught(inputs_of(batch, "q_"), outputs[0])
+        errors, distances = self._taught(teacher, inputs_of(batch, "q_"), outputs[0])
         for prefix, mine in zip(prefixes[1:], outputs[1:], strict=True):
             rows = batch.get(f"{prefix}rows")
             if rows is not None:  # the teacher is not asked for what is mined
-                error, distance = self._taught(inputs_of(batch, prefix), mine, rows)
+                error, distance = self._taught(teacher, inputs_of(batch, prefix), mine, rows)
                 errors = errors.index_add(0, batch[f"{prefix}pairs"], error)
                 distances = distances.index_add(0, batch[f"{prefix}pairs"], distance)
         losses["hidden_states"] = self.supervision_weight * errors
@@ -392,17 +402,21 @@ class EmbeddingLoss:
         return losses
 
     def _taught(
-        self, inputs: dict[str, Tensor], outputs: EmbeddingOutput, rows: Tensor | None = None
+        self,
+        teacher: nn.Module,
+        inputs: dict[str, Tensor],
+        outputs: EmbeddingOutput,
+        rows: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Error of the hidden states and distance of the embeddings, of all rows of a pass, or of
         those with the indices `rows`; [rows] each."""
-        states, embedding = outputs.hidden_states, outputs.embedding
+        states, embedding = list(outputs.hidden_states or ()), outputs.embedding
         if rows is not None:
             inputs = {name: value.index_select(0, rows) for name, value in inputs.items()}
             states = [state.index_select(0, rows) for state in states]
             embedding = embedding.index_select(0, rows)
         with torch.no_grad(), self.run.accelerator.autocast():
-            target = self.teacher(**inputs, output_hidden_states=True)
+            target = teacher(**inputs, output_hidden_states=True)
         if self.state_maps is not None:
             with self.run.accelerator.autocast():
                 states = [m(s) for m, s in zip(self.state_maps, states, strict=True)]

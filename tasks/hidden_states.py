@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import cast
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import BertModel, PreTrainedModel
 
-from bert.attention import mask_for
+from bert.attention import bert_layers, mask_for
+from bert.embedding import Embedding
 from squad_utils import INPUTS
 from training.run import Run
 
@@ -63,25 +65,26 @@ class StateLoss:
     def __call__(self, model: nn.Module, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         inputs = {name: batch[name] for name in INPUTS}
         with torch.no_grad(), self.run.accelerator.autocast():
-            taught = teacher_states(self.teacher.base_model, inputs, self.targets[-1])
+            bert = cast(BertModel, self.teacher.base_model)
+            taught = teacher_states(bert, inputs, self.targets[-1])
         k, mask = len(self.weights) - 1, batch["attention_mask"]
         outputs = model(**inputs, output_hidden_states=True, num_layers=k)
         errors = state_errors(outputs.hidden_states, [taught[j] for j in self.targets], mask)
         losses = {f"state_{i}": self.weights[i] * error for i, error in enumerate(errors)}
         if self.embedding_weight:
             with torch.no_grad(), self.run.accelerator.autocast():
-                target = self.teacher.embed(taught[-1], mask)
+                target = cast(Embedding, self.teacher).embed(taught[-1], mask)
             error = (outputs.embedding.float() - target.float()).square().mean(dim=1)
             losses["embedding"] = self.embedding_weight * error
         return losses
 
 
-def teacher_states(bert: PreTrainedModel, inputs: dict[str, Tensor], count: int) -> list[Tensor]:
+def teacher_states(bert: BertModel, inputs: dict[str, Tensor], count: int) -> list[Tensor]:
     """The hidden states 0..count of a BERT, [B, L, H]; only its first `count` layers run."""
     head_size = bert.config.hidden_size // bert.config.num_attention_heads
     mask = mask_for(inputs["attention_mask"], head_size)
     ids = {name: value for name, value in inputs.items() if name != "attention_mask"}
     states = [bert.embeddings(**ids)]
-    for layer in bert.encoder.layer[:count]:
+    for layer in bert_layers(bert)[:count]:
         states.append(layer(states[-1], mask))
     return states

@@ -6,18 +6,22 @@ import argparse
 import contextlib
 import functools
 import os
-from collections.abc import Iterator
-from typing import Any, ClassVar
+from collections.abc import Iterator, Sequence
+from typing import ClassVar, Protocol
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from accelerate.utils import gather_object
 from torch import Tensor, nn
-from transformers import AutoModelForQuestionAnswering, PreTrainedModel
+from transformers import (
+    AutoModelForQuestionAnswering,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
 
 import squad_utils
-from bert.model_folder import special_ids
+from bert.model_folder import AutoClass, special_ids
 from cli import UserError, warn
 from deploy import onnx_file
 from deploy.onnx_file import QA_OUTPUTS
@@ -61,8 +65,11 @@ class QaTask(Task):
         train_windows, dev_windows: after `tokenize`.
     """
 
-    auto_class = AutoModelForQuestionAnswering
-    architectures = ("BertForQuestionAnswering", "PackedBertForQuestionAnswering")
+    auto_class: ClassVar[AutoClass] = AutoModelForQuestionAnswering
+    architectures: ClassVar[tuple[str, ...]] = (
+        "BertForQuestionAnswering",
+        "PackedBertForQuestionAnswering",
+    )
     best_by = "f1"
     score_names: ClassVar[dict[str, str]] = {"f1": "F1", "exact_match": "exact match"}
     outputs = onnx_file.Outputs(("start_logits", "end_logits"), QA_OUTPUTS, per_token=True)
@@ -80,7 +87,7 @@ class QaTask(Task):
         super().__init__(args)
         self.scorer = load_scorer(args.squad_eval_script, self.dev_data)
 
-    def tokenize(self, tokenizer: Any) -> None:
+    def tokenize(self, tokenizer: PreTrainedTokenizerFast) -> None:
         """Cut both files into windows.
 
         Raises:
@@ -161,7 +168,7 @@ class QaTask(Task):
             path = os.path.join(folder, "no_answer_scores.json")
             write_json(path, self.evaluation.no_answer_scores)
 
-    def write_card(self, metrics: dict[str, Any], script: str, made: str) -> None:
+    def write_card(self, metrics: results.Metrics, script: str, made: str) -> None:
         """Write the model card."""
         results.write_qa_card(self.args.output_dir, metrics, script, made)
 
@@ -172,7 +179,7 @@ class QaTask(Task):
 
 def make_windows(
     data: SquadData,
-    tokenizer: Any,
+    tokenizer: PreTrainedTokenizerFast,
     max_seq_length_q: int,
     max_seq_length_c: int,
     doc_stride: int,
@@ -229,13 +236,21 @@ class QaBatches(Batches):
 # The loss
 
 
-def forward(model: nn.Module, batch: dict[str, Tensor], hidden_states: bool = False) -> Any:
+class QaOutput(Protocol):
+    """What a QA model gives: logits [B, L], and hidden states where they were asked for."""
+
+    start_logits: Tensor
+    end_logits: Tensor
+    hidden_states: Sequence[Tensor]
+
+
+def forward(model: nn.Module, batch: dict[str, Tensor], hidden_states: bool = False) -> QaOutput:
     """The model's outputs for a batch, without its targets."""
     inputs = {name: batch[name] for name in squad_utils.INPUTS}
     return model(**inputs, output_hidden_states=hidden_states)
 
 
-def log_probabilities(outputs: Any, attention_mask: Tensor) -> Tensor:
+def log_probabilities(outputs: QaOutput, attention_mask: Tensor) -> Tensor:
     """Log-softmax over the tokens of each window, padding excluded: [2, B, L], start and end."""
     logits = torch.stack([outputs.start_logits, outputs.end_logits]).float()
     return F.log_softmax(logits.masked_fill(attention_mask == 0, float("-inf")), dim=-1)

@@ -12,10 +12,10 @@ import re
 import string
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from types import ModuleType
 
 from cli import UserError, read_text
-from squad_utils import SquadData
+from squad_utils import ArticleRecord, SquadData
 
 Scorer = Callable[[SquadData, dict[str, str], dict[str, float]], dict[str, float]]
 
@@ -44,7 +44,7 @@ def f1(prediction: str, truth: str) -> float:
     return 2 * precision * recall / (precision + recall)
 
 
-def _questions(articles: Sequence[dict[str, Any]]) -> Iterator[tuple[str, list[str]]]:
+def _questions(articles: Sequence[ArticleRecord]) -> Iterator[tuple[str, list[str]]]:
     """(id, gold answer texts) of every question, in the file's order."""
     for article in articles:
         for paragraph in article["paragraphs"]:
@@ -52,7 +52,7 @@ def _questions(articles: Sequence[dict[str, Any]]) -> Iterator[tuple[str, list[s
                 yield qa["id"], [answer["text"] for answer in qa["answers"]]
 
 
-def score_v1(articles: Sequence[dict[str, Any]], predictions: dict[str, str]) -> dict[str, float]:
+def score_v1(articles: Sequence[ArticleRecord], predictions: dict[str, str]) -> dict[str, float]:
     """SQuAD 1.1: the best of a question's gold answers counts; a missing prediction counts 0.
 
     Returns:
@@ -68,7 +68,7 @@ def score_v1(articles: Sequence[dict[str, Any]], predictions: dict[str, str]) ->
 
 
 def score_v2(
-    articles: Sequence[dict[str, Any]],
+    articles: Sequence[ArticleRecord],
     predictions: dict[str, str],
     no_answer: dict[str, float],
 ) -> dict[str, float]:
@@ -95,7 +95,8 @@ def score_v2(
             )
     result = {}
     for key, raw in (("exact_match", exact_raw), ("f1", f1_raw)):
-        best = score = sum(not has for has in has_answer.values())  # all answers taken back
+        # All answers taken back.
+        best = score = float(sum(not has for has in has_answer.values()))
         threshold = 0.0
         for name in sorted(no_answer, key=no_answer.__getitem__):
             if name not in raw:
@@ -185,7 +186,7 @@ def _tried(script: str, data: SquadData, scorer: Scorer) -> Scorer:
 
 
 def _score_by_v2_script(
-    script: Any, data: SquadData, predictions: dict[str, str], no_answer: dict[str, float]
+    script: ModuleType, data: SquadData, predictions: dict[str, str], no_answer: dict[str, float]
 ) -> dict[str, float]:
     exact_raw, f1_raw = script.get_raw_scores(data.articles, predictions)
     has_answer = script.make_qid_to_has_ans(data.articles)

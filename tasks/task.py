@@ -10,33 +10,28 @@ from __future__ import annotations
 import argparse
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Protocol
+from typing import ClassVar
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
-from transformers.tokenization_utils_base import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from bert.model_folder import load_for_export
+from bert.model_folder import AutoClass, load_for_export
 from cli import UserError
 from deploy import onnx_file
 from deploy.onnx_check import Check
 from squad_utils import SquadData, load_squad
+from training.fine_tuning import FineTunable
+from training.loop import Evaluation
 from training.passes import Batches, LossFunction
+from training.results import Metrics
 from training.run import Run
 
 CHECKED_ROWS = 8  # on which the exported file is compared with PyTorch
 Arrays = dict[str, np.ndarray]
-
-
-class Evaluation(Protocol):
-    """The figures of a model on the dev file, in percent."""
-
-    def __call__(self, model: nn.Module, fp32: bool = False) -> dict[str, float]:
-        """`fp32`: compute in FP32 whatever the run's precision is."""
 
 
 @dataclass(frozen=True)
@@ -65,7 +60,7 @@ class Task(ABC):
         evaluation: after `make_evaluation`.
     """
 
-    auto_class: ClassVar[Any]
+    auto_class: ClassVar[AutoClass]
     architectures: ClassVar[tuple[str, ...]]
     best_by: ClassVar[str]
     score_names: ClassVar[dict[str, str]]
@@ -88,7 +83,9 @@ class Task(ABC):
         return {f"sha256_{name}": data.sha256[:16] for name, data in self.data.items()}
 
     @classmethod
-    def check(cls, architecture: str, name: str, flag: str, every: tuple[type[Task], ...]) -> None:
+    def check(
+        cls, architecture: str, name: str, flag: str, every: Sequence[type[FineTunable]]
+    ) -> None:
         """Check that a model is of this task, or of none yet.
 
         Args:
@@ -106,7 +103,7 @@ class Task(ABC):
             )
 
     @abstractmethod
-    def tokenize(self, tokenizer: PreTrainedTokenizerBase) -> None:
+    def tokenize(self, tokenizer: PreTrainedTokenizerFast) -> None:
         """Make what a model reads of all files.
 
         Raises:
@@ -185,7 +182,7 @@ class Task(ABC):
         """Write what the last evaluation has found to the output folder."""
 
     @abstractmethod
-    def write_card(self, metrics: dict[str, Any], script: str, made: str) -> None:
+    def write_card(self, metrics: Metrics, script: str, made: str) -> None:
         """Write the model card, README.md."""
 
     @abstractmethod

@@ -6,14 +6,16 @@ import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import cast
 
 import numpy as np
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
+from transformers import PreTrainedTokenizerFast
 
 import squad_utils
+from bert.embedding import Embedding
 from bert.model_folder import special_ids
 from squad_utils import SpecialIds, SquadData, Tokens
 from training.passes import to_device
@@ -50,7 +52,9 @@ class Texts:
         return squad_utils.token_rows(rows, self.special, pad_to)
 
 
-def make_texts(strings: Sequence[str], tokenizer: Any, max_length: int, what: str) -> Texts:
+def make_texts(
+    strings: Sequence[str], tokenizer: PreTrainedTokenizerFast, max_length: int, what: str
+) -> Texts:
     """Texts of at most max_length tokens, of which 2 are [CLS] and [SEP]."""
     tokens = squad_utils.tokenize(
         tokenizer.backend_tokenizer, list(strings), False, f"tokenising {what}"
@@ -103,7 +107,10 @@ class Pairs:
 
 
 def make_pairs(
-    data: SquadData, tokenizer: Any, max_seq_length_q: int, max_seq_length_c: int
+    data: SquadData,
+    tokenizer: PreTrainedTokenizerFast,
+    max_seq_length_q: int,
+    max_seq_length_c: int,
 ) -> Pairs:
     """The pairs of a SQuAD file; questions that no context answers (SQuAD 2.0) are left out."""
     asked = np.flatnonzero(data.answerable)
@@ -177,7 +184,7 @@ def encode(
     passes = split_passes(texts.total_lengths[chosen[order]], batch_size, accelerator)
     was_training = model.training
     model.eval()
-    width = model.output_map.out_features
+    width = cast(Embedding, model).output_map.out_features
     vectors = torch.zeros(len(chosen), width, device=accelerator.device)
     for places in passes[accelerator.process_index :: accelerator.num_processes]:
         if may_stop:

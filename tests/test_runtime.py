@@ -17,6 +17,7 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 
+from cli import UserError
 from deploy import int8_file, runtime
 from deploy.cpu import Cpu, this_cpu
 
@@ -363,6 +364,13 @@ def test_openvino_says_that_products_of_activations_may_be_wrong(
 
 
 @pytest.mark.skipif(not this_cpu().has_bf16, reason="only a CPU with bf16 computes in it")
+def test_a_tokenizer_without_a_special_token_is_named_in_a_line(full: str) -> None:
+    path = Path(full, "tokenizer.json")
+    path.write_text(path.read_text().replace("[SEP]", "[OTHER]"))
+    with pytest.raises(UserError, match=r"lacks \[CLS\], \[SEP\] or \[PAD\]"):
+        load(full)
+
+
 def test_openvino_takes_bf16_only_where_it_is_asked_to(tmp_path: Path) -> None:
     weight = (1 + np.arange(128, dtype=np.float32) / 1000).reshape(64, 2)  # more digits than bf16
     folder = qa_folder(tmp_path / "qa", weight)

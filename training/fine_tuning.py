@@ -8,16 +8,23 @@ import dataclasses
 import difflib
 import os
 import shutil
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import ClassVar, Protocol
 
 import torch
-from torch import nn
-from transformers import BertConfig, BertForQuestionAnswering, PreTrainedModel
+from torch import Tensor, nn
+from transformers import (
+    BertConfig,
+    BertForQuestionAnswering,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
 
 from bert.attention import fuse_attention
 from bert.model_folder import (
     UNMERGED,
+    AutoClass,
     check_model,
     check_teacher,
     load_model,
@@ -35,12 +42,40 @@ from int8.settings import NncfConfig, read_nncf_config
 from squad_utils import INPUTS
 from training import flags, results
 from training.flags import check_arguments, claim_output_dir, not_negative, open_run, rate
-from training.loop import Stage, constant_rate
+from training.loop import Evaluation, Stage, constant_rate
 from training.machine import make_accelerator, use_all_gpus
-from training.passes import to_device
+from training.passes import Batches, LossFunction, to_device
 from training.run import CHECKPOINTS, Run
 
 QUANTIZER_RATE = 0.01  # learning rate of the quantizers' ranges while nothing else trains
+
+
+class FineTunable(results.Deliverable, Protocol):
+    """What fine-tuning uses of a task; tasks.task.Task has the meanings."""
+
+    auto_class: ClassVar[AutoClass]
+    architectures: ClassVar[tuple[str, ...]]
+    best_by: ClassVar[str]
+
+    @property
+    def evaluation(self) -> Evaluation: ...
+    def __init__(self, args: argparse.Namespace) -> None: ...
+    @classmethod
+    def check(
+        cls, architecture: str, name: str, flag: str, every: Sequence[type[FineTunable]]
+    ) -> None: ...
+    def hashes(self) -> dict[str, str]: ...
+    def tokenize(self, tokenizer: PreTrainedTokenizerFast) -> None: ...
+    def apply_flags(self, student: PreTrainedModel) -> None: ...
+    def make_evaluation(self, run: Run) -> Evaluation: ...
+    def fine_tuning(
+        self, run: Run, teacher: PreTrainedModel | None, state_maps: nn.ModuleList | None
+    ) -> tuple[LossFunction, Batches]: ...
+    def calibration(self, count: int) -> Iterator[dict[str, Tensor]]: ...
+    def describe(self) -> str: ...
+    def score_in_teacher_index(
+        self, student: PreTrainedModel, teacher: PreTrainedModel
+    ) -> dict[str, dict[str, float]]: ...
 
 
 def add_fine_tuning_arguments(parser: ArgumentParser, teacher: str) -> None:
@@ -107,11 +142,11 @@ class Job:
     """
 
     args: argparse.Namespace
-    task: Any
-    tokenizer: Any
+    task: FineTunable
+    tokenizer: PreTrainedTokenizerFast
     state_maps: nn.ModuleList | None
     settings: NncfConfig | None
-    arguments: dict[str, Any]
+    arguments: dict[str, object]
     found: str
 
     @property
@@ -125,7 +160,9 @@ class Job:
         return self.task.best_by if self.args.keep == "best" else None
 
 
-def check(args: argparse.Namespace, task_class: Any, every: tuple[Any, ...]) -> Job | None:
+def check(
+    args: argparse.Namespace, task_class: type[FineTunable], every: Sequence[type[FineTunable]]
+) -> Job | None:
     """Check all that a user may have got wrong, before anything takes long.
 
     Args:
@@ -300,7 +337,7 @@ def set_dropout(model: nn.Module, probability: float) -> None:
 CALIBRATED = "calibrated"  # in CHECKPOINTS: the quantized model as calibration leaves it
 
 
-def check_nncf_config(path: str, model_name: str, auto_class: Any) -> NncfConfig:
+def check_nncf_config(path: str, model_name: str, auto_class: AutoClass) -> NncfConfig:
     """The settings of --nncf_config, checked against --model_student; says what is left out.
 
     Raises:
@@ -335,7 +372,9 @@ def _try_settings(config: NncfConfig) -> None:
         calibrate(model, dataclasses.replace(config, arguments=arguments), [sample])
 
 
-def quantize(run: Run, model: PreTrainedModel, config: NncfConfig, task: Any) -> PreTrainedModel:
+def quantize(
+    run: Run, model: PreTrainedModel, config: NncfConfig, task: FineTunable
+) -> PreTrainedModel:
     """The model with quantizers, calibrated on the task's windows and evaluated before and after.
 
     That is done once: a run that goes on, and the processes beside the main one, find the model
@@ -356,5 +395,7 @@ def quantize(run: Run, model: PreTrainedModel, config: NncfConfig, task: Any) ->
     quantized = load_model(folder, "--output_dir", task.auto_class, quiet=True).eval().to(device)
     hold_weight_range(quantized, config.weight_range)
     run.evaluate_once("calibrated", lambda: task.evaluation(quantized, fp32=True))
-    run.states.keep_if_best(quantized, "calibrated", 0, run.evaluated("calibrated")[task.best_by])
+    calibrated = run.evaluated("calibrated")
+    assert calibrated is not None  # just now, or by an earlier part of the run
+    run.states.keep_if_best(quantized, "calibrated", 0, calibrated[task.best_by])
     return quantized

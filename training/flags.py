@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import os
-from typing import Any
+from collections.abc import Mapping
 
 from accelerate import Accelerator
 
@@ -100,7 +100,7 @@ def check_arguments(args: argparse.Namespace) -> None:
             raise UserError(f"--output_dir: --{flag} lies in it and would be lost; choose another")
 
 
-def claim_output_dir(args: argparse.Namespace, arguments: dict[str, Any]) -> str:
+def claim_output_dir(args: argparse.Namespace, arguments: Mapping[str, object]) -> str:
     """What `run.check_output_dir` finds; says so where this command has finished."""
     found = check_output_dir(args.output_dir, arguments, args.overwrite_output_dir)
     if found == "finished" and is_main_process():
@@ -109,7 +109,7 @@ def claim_output_dir(args: argparse.Namespace, arguments: dict[str, Any]) -> str
 
 
 def open_run(
-    accelerator: Accelerator, args: argparse.Namespace, arguments: dict[str, Any], found: str
+    accelerator: Accelerator, args: argparse.Namespace, arguments: Mapping[str, object], found: str
 ) -> Run:
     """The run that the flags describe, in the folder as `claim_output_dir` found it."""
     return Run(

@@ -7,7 +7,7 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Protocol
 
 import numpy as np
 import torch.distributed
@@ -18,6 +18,7 @@ from cli import UserError, warn
 from training.passes import COUNTS, Batches, LossFunction, StepGradient
 from training.progress import Progress
 from training.run import Run, summary
+from training.states import DivergenceState, ProgressState
 
 RECENT_STEPS = 20  # whose mean loss tells a divergence from a hard batch
 
@@ -54,7 +55,11 @@ def warm_up_linear_decay(step: int, total: int, steps: int | None = None) -> flo
     return warm_up(step, total, steps) * linear_decay(step, total)
 
 
-Evaluation = Callable[[nn.Module], dict[str, Any]]  # of a model: its figures, in percent
+class Evaluation(Protocol):
+    """The figures of a model on the dev file, in percent."""
+
+    def __call__(self, model: nn.Module, fp32: bool = False) -> dict[str, float]:
+        """`fp32`: compute in FP32 whatever the run's precision is."""
 
 
 @dataclass(frozen=True)
@@ -122,6 +127,10 @@ class Divergence:
             self.good = mean
         return mean > DIVERGED * self.good
 
+    def state(self) -> DivergenceState:
+        """Its fields, for a saved state."""
+        return {"recent": self.recent, "good": self.good, "factor": self.factor}
+
     def mark_good(self) -> None:
         """Take the present state as the one to compare with from now on."""
         if len(self.recent) == RECENT_STEPS:
@@ -158,14 +167,16 @@ class Training:
         self.gradient = StepGradient(
             accelerator, model, batches, loss, stage.micro_batch_size, self.total_steps
         )
-        self.step, self.divergence, self.unread = 0, Divergence(), []
+        self.step, self.divergence = 0, Divergence()
+        self.unread: list[UnreadStep] = []
         self.epoch_steps: tuple[int, list[np.ndarray]] = (-1, [])
         self.progress = self._resume()
         self.saved_at = self.read_at = time.monotonic()
 
     def _resume(self) -> Progress:
         """Take up the newest state if it is of this stage; else start alike on all processes."""
-        run, stage, earlier = self.run, self.stage, None
+        run, stage = self.run, self.stage
+        earlier: ProgressState | None = None
         position = run.states.position()
         if position and position["stage"] == stage.name:
             run.states.restore()
@@ -202,7 +213,7 @@ class Training:
                 "stage": self.stage.name,
                 "step": self.step,
                 "progress": (progress or self.progress).state(),
-                "divergence": vars(self.divergence),
+                "divergence": self.divergence.state(),
                 "pass_tokens": self.gradient.all_pass_tokens(),
             }
         )
@@ -238,7 +249,8 @@ class Training:
         norm = self.accelerator.clip_grad_norm_(self.trained, 1.0)
         if self.accelerator.scaler is None:  # which skips a step of its own accord
             # Read by the fused optimizer, on the device: it leaves all as it is where this is 1.
-            self.adamw.found_inf = (~(losses.sum() + norm).isfinite()).float()
+            failed = (~(losses.sum() + norm).isfinite()).float()
+            self.adamw.found_inf = failed  # type: ignore[attr-defined]  # torch does not tell
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=self.accelerator.device.type == "cpu")
         self.step += 1
@@ -286,7 +298,7 @@ class Training:
             if position and position["stage"] == stage.name and stage.goes_back:
                 run.states.drop_newest()
         there = stage.goes_back and position and position["stage"] == stage.name
-        if not there or self.divergence.factor <= LOWEST_FACTOR:
+        if not position or not there or self.divergence.factor <= LOWEST_FACTOR:
             self.progress.close()
             saved = run.states.position()
             kept = f"the state of step {saved['step']}" if saved else "no state yet"
@@ -301,9 +313,9 @@ class Training:
             f"{stage.name}: at step {failed + 1} the loss is {loss:.4g}{after}; going back to step"
             f" {position['step']}, with {factor:g} of the learning rate"
         )
-        saved = position["divergence"]
-        good = good if saved["good"] is None else saved["good"]
-        self.divergence = Divergence(recent=saved["recent"], good=good, factor=factor)
+        then = position["divergence"]
+        good = good if then["good"] is None else then["good"]
+        self.divergence = Divergence(recent=then["recent"], good=good, factor=factor)
         run.states.restore()
         self.step = position["step"]
         run.forget_after(stage.name, self.step)
@@ -394,7 +406,7 @@ def read_steps(steps: list[UnreadStep], names: list[str]) -> list[tuple[dict[str
 
 
 @contextlib.contextmanager
-def _own_forward(model: nn.Module, own: Any) -> Iterator[None]:
+def _own_forward(model: nn.Module, own: Callable[..., object] | None) -> Iterator[None]:
     """The model without accelerate's casts around its forward: an evaluation has its own precision.
 
     Args:

@@ -10,12 +10,14 @@ import importlib.util
 import os
 import sys
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 import torch.distributed
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 from torch import nn
+from transformers import PreTrainedModel
 
 from cli import UserError
 from deploy.cpu import this_cpu
@@ -73,7 +75,8 @@ def make_accelerator(precision: str, no_cuda: bool, seed: int) -> Accelerator:
         # So that a run that goes on ends as one that was never stopped: sums in a fixed order.
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True, warn_only=True)
-        torch.utils.deterministic.fill_uninitialized_memory = False
+        deterministic: Any = torch.utils.deterministic  # a class takes the module's place
+        deterministic.fill_uninitialized_memory = False
     accelerator = Accelerator(mixed_precision=mixed_precision, cpu=no_cuda)
     set_seed(seed)
     # Denormal numbers slow a CPU down a hundredfold and change no figure.
@@ -97,7 +100,7 @@ def _keep_freed_memory() -> None:
 HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-def in_half(teacher: nn.Module, accelerator: Accelerator) -> nn.Module:
+def in_half(teacher: PreTrainedModel, accelerator: Accelerator) -> PreTrainedModel:
     """A copy of a teacher whose linear layers hold their weights in the run's half precision.
 
     Under autocast it gives what the teacher gives, to the bit, without casting its weights anew in
@@ -113,7 +116,7 @@ def in_half(teacher: nn.Module, accelerator: Accelerator) -> nn.Module:
     return teacher
 
 
-Compiled = list[tuple[nn.Module, Callable]]  # layers, and their compiled forward
+Compiled = list[tuple[nn.Module, Callable[..., object]]]  # layers, and their compiled forward
 
 
 def compiled_layers(model: nn.Module) -> Compiled:
@@ -122,7 +125,7 @@ def compiled_layers(model: nn.Module) -> Compiled:
     All layers share what is compiled, for any number and length of texts. Empty where nothing can
     be compiled: without Triton, and for layers that quantizers or gates reach into.
     """
-    encoder = model.base_model
+    encoder: Any = model.base_model  # a BertModel or a PackedBertModel
     layers = encoder.encoder.layer if hasattr(encoder, "encoder") else encoder.layers
     reached_into = hasattr(model, "__nncf_hooks") or any(
         module._forward_pre_hooks or module._forward_hooks

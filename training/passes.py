@@ -120,8 +120,8 @@ class StepGradient:
         if self.accelerator.num_processes > 1:
             self._make_gradients()
             waits = [
-                torch.distributed.all_reduce(parameter.grad, async_op=True)
-                for parameter in self.trained
+                torch.distributed.all_reduce(gradient, async_op=True)
+                for gradient in self._gradients()
             ]
             figures = self.accelerator.reduce(figures, reduction="sum")
             for wait in waits:
@@ -143,6 +143,9 @@ class StepGradient:
         for parameter in self.trained:
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
+
+    def _gradients(self) -> list[Tensor]:
+        return [parameter.grad for parameter in self.trained if parameter.grad is not None]
 
     # -- a process's share
 
@@ -176,6 +179,7 @@ class StepGradient:
             batch = to_device(batch, device)
             figures = self.graphs(batch, weight) if self.graphs else self._run(batch, weight)
             losses = figures if losses is None else losses + figures
+        assert losses is not None  # there is a pass
         counts = torch.tensor([tokens, positions], dtype=torch.float64)
         return torch.cat([losses, counts.to(device, non_blocking=True)])
 
@@ -226,8 +230,8 @@ class StepGradient:
             before = torch.cuda.memory_allocated(device)
             self._run(batch, 0.0)
             peaks.append(torch.cuda.max_memory_allocated(device) - before)
-        for parameter in self.trained:
-            parameter.grad.zero_()
+        for gradient in self._gradients():
+            gradient.zero_()
         each = max(1.0, (peaks[2] - peaks[1]) / (cost * (sizes[1] - sizes[0])))
         once = max(0.0, peaks[1] - each * cost * sizes[0])
         free = torch.cuda.mem_get_info(device)[0]
@@ -247,8 +251,8 @@ class StepGradient:
             )
         cost = max(int(self.batches.tokens(examples).max()) for examples in passes)
         self.pass_tokens = max(1, min(self.pass_tokens, largest * cost) // 2)
-        for parameter in self.trained:
-            parameter.grad.zero_()
+        for gradient in self._gradients():
+            gradient.zero_()
         if self.graphs:
             self.graphs.forget()
         torch.cuda.empty_cache()
@@ -267,6 +271,9 @@ def to_device(batch: dict[str, Tensor], device: torch.device) -> dict[str, Tenso
     return {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
 
 
+Shape = tuple[tuple[str, torch.Size], ...]  # of a batch's tensors, by name
+
+
 class GraphedPasses:
     """Passes replayed as CUDA graphs, one for each shape of a batch, where that is faster.
 
@@ -280,31 +287,31 @@ class GraphedPasses:
 
     def forget(self) -> None:
         """Drop all graphs and their memory."""
-        self.seen: dict[tuple, int] = {}
-        self.pays: dict[tuple, bool] = {}
-        self.captured: dict[tuple, tuple[torch.cuda.CUDAGraph, dict[str, Tensor], Tensor]] = {}
-        self.pool = None
+        self.seen: dict[Shape, int] = {}
+        self.pays: dict[Shape, bool] = {}
+        self.captured: dict[Shape, tuple[torch.cuda.CUDAGraph, dict[str, Tensor], Tensor]] = {}
+        self.pool: torch.cuda._POOL_HANDLE | None = None
 
     def __call__(self, batch: dict[str, Tensor], weight: float) -> Tensor:
         """As `run_pass`: eagerly at first, and later by a graph if launching takes most of it."""
         shape = tuple((name, tensor.shape) for name, tensor in batch.items())
         self.seen[shape] = self.seen.get(shape, 0) + 1
-        weight = torch.tensor(weight, dtype=torch.float64).to("cuda", non_blocking=True)
+        scale = torch.tensor(weight, dtype=torch.float64).to("cuda", non_blocking=True)
         if self.off or self.seen[shape] == 1:
-            return self.run_pass(batch, weight)
+            return self.run_pass(batch, scale)
         if self.seen[shape] == 2:
-            return self._timed(shape, batch, weight)
+            return self._timed(shape, batch, scale)
         if shape not in self.captured and self.pays.get(shape) and len(self.captured) < MAX_GRAPHS:
-            self._capture(shape, batch, weight)
+            self._capture(shape, batch, scale)
         if shape not in self.captured:
-            return self.run_pass(batch, weight)
+            return self.run_pass(batch, scale)
         graph, inputs, figures = self.captured[shape]
-        for name, tensor in {**batch, "weight": weight}.items():
+        for name, tensor in {**batch, "weight": scale}.items():
             inputs[name].copy_(tensor, non_blocking=True)
         graph.replay()
         return figures.clone()
 
-    def _timed(self, shape: tuple, batch: dict[str, Tensor], weight: Tensor) -> Tensor:
+    def _timed(self, shape: Shape, batch: dict[str, Tensor], weight: Tensor) -> Tensor:
         """A pass on a stream of its own, as one must be before a capture; what launching took."""
         stream = torch.cuda.Stream()
         torch.cuda.synchronize()
@@ -318,7 +325,7 @@ class GraphedPasses:
         self.pays[shape] = launched > LAUNCH_BOUND * (time.perf_counter() - began)
         return figures
 
-    def _capture(self, shape: tuple, batch: dict[str, Tensor], weight: Tensor) -> None:
+    def _capture(self, shape: Shape, batch: dict[str, Tensor], weight: Tensor) -> None:
         inputs = {name: tensor.clone() for name, tensor in {**batch, "weight": weight}.items()}
         graph = torch.cuda.CUDAGraph()
         self.pool = self.pool or torch.cuda.graph_pool_handle()

@@ -4,20 +4,34 @@ from __future__ import annotations
 
 import sys
 import time
-from typing import Any
+from typing import Protocol
 
 from tqdm import tqdm
 
 from training.run import Run
+from training.states import ProgressState
 
 PLAIN_LINE_SECONDS = 30.0  # between progress lines where there is no terminal
+
+
+class ShownStage(Protocol):
+    """What is shown of a stage; loop.Stage has the meanings."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def number(self) -> int: ...
+    @property
+    def count(self) -> int: ...
+    @property
+    def work_after(self) -> float: ...
 
 
 class Progress:
     """Progress on a terminal (a bar) or elsewhere (plain lines now and then), and in the log."""
 
     def __init__(
-        self, run: Run, stage: Any, step: int, total: int, earlier: dict[str, Any] | None
+        self, run: Run, stage: ShownStage, step: int, total: int, earlier: ProgressState | None
     ) -> None:
         """`stage` is a loop.Stage, `earlier` the `state` that this progress goes on from."""
         self.run, self.stage, self.total = run, stage, total
@@ -32,20 +46,21 @@ class Progress:
             total=total, initial=step, desc=self._name, unit=" steps", disable=not terminal
         )
 
-    def _continue(self, step: int, earlier: dict[str, Any]) -> None:
+    def _continue(self, step: int, earlier: ProgressState) -> None:
         self.step = self._resumed_at_step = step
-        self._began, self._paused_at = time.monotonic(), None
+        self._began = time.monotonic()
+        self._paused_at: float | None = None
         self._earlier_seconds = earlier["seconds"]
         self._window: list[dict[str, float]] = earlier["window"]  # steps since the last record
         self._window_began = self._began - earlier["window_seconds"]
 
-    def go_back(self, step: int, earlier: dict[str, Any]) -> None:
+    def go_back(self, step: int, earlier: ProgressState) -> None:
         """Count from an earlier step again, of which `earlier` is the `state`."""
         self._continue(step, earlier)
         self._bar.n = step
         self._bar.refresh()
 
-    def state(self) -> dict[str, Any]:
+    def state(self) -> ProgressState:
         """What a later part of the run needs, to go on with records and times."""
         now = self._paused_at or time.monotonic()
         return {

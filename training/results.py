@@ -9,14 +9,14 @@ import platform
 import shlex
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib import metadata
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, Protocol, TypedDict, cast
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from bert.model_folder import count_parameters, save_model, save_state_maps
 from deploy import onnx_file
@@ -32,6 +32,30 @@ def versions() -> dict[str, str]:
     return {"python": platform.python_version(), **{p: metadata.version(p) for p in PACKAGES}}
 
 
+class OnnxFigures(TypedDict):
+    """What metrics.json tells of the check of model.onnx."""
+
+    passed: bool
+    difference: float | None
+
+
+class Metrics(TypedDict, total=False):
+    """What a model card reads of metrics.json; each task has figures of its own."""
+
+    f1: float
+    exact_match: float
+    top_1: float
+    top_5: float
+    mrr: float
+    arguments: Mapping[str, object]
+    counts: dict[str, int]
+    parameters: int
+    train_seconds: float
+    precision: str
+    int8: object
+    onnx_check: OnnxFigures
+
+
 class Deliverable(Protocol):
     """What a task does when results are written; tasks.task.Task has the meanings."""
 
@@ -41,7 +65,7 @@ class Deliverable(Protocol):
     def counts(self) -> dict[str, int]: ...
     def write_answers(self) -> None: ...
     def export(self) -> Check: ...
-    def write_card(self, metrics: dict[str, Any], script: str, made: str) -> None: ...
+    def write_card(self, metrics: Metrics, script: str, made: str) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -64,12 +88,14 @@ class Delivery:
     others: dict[str, dict[str, float]]
     stages: Sequence[str]
     kept: dict[str, dict[str, float]]
-    more: dict[str, Any]
+    more: dict[str, object]
     made: str
     state_maps: nn.ModuleList | None = None
 
 
-def deliver(run: Run, task: Deliverable, tokenizer: Any, result: Delivery) -> None:
+def deliver(
+    run: Run, task: Deliverable, tokenizer: PreTrainedTokenizerFast, result: Delivery
+) -> None:
     """Save, export, check and describe what a run has come to, and end the run.
 
     Raises:
@@ -86,10 +112,11 @@ def deliver(run: Run, task: Deliverable, tokenizer: Any, result: Delivery) -> No
             check = task.export()
             run.stop_if_asked()
             file = onnx_file.describe_check(check, folder)
-            if "sizes" in result.more:
-                result.more["sizes"]["student"]["onnx_bytes"] = file["onnx_bytes"]
+            sizes = result.more.get("sizes")
+            if isinstance(sizes, dict):
+                sizes["student"]["onnx_bytes"] = file["onnx_bytes"]
             table = stage_table(run, result.stages, {**result.kept, **result.others})
-            metrics = {
+            entries = {
                 **result.figures,
                 **describe_run(run),
                 "counts": task.counts(),
@@ -99,6 +126,7 @@ def deliver(run: Run, task: Deliverable, tokenizer: Any, result: Delivery) -> No
                 **result.more,
                 **({"stages": table} if result.stages else {}),
             }
+            metrics = cast(Metrics, entries)  # and figures of any name
             draw_curves(folder, task.score_names)
             task.write_card(metrics, os.path.basename(sys.argv[0]), result.made)
             run.finish(metrics)
@@ -109,7 +137,7 @@ def deliver(run: Run, task: Deliverable, tokenizer: Any, result: Delivery) -> No
     run.say(f"{folder}: {summary(result.figures)}; model.onnx checked")
 
 
-def describe_run(run: Run) -> dict[str, Any]:
+def describe_run(run: Run) -> dict[str, object]:
     """What metrics.json tells of any run: its times, its machine, its arguments, the versions."""
     seconds: dict[str, float] = {}
     for record in read_log(run.output_dir):
@@ -130,7 +158,7 @@ def describe_run(run: Run) -> dict[str, Any]:
     }
 
 
-def describe_gpu(run: Run) -> dict[str, Any] | None:
+def describe_gpu(run: Run) -> dict[str, str | int] | None:
     """The GPU of this process and the most memory that it took, or None on a CPU."""
     device = run.accelerator.device
     if device.type != "cuda":
@@ -256,7 +284,7 @@ def _one_after_another(
 LOSSES = ("answer", "distillation", "hidden_states")
 
 
-def write_qa_card(output_dir: str, metrics: dict[str, Any], script: str, made: str) -> None:
+def write_qa_card(output_dir: str, metrics: Metrics, script: str, made: str) -> None:
     """Write README.md, the model card of a QA model, from what metrics.json will hold.
 
     Args:
@@ -265,7 +293,7 @@ def write_qa_card(output_dir: str, metrics: dict[str, Any], script: str, made: s
     """
     arguments, counts = metrics["arguments"], metrics["counts"]
     length = arguments["max_seq_length_c"]
-    dev = os.path.basename(arguments["squad_dev_data"])
+    dev = os.path.basename(str(arguments["squad_dev_data"]))
     _write_card(
         output_dir,
         metrics,
@@ -286,11 +314,11 @@ def write_qa_card(output_dir: str, metrics: dict[str, Any], script: str, made: s
     )
 
 
-def write_emb_card(output_dir: str, metrics: dict[str, Any], script: str, made: str) -> None:
+def write_emb_card(output_dir: str, metrics: Metrics, script: str, made: str) -> None:
     """Write README.md, the model card of an embedding model; arguments as of `write_qa_card`."""
     arguments, counts = metrics["arguments"], metrics["counts"]
     contexts = counts["dev_contexts"] + counts["extra_contexts"]
-    dev = os.path.basename(arguments["squad_dev_data"])
+    dev = os.path.basename(str(arguments["squad_dev_data"]))
     _write_card(
         output_dir,
         metrics,
@@ -313,7 +341,7 @@ def write_emb_card(output_dir: str, metrics: dict[str, Any], script: str, made: 
     )
 
 
-def command_line(script: str, arguments: dict[str, Any]) -> str:
+def command_line(script: str, arguments: Mapping[str, object]) -> str:
     """The command of a run, a flag a line, for a shell."""
     flags = []
     for key, value in arguments.items():
@@ -327,11 +355,11 @@ def command_line(script: str, arguments: dict[str, Any]) -> str:
 
 def _write_card(
     output_dir: str,
-    metrics: dict[str, Any],
+    metrics: Metrics,
     script: str,
     what: str,
     tag: str,
-    figures: dict[str, Any],
+    figures: Mapping[str, object],
     outputs: str,
     inputs: str,
 ) -> None:
@@ -347,7 +375,7 @@ tags: [bert, {tag}, squad, onnx, openvino]
 # {name}
 
 {what}
-`{os.path.basename(arguments["squad_train_data"])}`.
+`{os.path.basename(str(arguments["squad_train_data"]))}`.
 
 | | |
 |---|---|
@@ -375,7 +403,7 @@ OpenVINO it can be reshaped to other batch sizes and lengths.
         file.write(text)
 
 
-def _use(output_dir: str, metrics: dict[str, Any], script: str) -> str:
+def _use(output_dir: str, metrics: Metrics, script: str) -> str:
     """How to load the checkpoint."""
     if "int8" in metrics:
         return (
@@ -402,14 +430,14 @@ tokenizer = AutoTokenizer.from_pretrained("{output_dir}")
 ```"""
 
 
-def _file(metrics: dict[str, Any]) -> str:
+def _file(metrics: Metrics) -> str:
     """What the exported file is."""
     if metrics["onnx_check"]["passed"]:
         return "`model.onnx` is the same model for ONNX Runtime and OpenVINO (`ovc model.onnx`)"
     return "`model.failed.onnx` is NOT the same model: it has failed its check"
 
 
-def _difference(metrics: dict[str, Any]) -> str:
+def _difference(metrics: Metrics) -> str:
     difference = metrics["onnx_check"]["difference"]
     if difference is None:
         return "what is no number"

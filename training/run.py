@@ -14,7 +14,8 @@ import shutil
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from types import FrameType
 from typing import Any, NoReturn
 
 from accelerate import Accelerator
@@ -65,7 +66,7 @@ RUN_FILES = (
 RUN_FOLDERS = (CHECKPOINTS, "tensorboard", "unmerged")
 
 
-def check_output_dir(output_dir: str, arguments: dict[str, Any], overwrite: bool) -> str:
+def check_output_dir(output_dir: str, arguments: Mapping[str, object], overwrite: bool) -> str:
     """Whether this command may write there, and what it finds: "new", "unfinished", "finished".
 
     Args:
@@ -115,9 +116,10 @@ def check_output_dir(output_dir: str, arguments: dict[str, Any], overwrite: bool
     return "new"
 
 
-def _passed(metrics: dict[str, Any]) -> bool:
+def _passed(metrics: Mapping[str, object]) -> bool:
     """Whether the exported file has passed its check, by what metrics.json tells."""
-    return bool(metrics.get("onnx_check", {}).get("passed", True))
+    check = metrics.get("onnx_check")
+    return not isinstance(check, dict) or bool(check.get("passed", True))
 
 
 class Run:
@@ -135,7 +137,7 @@ class Run:
         self,
         accelerator: Accelerator,
         output_dir: str,
-        arguments: dict[str, Any],
+        arguments: Mapping[str, object],
         state: str,
         save_minutes: float,
         log_steps: int,
@@ -193,7 +195,7 @@ class Run:
                 f"--output_dir: another process is writing to {self.output_dir}"
             ) from None
 
-    def _on_signal(self, number: int, _: Any) -> None:
+    def _on_signal(self, number: int, _: FrameType | None) -> None:
         if self.stop_signal:  # asked twice: do not wait for the step or the save to end
             signal.signal(number, signal.SIG_DFL)
             signal.raise_signal(number)
@@ -222,7 +224,7 @@ class Run:
             with tqdm.external_write_mode(file=sys.stdout):
                 print(text, flush=True)
 
-    def log(self, record: dict[str, Any]) -> None:
+    def log(self, record: Mapping[str, object]) -> None:
         """Append a record to metrics.jsonl (and tensorboard), on the main process alone."""
         if not self.main:
             return
@@ -280,7 +282,7 @@ class Run:
                 " the same command again goes on from the saved state"
             ) from None
 
-    def finish(self, metrics: dict[str, Any]) -> None:
+    def finish(self, metrics: Mapping[str, object]) -> None:
         """Write metrics.json, which marks the run as finished, and remove its states.
 
         Where the exported file has not passed its check the states stay, to export it again.
@@ -308,7 +310,7 @@ def read_log(output_dir: str) -> list[dict[str, Any]]:
     return records
 
 
-def summary(figures: dict[str, Any]) -> str:
+def summary(figures: Mapping[str, float]) -> str:
     """A line of figures: "F1 88.12, EM 80.45"."""
     names = {"f1": "F1", "exact_match": "EM"}
     keys = [*names, *(key for key in figures if key not in names)]

@@ -10,7 +10,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypedDict, cast
 
 import torch
 from accelerate import Accelerator
@@ -24,6 +24,40 @@ KEPT_STATES = 2
 BEST = "best"  # beside the states: the weights that scored best so far
 
 
+class Best(TypedDict):
+    """The best weights kept so far: their stage, step and score."""
+
+    stage: str
+    step: int
+    score: float
+
+
+class ProgressState(TypedDict):
+    """What `Progress` needs to go on: times, and the figures of steps since the last record."""
+
+    seconds: float
+    window_seconds: float
+    window: list[dict[str, float]]
+
+
+class DivergenceState(TypedDict):
+    """The fields of `loop.Divergence`."""
+
+    recent: list[float]
+    good: float | None
+    factor: float
+
+
+class Position(TypedDict):
+    """Where a state is in the run; `pass_tokens` of each process, as `StepGradient` has them."""
+
+    stage: str
+    step: int
+    progress: ProgressState
+    divergence: DivergenceState
+    pass_tokens: list[int]
+
+
 def read_json(path: str) -> dict[str, Any]:
     """A JSON object; empty if there is none that can be read."""
     try:
@@ -33,7 +67,7 @@ def read_json(path: str) -> dict[str, Any]:
         return {}
 
 
-def write_json(path: str, value: Any) -> None:
+def write_json(path: str, value: object) -> None:
     """Write JSON under a temporary name, then rename: the file is whole or it is not there."""
     with open(f"{path}.tmp", "w", encoding="utf-8") as file:
         json.dump(value, file, indent=1, ensure_ascii=False)
@@ -88,11 +122,12 @@ class States:
             shutil.rmtree(folder, ignore_errors=True)
             os.rename(f"{folder}.tmp", folder)
 
-    def best(self) -> dict[str, Any] | None:
+    def best(self) -> Best | None:
         """`stage`, `step` and `score` of the best weights kept so far, or None."""
-        return read_json(os.path.join(self.folder, BEST, "position.json")) or None
+        found = read_json(os.path.join(self.folder, BEST, "position.json"))
+        return cast(Best, found) if found else None
 
-    def load_best(self, model: nn.Module) -> dict[str, Any] | None:
+    def load_best(self, model: nn.Module) -> Best | None:
         """Give a model the weights of the best checkpoint, and say which that is."""
         self.accelerator.wait_for_everyone()
         best = self.best()
@@ -112,7 +147,7 @@ class States:
             and os.path.exists(os.path.join(self.folder, name, "position.json"))
         )
 
-    def save(self, position: dict[str, Any]) -> bool:
+    def save(self, position: Position) -> bool:
         """Save weights, optimizer, random generators and `position`; keep the last two states.
 
         The state is written under a temporary name, brought to the disk and renamed. If that
@@ -154,12 +189,13 @@ class States:
         self.accelerator.wait_for_everyone()
         return True
 
-    def position(self, before: int = 0) -> dict[str, Any] | None:
+    def position(self, before: int = 0) -> Position | None:
         """The position of the newest state, or of one so many before it; None if there is none."""
         states = self._states()
         if len(states) <= before:
             return None
-        return read_json(os.path.join(self.folder, states[-1 - before], "position.json"))
+        path = os.path.join(self.folder, states[-1 - before], "position.json")
+        return cast(Position, read_json(path))
 
     def drop_newest(self) -> None:
         """Remove the newest state: the one before it takes its place."""
