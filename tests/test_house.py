@@ -39,7 +39,7 @@ WITHOUT_TORCH = (
 TYPED = ("tasks", "training", "int8")  # rooms whose signatures say what they take and give
 LOG = "a record has figures of any names beside stage and step"
 ANY = {  # function -> why its signature says Any
-    "training.run._read_json": "what a JSON file holds, before anyone knows which file it is",
+    "training.states.read_json": "what a JSON file holds, before anyone knows which file it is",
     "training.run.Run.evaluated": LOG,
     "training.run.read_log": LOG,
     "training.results.stage_table": LOG,
