@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import shutil
 from pathlib import Path
@@ -9,10 +10,12 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import BertForQuestionAnswering, BertTokenizerFast
 
 import squad_utils
+from bert import attention
 from bert.attention import FusedSelfAttention, fuse_attention
 from bert.model_folder import load_config, load_tokenizer, save_vocabulary, special_ids
 from cli import UserError
@@ -310,3 +313,25 @@ def test_a_folder_without_tokenizer_is_a_user_error(tiny_bert: Path, tmp_path: P
     with pytest.raises(UserError, match="--model_student") as error:
         tokenizer_of(tmp_path)
     assert "\n" not in str(error.value)
+
+
+def test_texts_told_by_their_ends_attend_as_masked_ones_do(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """What a GPU's flash kernel is given: here each text, and each padding, attends by itself."""
+
+    def kernel(q: Tensor, k: Tensor, v: Tensor, ends: Tensor, *_: Any) -> Tensor:
+        texts = []
+        for begin, end in itertools.pairwise(ends.tolist()):
+            parts = (part[begin:end].transpose(0, 1) for part in (q, k, v))
+            texts.append(F.scaled_dot_product_attention(*parts).transpose(0, 1))
+        return torch.cat(texts)
+
+    monkeypatch.setattr(attention, "varlen_attn", kernel)
+    mask = (torch.arange(7) < torch.tensor([[7], [3], [1]])).long()
+    parts = [torch.randn(3, 7, 8, generator=torch.Generator().manual_seed(i)) for i in range(3)]
+    ends = attention.segments(mask)
+    assert ends.flatten().tolist() == [0, 7, 7, 10, 14, 15, 21]
+    found = attention.attend(parts, 2, ends)
+    expected = attention.attend(parts, 2, mask.bool()[:, None, None, :])
+    assert (found - expected)[mask.bool()].abs().max() < 1e-6
