@@ -132,14 +132,8 @@ def packed_config(teacher: PreTrainedConfig, cfg: PackCfg) -> PackedBertConfig:
 # Packing
 
 FIT_STEPS = 500  # of a short regression, ...
-
-
 FIT_TOKENS = 1024  # ... each of so many tokens of the sample
-
-
 FIT_RATE = 2e-3
-
-
 RIDGE = 1e-4  # of least squares, times the mean variance of what is mapped
 
 

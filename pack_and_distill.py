@@ -59,11 +59,7 @@ signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends the seconds of impor
 
 
 STAGES = ("embeddings", "grow", "feed-forward", "heads", "final")
-
-
 QUARTER = 0.25  # epochs of the first stages, which have little to learn each
-
-
 SAMPLE_WINDOWS = 256  # on which a packed model's weights are fitted to the teacher's
 
 

@@ -434,6 +434,11 @@ def plan_steps(lengths: np.ndarray, step_size: int, seed: int, epoch: int) -> li
     return steps + ([rest[np.argsort(lengths[rest], kind="stable")]] if len(rest) else [])
 
 
+def padded(length: int) -> int:
+    """The length that rows of so many tokens are padded to: a multiple of 8."""
+    return -(-length // 8) * 8
+
+
 def token_rows(
     rows: Sequence[Sequence[np.ndarray]], special: SpecialIds, pad_to: int | None = None
 ) -> dict[str, np.ndarray]:
@@ -449,7 +454,7 @@ def token_rows(
     """
     lengths = np.array([1 + sum(len(part) + 1 for part in parts) for parts in rows])
     longest = int(lengths.max())
-    input_ids = np.full((len(rows), pad_to or -(-longest // 8) * 8), special.pad, np.int64)
+    input_ids = np.full((len(rows), pad_to or padded(longest)), special.pad, np.int64)
     token_type_ids = np.zeros_like(input_ids)
     input_ids[:, 0] = special.cls
     for row, parts in enumerate(rows):

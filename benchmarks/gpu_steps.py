@@ -22,7 +22,6 @@ from benchmarks.gpu_timing import (
     Bench,
     Clock,
     RandomBatches,
-    linear_weights,
     random_tokens,
     synchronize,
     timed,
@@ -41,6 +40,7 @@ from tasks.qa import QaLoss
 from tasks.texts import Pairs, Texts
 from training import passes
 from training.fine_tuning import freeze, set_dropout
+from training.machine import linear_weights
 
 # Of a card's data sheet, in bf16, or fp16 (T4, V100); the first whose name is in the card's.
 DENSE_TERAFLOPS = {
@@ -200,7 +200,7 @@ def measure_distillation(bench: Bench) -> dict[str, Any]:
         parameter.requires_grad_(any(part in name for part in parts))
     layers = sizes.pack.num_hidden_layers
     weights = tuple(1.5**i / sum(1.5**j for j in range(layers + 1)) for i in range(layers + 1))
-    embedding_maps = linear_weights(student, "embeddings.")  # their inputs need no gradient
+    embedding_maps = linear_weights(student.bert.embeddings)  # their inputs need no gradient
     operations = (
         work_of_bert(sizes, 2)
         + work_of_packed(sizes, linear_weights(student.bert) - embedding_maps)

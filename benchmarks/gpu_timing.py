@@ -320,15 +320,6 @@ def profiled(bench: Bench, go: Callable[[int, Any], Clock], name: str) -> float:
     return busy / seconds
 
 
-def linear_weights(model: nn.Module, part: str = "") -> int:
-    """Weights of the linear layers whose names have `part` in them."""
-    return sum(
-        module.weight.numel()
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and part in name
-    )
-
-
 def work(sizes: Sizes, factor: int, weights: float, width: int = 0, layers: int = 0) -> float:
     """Operations of one window.
 

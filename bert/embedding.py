@@ -13,8 +13,6 @@ from transformers.modeling_outputs import ModelOutput
 from bert.packed import PACKED_CLASSES, PackedBertConfig, PackedBertModel, PackedBertPreTrainedModel
 
 POOLINGS = ("cls", "mean")
-
-
 POOLERS = ("pretrained", "identity")
 
 

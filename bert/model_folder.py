@@ -46,11 +46,7 @@ WEIGHT_FILES = (
 
 
 STATE_MAPS = "state_maps.safetensors"  # in the folder of a merged one: maps that losses need
-
-
 UNMERGED = "unmerged"  # the folder, in that of a packed model, of the model before merging
-
-
 HUB_TIMEOUT = 5.0  # seconds that the hub has to answer; its own client retries for half a minute
 
 

@@ -28,11 +28,7 @@ from deploy.onnx_check import Check
 from squad_utils import INPUTS
 
 QA_OUTPUTS = ("output_s", "output_e")
-
-
 OPSET = 17  # the first with LayerNormalization, and one that openvino-dev 2024.6 still reads
-
-
 MASKED = -1e4  # added to the scores of padding: 0 after softmax, and a number in FP16 too
 
 

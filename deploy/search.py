@@ -25,14 +25,8 @@ from deploy.runtime import Infer, Runtime, load_exported
 from squad_utils import SpecialIds
 
 SUFFIXES = (".txt", ".md")  # of the files of a folder that are read
-
-
 INDEX_FILE = ".context_index.npz"
-
-
 BLANK_LINES = re.compile(r"\n\s*\n")
-
-
 SHAPES = (16, 32, 64, 128, 256, 384, 512)  # lengths that texts are padded to
 
 

@@ -39,11 +39,7 @@ def is_quantized(name: str) -> bool:
 
 
 QUANTIZER_WEIGHTS = "quantizers.safetensors"  # beside QUANTIZERS: their ranges
-
-
 HOOKS = "__nncf_hooks."  # what the names of the quantizers' parameters begin with
-
-
 WEIGHT_RANGE = "weight_range"  # in QUANTIZERS, beside NNCF's own keys
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator
 from functools import cached_property
 from typing import ClassVar, cast
 
@@ -241,17 +240,12 @@ class EmbeddingTask(Task):
         """Batches of the training file's texts."""
         return TextBatches(self.train_pairs, step_size, self.args.seed)
 
-    def sample(self, count: int) -> Iterator[dict[str, Tensor]]:
-        """Batches of `count` texts, half of them questions, or of all where there are fewer."""
-        batches = self.batches(self.args.per_gpu_eval_batch_size)
-        rng = np.random.default_rng([self.args.seed, 2])
+    def draw(self, rng: np.random.Generator, count: int) -> np.ndarray:
+        """`count` random texts, half of them questions."""
         asked, given = len(self.train_pairs.questions), len(self.train_pairs.contexts)
-        chosen = np.concatenate(
+        return np.concatenate(
             [rng.permutation(asked)[: count // 2], asked + rng.permutation(given)[: count // 2]]
         )
-        chosen = chosen[np.argsort(batches.lengths[chosen], kind="stable")]
-        for some in np.split(chosen, range(batches.step_size, len(chosen), batches.step_size)):
-            yield batches.batch(0, some)
 
     def fine_tuning(
         self, run: Run, teacher: PreTrainedModel | None, state_maps: nn.ModuleList | None

@@ -23,11 +23,7 @@ from training.passes import Batches, to_device
 from training.run import Run
 
 PASS_TEXTS = 16  # of similar length, in one pass of a CPU: what is mined has any length
-
-
 NEAREST = 32  # contexts read of each question: hardly ever do so many answer it
-
-
 NEAR_ZERO = 1e-12  # squared distances below it have no direction
 
 

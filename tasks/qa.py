@@ -6,7 +6,7 @@ import argparse
 import contextlib
 import functools
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import ClassVar, Protocol
 
 import numpy as np
@@ -112,16 +112,9 @@ class QaTask(Task):
         """Batches of the training file."""
         return QaBatches(self.train_windows, step_size, self.args.seed)
 
-    def sample(self, count: int) -> Iterator[dict[str, Tensor]]:
-        """Batches of `count` training windows, or of all where there are fewer; without targets."""
-        generator = np.random.default_rng([self.args.seed, 2])
-        windows = self.train_windows
-        chosen = generator.permutation(len(windows))[:count]
-        chosen = chosen[np.argsort(windows.total_lengths[chosen], kind="stable")]
-        size = self.args.per_gpu_eval_batch_size
-        for some in np.split(chosen, range(size, len(chosen), size)):
-            arrays = squad_utils.make_batch(windows, some)
-            yield {name: torch.from_numpy(array) for name, array in arrays.items()}
+    def draw(self, rng: np.random.Generator, count: int) -> np.ndarray:
+        """`count` random windows."""
+        return rng.permutation(len(self.train_windows))[:count]
 
     def fine_tuning(
         self, run: Run, teacher: PreTrainedModel | None, state_maps: nn.ModuleList | None

@@ -140,8 +140,19 @@ class Task(ABC):
         """
 
     @abstractmethod
+    def draw(self, rng: np.random.Generator, count: int) -> np.ndarray:
+        """`count` random examples of `batches`, or all where there are fewer."""
+
     def sample(self, count: int) -> Iterator[dict[str, Tensor]]:
-        """Batches of `count` random rows of the training file, or of all where there are fewer."""
+        """Batches of `count` random rows of the training file, or of all where there are fewer:
+        inputs [B, L], rows of similar length together."""
+        size = self.args.per_gpu_eval_batch_size
+        batches = self.batches(size)
+        chosen = self.draw(np.random.default_rng([self.args.seed, 2]), count)
+        chosen = chosen[np.argsort(batches.tokens(chosen), kind="stable")]
+        for some in np.split(chosen, range(size, len(chosen), size)):
+            batch = batches.batch(0, some)
+            yield {name: batch[name] for name in onnx_file.INPUTS}
 
     @abstractmethod
     def train_rows(self) -> Rows:

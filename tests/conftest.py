@@ -10,11 +10,15 @@ import shutil
 import subprocess
 import sys
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import fork_server
 import pytest
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
 
 # The process that shares tests out among others loads this file and runs none: no torch up here.
 
@@ -226,3 +230,16 @@ def run(
     with contextlib.closing(fork_server.server().start(command, environment)) as process:
         stdout, stderr = process.communicate(timeout)
         return subprocess.CompletedProcess(command, process.wait(), stdout, stderr)
+
+
+@pytest.fixture
+def accelerator() -> Iterator[Accelerator]:
+    """One CPU process in FP32, whatever ran before."""
+    from accelerate import Accelerator
+    from accelerate.state import AcceleratorState, GradientState
+
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+    yield Accelerator(cpu=True, mixed_precision="no")
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()

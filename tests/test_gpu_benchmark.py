@@ -17,6 +17,7 @@ from benchmarks import gpu, gpu_timing
 from benchmarks.gpu_timing import TINY, Bench, RandomBatches
 from cli import UserError
 from tasks.qa import forward
+from training.machine import linear_weights
 
 
 @pytest.fixture
@@ -55,7 +56,7 @@ def test_operations_of_a_window_are_those_that_torch_counts(bench: Bench, factor
 def test_operations_of_a_packed_model_are_those_that_torch_counts(bench: Bench) -> None:
     batch = RandomBatches(TINY, 1, 1).batch(0, torch.arange(1).numpy())
     bert = bench.packed(merged=True).bert
-    weights = gpu_timing.linear_weights(bert)
+    weights = linear_weights(bert)
     assert counted(bert, batch, backward=True) == gpu_timing.work_of_packed(TINY, weights)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -10,7 +9,6 @@ import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState, GradientState
 from calls import records, state_step
 from hypothesis import given
 from hypothesis import strategies as st
@@ -44,15 +42,6 @@ class Rows(Batches):
 
 def square(model: nn.Module, batch: dict[str, Tensor]) -> dict[str, Tensor]:
     return {"error": model(batch["x"])[:, 0].square()}
-
-
-@pytest.fixture
-def accelerator() -> Iterator[Accelerator]:
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
-    yield Accelerator(cpu=True, mixed_precision="no")
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
 
 
 @given(

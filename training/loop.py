@@ -21,17 +21,9 @@ from training.run import Run, summary
 from training.states import DivergenceState, ProgressState
 
 RECENT_STEPS = 20  # whose mean loss tells a divergence from a hard batch
-
-
 DIVERGED = 1.5  # times the mean loss at the last good state
-
-
 LOWEST_FACTOR = 2.0**-5  # of the learning rate: five returns in a row are enough
-
-
 READ_SECONDS = 1.0  # between waits for a GPU's figures, to log, to save, to stop
-
-
 READ_STEPS = 10  # the same where there are several
 
 
@@ -170,10 +162,10 @@ class Training:
         self.step, self.divergence = 0, Divergence()
         self.unread: list[UnreadStep] = []
         self.epoch_steps: tuple[int, list[np.ndarray]] = (-1, [])
-        self.progress = self._resume()
         self.saved_at = self.read_at = time.monotonic()
+        self._resume()
 
-    def _resume(self) -> Progress:
+    def _resume(self) -> None:
         """Take up the newest state if it is of this stage; else start alike on all processes."""
         run, stage = self.run, self.stage
         earlier: ProgressState | None = None
@@ -192,10 +184,9 @@ class Training:
             for tensor in self.model.state_dict().values():
                 torch.distributed.broadcast(tensor, 0)
         run.forget_after(stage.name, self.step)
-        progress = Progress(run, stage, self.step, self.total_steps, earlier)
+        self.progress = Progress(run, stage, self.step, self.total_steps, earlier)
         if stage.goes_back and earlier is None:
-            self.save(progress)  # so that there is always a state to go back to
-        return progress
+            self.save()  # so that there is always a state to go back to
 
     @property
     def ends_epoch(self) -> bool:
@@ -204,7 +195,7 @@ class Training:
             self.step > 0 and self.step % self.steps_per_epoch == 0
         )
 
-    def save(self, progress: Progress | None = None) -> bool:
+    def save(self) -> bool:
         """Save a state; False where that fails."""
         self.divergence.mark_good()
         self.saved_at = time.monotonic()
@@ -212,7 +203,7 @@ class Training:
             {
                 "stage": self.stage.name,
                 "step": self.step,
-                "progress": (progress or self.progress).state(),
+                "progress": self.progress.state(),
                 "divergence": self.divergence.state(),
                 "pass_tokens": self.gradient.all_pass_tokens(),
             }

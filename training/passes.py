@@ -16,27 +16,16 @@ import torch.distributed
 from accelerate import Accelerator
 from torch import Tensor, nn
 
+import squad_utils
 from cli import UserError, warn
 from training.machine import Compiled, compiled_layers, linear_weights, running
 
 PROBE_TOKENS = 2048  # of the first of two passes that tell how much memory a token takes
-
-
 MEMORY_SHARE = 0.85  # of the memory that passes may fill, by that estimate
-
-
 COUNTS = ("tokens", "positions")
-
-
 LAUNCH_BOUND = 0.7  # share of a pass's time in which the CPU launches kernels: a graph pays
-
-
 MAX_GRAPHS = 64
-
-
 COMPILE_OPERATIONS = 1e16  # of a stage on a GPU, from which on half a minute to compile is repaid
-
-
 WARM_UP_SHAPE = (16, 128)  # of the texts that layers are compiled by, whatever the run's are
 
 
@@ -159,8 +148,8 @@ class StepGradient:
         mine = chosen[rank::world]
         if not len(mine):
             return []
-        # Rows of a pass are as long as its longest, rounded up to a multiple of 8.
-        longest = -(-int(self.batches.tokens(mine).max()) // 8) * 8
+        # Rows of a pass are as long as its longest.
+        longest = squad_utils.padded(int(self.batches.tokens(mine).max()))
         rows = max(1, self.pass_tokens // longest)
         return np.array_split(mine, -(-len(mine) // rows))
 
@@ -219,7 +208,7 @@ class StepGradient:
         """Tokens that fit in one pass, from the memory that two small ones take."""
         tokens = self.batches.tokens(chosen)
         longest = chosen[np.argsort(-tokens, kind="stable")]
-        device, cost = self.accelerator.device, -(-int(tokens.max()) // 8) * 8
+        device, cost = self.accelerator.device, squad_utils.padded(int(tokens.max()))
         sizes = [max(1, PROBE_TOKENS // cost), max(2, 2 * PROBE_TOKENS // cost)]
         if sizes[1] > len(longest):
             return cost * len(longest)  # a step that is hardly more than the probe
