@@ -70,16 +70,14 @@ def measure_peak(bench: Bench) -> dict[str, Any]:
     }
 
 
-def measure_fine_tuning(bench: Bench) -> dict[str, Any]:
+def measure_fine_tuning(bench: Bench, profile: str | None = "fine_tuning") -> dict[str, Any]:
     """QA 1: windows of 384 tokens, embeddings frozen, 48 a step."""
     sizes = bench.sizes
     batches = RandomBatches(sizes, sizes.warm_up + sizes.steps + 1, 48)
     with timing_run(bench) as run:
         loss = QaLoss(run, None, 0.0, 0.0)
         operations = work_of_bert(sizes, 6)
-        return timed(
-            bench, run, bench.student(), batches, loss, 48, 2, operations, profile="fine_tuning"
-        )
+        return timed(bench, run, bench.student(), batches, loss, 48, 2, operations, profile)
 
 
 def measure_plain_passes(bench: Bench) -> dict[str, Any]:
@@ -94,7 +92,8 @@ def measure_plain_passes(bench: Bench) -> dict[str, Any]:
         mock.patch.object(passes, "MAX_GRAPHS", 0),
         mock.patch.object(attention, "has_flash", lambda: False),
     ):
-        return measure_fine_tuning(replace(bench, sizes=replace(bench.sizes, warm_up=1, steps=2)))
+        few = replace(bench, sizes=replace(bench.sizes, warm_up=1, steps=2))
+        return measure_fine_tuning(few, profile=None)
 
 
 class StepTimes(transformers.TrainerCallback):

@@ -93,7 +93,6 @@ def test_a_pass_without_room_is_halved_and_the_step_is_whole(
     small.calls = 1
     step = StepGradient(accelerator, model, Rows(), small, 16)
     step.pass_tokens = 16 * 16
-    step._make_gradients()
     found = step(0, chosen)
     assert torch.allclose(found, losses) and torch.allclose(model.weight.grad, expected)
     assert step.pass_tokens < 6 * 16

@@ -243,7 +243,7 @@ class Training:
             failed = (~(losses.sum() + norm).isfinite()).float()
             self.adamw.found_inf = failed  # type: ignore[attr-defined]  # torch does not tell
         self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=self.accelerator.device.type == "cpu")
+        self.optimizer.zero_grad(set_to_none=not self.gradient.gradients_stay)
         self.step += 1
         self.unread.append(UnreadStep(losses, norm, len(chosen), rate))
 

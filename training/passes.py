@@ -85,7 +85,7 @@ class StepGradient:
         self.pass_tokens: int | None = None
         self.on_gpu = accelerator.device.type == "cuda"
         self.compiled = self._compile(total_steps) if self.on_gpu else []
-        self.graphs = GraphedPasses(self._run) if self.on_gpu and not drops(model) else None
+        self.graphs = GraphedPasses(self._run, self.trained) if self.on_gpu and not drops(model) else None
 
     def __call__(self, epoch: int, chosen: np.ndarray) -> Tensor:
         """Add the gradient of the mean loss over the examples `chosen` of an epoch.
@@ -94,10 +94,8 @@ class StepGradient:
             float64 [len(names)], on the device: the mean of each named loss; the numbers of
             "tokens" and of "positions" (tokens and padding). Over all processes.
         """
-        if self.on_gpu:
-            self._make_gradients()
-            if self.pass_tokens is None:
-                self.pass_tokens = self._measure(epoch, chosen)
+        if self.on_gpu and self.pass_tokens is None:
+            self.pass_tokens = self._measure(epoch, chosen)
         while True:
             try:
                 figures = self._share_of_step(epoch, chosen)
@@ -107,7 +105,7 @@ class StepGradient:
                 pass
             self._halve(chosen)
         if self.accelerator.num_processes > 1:
-            self._make_gradients()
+            make_gradients(self.trained)
             waits = [
                 torch.distributed.all_reduce(gradient, async_op=True)
                 for gradient in self._gradients()
@@ -127,11 +125,11 @@ class StepGradient:
         if self.on_gpu and len(saved) == self.accelerator.num_processes:
             self.pass_tokens = saved[self.accelerator.process_index] or None
 
-    def _make_gradients(self) -> None:
-        """Gradients of 0 where there are none: graphs add to them in place, processes sum them."""
-        for parameter in self.trained:
-            if parameter.grad is None:
-                parameter.grad = torch.zeros_like(parameter)
+    @property
+    def gradients_stay(self) -> bool:
+        """Whether a step's gradients are to be set to 0, and not dropped: graphs add to them in
+        place."""
+        return self.graphs is not None and bool(self.graphs.captured)
 
     def _gradients(self) -> list[Tensor]:
         return [parameter.grad for parameter in self.trained if parameter.grad is not None]
@@ -248,6 +246,13 @@ class StepGradient:
         warn(f"the GPU's memory is full: passes take {self.pass_tokens:,} tokens from now on")
 
 
+def make_gradients(parameters: list[nn.Parameter]) -> None:
+    """Gradients of 0 where there are none: graphs add to them in place, processes sum them."""
+    for parameter in parameters:
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+
+
 def drops(model: nn.Module) -> bool:
     """Whether a model has dropout that is on: a graph would not draw what an eager pass draws."""
     return any(isinstance(module, nn.Dropout) and module.p > 0 for module in model.modules())
@@ -270,8 +275,12 @@ class GraphedPasses:
     launches them all at once.
     """
 
-    def __init__(self, run_pass: Callable[[dict[str, Tensor], Tensor], Tensor]) -> None:
-        self.run_pass, self.off = run_pass, False
+    def __init__(
+        self,
+        run_pass: Callable[[dict[str, Tensor], Tensor], Tensor],
+        trained: list[nn.Parameter],
+    ) -> None:
+        self.run_pass, self.trained, self.off = run_pass, trained, False
         self.forget()
 
     def forget(self) -> None:
@@ -302,6 +311,7 @@ class GraphedPasses:
 
     def _timed(self, shape: Shape, batch: dict[str, Tensor], weight: Tensor) -> Tensor:
         """A pass on a stream of its own, as one must be before a capture; what launching took."""
+        make_gradients(self.trained)  # not on that stream
         stream = torch.cuda.Stream()
         torch.cuda.synchronize()
         began = time.perf_counter()
@@ -316,6 +326,7 @@ class GraphedPasses:
 
     def _capture(self, shape: Shape, batch: dict[str, Tensor], weight: Tensor) -> None:
         inputs = {name: tensor.clone() for name, tensor in {**batch, "weight": weight}.items()}
+        make_gradients(self.trained)
         graph = torch.cuda.CUDAGraph()
         self.pool = self.pool or torch.cuda.graph_pool_handle()
         try:
