@@ -85,7 +85,9 @@ class StepGradient:
         self.pass_tokens: int | None = None
         self.on_gpu = accelerator.device.type == "cuda"
         self.compiled = self._compile(total_steps) if self.on_gpu else []
-        self.graphs = GraphedPasses(self._run, self.trained) if self.on_gpu and not drops(model) else None
+        self.graphs = (
+            GraphedPasses(self._run, self.trained) if self.on_gpu and not drops(model) else None
+        )
 
     def __call__(self, epoch: int, chosen: np.ndarray) -> Tensor:
         """Add the gradient of the mean loss over the examples `chosen` of an epoch.
