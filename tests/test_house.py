@@ -38,6 +38,7 @@ WITHOUT_TORCH = (
 )
 TYPED = ("tasks", "training", "int8")  # rooms whose signatures say what they take and give
 LOG = "a record has figures of any names beside stage and step"
+CONTEXT = "autograd's context takes attributes of any name"
 ANY = {  # function -> why its signature says Any
     "training.states.read_json": "what a JSON file holds, before anyone knows which file it is",
     "training.run.Run.evaluated": LOG,
@@ -47,8 +48,10 @@ ANY = {  # function -> why its signature says Any
     "training.results._one_after_another": LOG,
     "int8.settings._weight_range": "arguments of nncf.quantize, each of a type of its own",
     "int8.settings._build": "it gives a value of the type that is its argument",
-    "int8.fake_quantize.FakeQuantize.forward": "autograd's context takes attributes of any name",
-    "int8.fake_quantize.FakeQuantize.backward": "autograd's context takes attributes of any name",
+    "int8.fake_quantize.FakeQuantize.forward": CONTEXT,
+    "int8.fake_quantize.FakeQuantize.backward": CONTEXT,
+    "tasks.hidden_states.SquaredError.forward": CONTEXT,
+    "tasks.hidden_states.SquaredError.backward": CONTEXT,
 }
 FILES = {
     ".".join(path.relative_to(ROOT).with_suffix("").parts): path
