@@ -285,20 +285,19 @@ def number_stages(plan: list[Distillation], examples: int) -> list[Distillation]
     ]
 
 
-def describe_plan(plan: list[Distillation], passes: float, examples: int, windows: int) -> str:
-    """The plan for --passes, a stage a line.
-
-    Args:
-        examples: of an epoch.
-        windows: of a pass.
-    """
-    lines = [f"the plan of {passes:g} passes of {windows:,} windows or texts:"]
+def describe_plan(plan: list[Distillation], args: argparse.Namespace, examples: int) -> str:
+    """What --passes has come to, a stage a line; `examples` are those of an epoch."""
+    a_pass = round(examples / (1 + args.extra_pairs))
+    lines = [
+        f"--passes={args.passes:g}, each of {a_pass:,} windows or texts; learning rates rise over"
+        f" {args.warm_up_steps} steps:"
+    ]
     for part in plan:
         stage, share = part.stage, part.num_layers / plan[-1].num_layers
         size = stage.total_batch_size
         steps = stage.total_steps(-(-examples // size))
         lines.append(
-            f"  {stage.name}: {steps * size * share / windows:.2f} passes, {steps:,} steps of"
+            f"  {stage.name}: {steps * size * share / a_pass:.2f} passes, {steps:,} steps of"
             f" {size}, learning rate {stage.learning_rate:g}"
         )
     return "\n".join(lines)
@@ -580,8 +579,7 @@ def main() -> None:
     plan = plan_stages(args, cfg.num_hidden_layers)
     plan = number_stages(plan, task.num_examples)
     if args.passes is not None:
-        windows = round(task.num_examples / (1 + args.extra_pairs))
-        run.say(describe_plan(plan, args.passes, task.num_examples, windows))
+        run.say(describe_plan(plan, args, task.num_examples))
     guides = [in_half(each, accelerator) for each in (teacher, *others)]
     student = distill(run, task, student, guides, plan, cfg.num_attention_heads, args.keep).eval()
 

@@ -323,8 +323,8 @@ def test_the_plan_spends_its_passes(extra: float, monkeypatch: pytest.MonkeyPatc
         spent[name] = spent.get(name, 0.0) + windows / 64_000 * part.num_layers / 4
     expected = {name: 3 * share for name, share in PASSES.items()}
     assert spent == pytest.approx(expected, rel=3e-3)
-    text = pack_and_distill.describe_plan(plan, 3, examples, 64_000)
-    assert "the plan of 3 passes of 64,000 windows" in text
+    text = pack_and_distill.describe_plan(plan, args, examples)
+    assert "--passes=3, each of 64,000 windows or texts; learning rates rise over 40 steps" in text
     assert "\n  heads: 0.90 passes, 14,400 steps of 4, learning rate 0.001\n" in text
 
 
@@ -358,7 +358,7 @@ def test_passes_run_their_plan(
     assert call(command) == 0, capfd.readouterr().err
     windows = metrics(out)["counts"]["train_windows"]
     assert metrics(out)["counts"]["extra_windows"] == windows
-    assert f"the plan of 1.25 passes of {windows:,} windows" in capfd.readouterr().out
+    assert f"--passes=1.25, each of {windows:,} windows" in capfd.readouterr().out
     stages = list(dict.fromkeys(r["stage"] for r in records(out)))
     assert stages == ["teacher", "packed", "heads", "final", "merged"]
     final = trained(out, "final")

@@ -177,7 +177,8 @@ def test_a_killed_run_goes_on_with_the_same_windows(
     texts.write_text(f"{WORDS}\n\n{WORDS} {WORDS}\n")
     outs = [tmp_path / name for name in ("whole", "killed")]
     flags = ("--stages=final", "--num_train_epochs=2", "--extra_pairs=0.5", "--save_minutes=0",
-             "--total_train_batch_size_for_tune=24", "--start=random", f"--extra_texts={texts}")  # fmt: skip
+             "--total_train_batch_size_for_tune=24", "--start=random",
+             f"--extra_texts={texts}")  # fmt: skip
     commands = [pack_command(teacher, few, out, *flags) for out in outs]
     assert call(commands[0]) == 0, capfd.readouterr().err
     counts = metrics(outs[0])["counts"]
