@@ -118,8 +118,9 @@ class QaTask(Task):
                 f"--squad_train_data: none of the answers in {self.train_data.path} is in its"
                 " context at answer_start, so there is nothing to learn"
             )
-        self.num_extra = round(getattr(self.args, "extra_pairs", 0.0) * len(self.train_windows))
-        if self.num_extra:
+        factor, self.num_extra = getattr(self.args, "extra_pairs", 0.0), 0
+        if factor:
+            self.num_extra = max(1, round(factor * len(self.train_windows)))
             texts = squad_utils.tokenize(
                 tokenizer.backend_tokenizer, self.extra_texts, False, "tokenising texts"
             )
