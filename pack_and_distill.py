@@ -1,8 +1,9 @@
 """Pack a fine-tuned BERT into a small one and distill it, without labels, stage by stage.
 
 The loss of every stage is the mean squared error between the hidden states of teacher and
-student. The output folder gets the merged student with its model.onnx, and the student before
-merging, with which distillation can go on. The same command again goes on where it was stopped.
+student; the last stage adds that of their outputs. The output folder gets the merged student with
+its model.onnx, and the student before merging, with which distillation can go on. The same command
+again goes on where it was stopped.
 """
 
 from __future__ import annotations
@@ -32,8 +33,9 @@ from bert.packed import PackedBertConfig, PackedBertPreTrainedModel, merge
 from bert_pack import HeadImportance, PackCfg
 from cli import ArgumentParser, UserError, is_main_process, number, run_main
 from int8.quantizers import is_quantized
-from tasks import TASKS, EmbeddingTask, Task
+from tasks import TASKS, EmbeddingTask, QaTask, Task
 from tasks.hidden_states import StateLoss
+from tasks.qa import LOGITS_TEMPERATURE, LOGITS_WEIGHT
 from training import results
 from training.flags import (
     DATA,
@@ -60,6 +62,14 @@ signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends the seconds of impor
 
 STAGES = ("embeddings", "grow", "feed-forward", "heads", "final")
 QUARTER = 0.25  # epochs of the first stages, which have little to learn each
+OUTPUTS_IN = ("final",)  # stages that learn the teacher's outputs beside its states
+# How --passes are spent: shares by stage, and what flags are by default beside it.
+PASSES = {"heads": 0.2, "final": 0.8}
+PASSES_FLAGS = {
+    "warm_up_steps": 40,
+    "learning_rate_for_tune": 5e-4,
+    "total_train_batch_size_for_tune": 32,
+}
 SAMPLE_WINDOWS = 256  # on which a packed model's weights are fitted to the teacher's
 
 
@@ -69,10 +79,18 @@ def parse_arguments() -> argparse.Namespace:
     add("--model_student", required=True, metavar="MODEL",
         help="fine-tuned BERT to pack: a folder or a hub name; if it is packed already, distill"
         " on from it")  # fmt: skip
-    add("--model_teacher", required=True, metavar="MODEL",
-        help="fine-tuned BERT whose hidden states are the target: a folder or a hub"
-        " name")  # fmt: skip
+    add("--model_teacher", type=comma_separated, required=True, metavar="MODEL",
+        help="fine-tuned BERT whose hidden states are the target: a folder or a hub name; of"
+        " several, MODEL,MODEL,..., all give the target of the logits, their mean, and the first"
+        " that of the states")  # fmt: skip
     add_data_arguments(parser, max_seq_length_q=64)
+    add = parser.group(DATA).add_argument
+    add("--extra_pairs", type=number(float, 0, 100), default=0.0, metavar="FACTOR",
+        help="question answering: add FACTOR x as many windows to each epoch, new ones each time:"
+        " questions with another context of their article, unlabelled")  # fmt: skip
+    add("--extra_texts", type=comma_separated, metavar="FILE,...",
+        help="take half of these windows from plain texts: files, or folders with .txt and .md"
+        " files; blank lines part paragraphs (default: none)")  # fmt: skip
     parser.group(DATA).add_argument(
         "--eval_extra_contexts", metavar="FILE",
         help="embeddings: SQuAD JSON whose contexts are searched beside those of the dev data"
@@ -94,6 +112,10 @@ def parse_arguments() -> argparse.Namespace:
     add("--num_train_epochs", type=over_0, default=16.0, metavar="EPOCHS",
         help="epochs of each of the last three stages, may be a fraction; embeddings takes a"
         " quarter of an epoch, and grow as much for each layer")  # fmt: skip
+    add("--passes", type=over_0, metavar="PASSES",
+        help="plan stages, epochs, warm-up, learning rates and batch sizes for so many passes over"
+        " the training data, in place of --stages and --num_train_epochs; other flags count as"
+        " given (default: none)")  # fmt: skip
     add("--max_steps_per_stage", type=positive, metavar="STEPS",
         help="end each stage after so many steps (default: no limit)")  # fmt: skip
     add("--warm_up_steps", type=positive, metavar="STEPS",
@@ -110,8 +132,31 @@ def parse_arguments() -> argparse.Namespace:
     add("--embedding_weight", type=number(float, 0, 1e6), default=0.0, metavar="WEIGHT",
         help="embeddings: weight of the squared error of the embedding itself in the stage final,"
         " beside that of the states")  # fmt: skip
+    add("--logits_weight", type=number(float, 0, 1e6), metavar="WEIGHT",
+        help="question answering: weight of the soft cross-entropy of start and end with the"
+        " teacher's in the stage final, beside the error of the states"
+        f" (default: {LOGITS_WEIGHT:g})")  # fmt: skip
+    add("--logits_temperature", type=number(float, 0, 100, True), metavar="T",
+        help="question answering: divides the logits of that cross-entropy"
+        f" (default: {LOGITS_TEMPERATURE:g})")  # fmt: skip
     add_run_arguments(parser)
-    return parser.parse_args()
+    args = parser.parse_args()
+    if args.passes is None:
+        return args
+    parser.set_defaults(stages=None, num_train_epochs=None, **PASSES_FLAGS)
+    args = parser.parse_args()
+    for flag in ("stages", "num_train_epochs"):
+        if getattr(args, flag) is not None:
+            raise UserError(f"--{flag}: --passes={args.passes:g} plans that; leave one of them out")
+    return args
+
+
+def comma_separated(text: str) -> list[str]:
+    """An argparse type: names with commas between them."""
+    found = [name.strip() for name in text.split(",")]
+    if not all(found):
+        raise argparse.ArgumentTypeError(f"{text!r} has an empty name")
+    return found
 
 
 def stages(text: str) -> list[str]:
@@ -135,30 +180,46 @@ class Distillation:
 
     Attributes:
         weights: of the errors of states 0..k; only the first k layers run.
-        embedding_weight: of the error of the embedding, where that counts as well.
         trains: parts of the names of the parameters that train ...
         except_for: ... without these.
+        outputs: whether the teacher's outputs are learned as well.
     """
 
     stage: Stage
     weights: tuple[float, ...]
     trains: tuple[str, ...]
     except_for: tuple[str, ...] = ()
-    embedding_weight: float = 0.0
+    outputs: bool = False
 
     @property
     def num_layers(self) -> int:
         return len(self.weights) - 1
 
 
+def plan_epochs(args: argparse.Namespace, num_layers: int) -> dict[str, float]:
+    """The stages that run, and their epochs; of `grow`, those of each k = 1..n.
+
+    A pass is as many windows as the training file has, whichever they are: with extra pairs, an
+    epoch is 1 + FACTOR passes. A window in a stage that runs k of n layers counts k / n, so those
+    of `grow` count (n + 1) / 2 in all, and that of `embeddings` counts nothing.
+    """
+    early = ("embeddings", "grow")
+    if args.passes is None:
+        return {name: QUARTER if name in early else args.num_train_epochs for name in args.stages}
+    epochs = {name: share * args.passes / (1 + args.extra_pairs) for name, share in PASSES.items()}
+    if "grow" in epochs:
+        epochs["grow"] /= (num_layers + 1) / 2
+    return {**epochs, "embeddings": QUARTER} if "embeddings" in epochs else epochs
+
+
 def plan_stages(args: argparse.Namespace, num_layers: int) -> list[Distillation]:
-    """The stages of --stages, of a student of so many layers."""
-    chosen, n = args.stages, num_layers
+    """The stages of --stages or --passes, of a student of so many layers."""
+    epochs, n = plan_epochs(args, num_layers), num_layers
     mean = (1 / (n + 1),) * (n + 1)
     growing = [args.loss_weight_alpha**i for i in range(n + 1)]
     stage = Stage(
         name="",
-        num_epochs=args.num_train_epochs,
+        num_epochs=0.0,
         learning_rate=args.learning_rate,
         total_batch_size=args.total_train_batch_size,
         micro_batch_size=args.per_gpu_train_batch_size,
@@ -166,36 +227,36 @@ def plan_stages(args: argparse.Namespace, num_layers: int) -> list[Distillation]
         max_steps=args.max_steps_per_stage,
         goes_back=True,
     )
-    quarter = replace(stage, num_epochs=QUARTER)
+
+    def named(name: str, part: str = "") -> Stage:
+        return replace(stage, name=name + part, num_epochs=epochs[name])
+
     embeddings = ("_map.", "embeddings.LayerNorm.", "state_maps.0.")
     everything = ("_map.", "embeddings.LayerNorm.", "state_maps.", "layers.")
     plan = []
-    if "embeddings" in chosen:
-        plan.append(Distillation(replace(quarter, name="embeddings"), (1.0,), embeddings))
-    if "grow" in chosen:
+    if "embeddings" in epochs:
+        plan.append(Distillation(named("embeddings"), (1.0,), embeddings))
+    if "grow" in epochs:
         for k in range(1, n + 1):
             layers = tuple(f"layers.{i}." for i in range(k))
             maps = tuple(f"state_maps.{i + 1}." for i in range(k))
-            name = replace(quarter, name=f"grow {k}")
-            plan.append(Distillation(name, (1 / (k + 1),) * (k + 1), embeddings + layers + maps))
-    if "feed-forward" in chosen:
+            equal = (1 / (k + 1),) * (k + 1)
+            plan.append(Distillation(named("grow", f" {k}"), equal, embeddings + layers + maps))
+    if "feed-forward" in epochs:
         attention = (".qkv.", ".attention_output.")
-        stage_of = replace(stage, name="feed-forward")
-        plan.append(Distillation(stage_of, mean, everything, except_for=attention))
-    if "heads" in chosen:
-        plan.append(Distillation(replace(stage, name="heads"), mean, everything))
-    if "final" in chosen:
+        plan.append(Distillation(named("feed-forward"), mean, everything, except_for=attention))
+    if "heads" in epochs:
+        plan.append(Distillation(named("heads"), mean, everything))
+    if "final" in epochs:
         final = replace(
-            stage,
-            name="final",
+            named("final"),
             learning_rate=args.learning_rate_for_tune,
             total_batch_size=args.total_train_batch_size_for_tune,
             schedule=functools.partial(warm_up_linear_decay, steps=args.warm_up_steps),
         )
         weights = tuple(weight / sum(growing) for weight in growing)
-        weight = args.embedding_weight
-        plan.append(Distillation(final, weights, everything, embedding_weight=weight))
-    return plan
+        plan.append(Distillation(final, weights, everything))
+    return [replace(part, outputs=part.stage.name in OUTPUTS_IN) for part in plan]
 
 
 def number_stages(plan: list[Distillation], examples: int) -> list[Distillation]:
@@ -224,6 +285,24 @@ def number_stages(plan: list[Distillation], examples: int) -> list[Distillation]
     ]
 
 
+def describe_plan(plan: list[Distillation], args: argparse.Namespace, examples: int) -> str:
+    """What --passes has come to, a stage a line; `examples` are those of an epoch."""
+    a_pass = round(examples / (1 + args.extra_pairs))
+    lines = [
+        f"--passes={args.passes:g}, each of {a_pass:,} windows or texts; learning rates rise over"
+        f" {args.warm_up_steps} steps:"
+    ]
+    for part in plan:
+        stage, share = part.stage, part.num_layers / plan[-1].num_layers
+        size = stage.total_batch_size
+        steps = stage.total_steps(-(-examples // size))
+        lines.append(
+            f"  {stage.name}: {steps * size * share / a_pass:.2f} passes, {steps:,} steps of"
+            f" {size}, learning rate {stage.learning_rate:g}"
+        )
+    return "\n".join(lines)
+
+
 def select_trained(student: nn.Module, part: Distillation) -> None:
     """Let the parameters train that the stage names."""
     for name, parameter in student.named_parameters():
@@ -244,35 +323,39 @@ def check_models(
         UserError: they do not fit --pack_cfg, --max_seq_length_c, a task, or each other; one of
             them is quantized.
     """
-    for flag in ("model_student", "model_teacher"):
-        if is_quantized(getattr(args, flag)):
-            raise UserError(
-                f"--{flag}: {getattr(args, flag)} is quantized; give the model that it was made of"
-            )
+    models = [("--model_student", args.model_student)]
+    models += [("--model_teacher", name) for name in args.model_teacher]
     student_name = unmerged_folder(args.model_student)
-    student = check_model(student_name, "--model_student", args.max_seq_length_c)
-    teacher = check_model(args.model_teacher, "--model_teacher", args.max_seq_length_c)
+    configs: list[PreTrainedConfig] = []
     found: list[type[Task]] = []
-    for flag, config in (("--model_student", student), ("--model_teacher", teacher)):
+    for flag, name in models:
+        if is_quantized(name):
+            raise UserError(f"{flag}: {name} is quantized; give the model that it was made of")
+        folder = student_name if flag == "--model_student" else name
+        config = check_model(folder, flag, args.max_seq_length_c)
+        configs.append(config)
         architecture = (config.architectures or ["no architecture"])[0]
         task = next((each for each in TASKS if architecture in each.architectures), None)
         if task is None:
             raise UserError(
-                f"{flag}: {getattr(args, flag[2:])} is {architecture}, a model of no task that can"
-                " be distilled; fine-tune it first (train_qa.py, train_qcemb.py)"
+                f"{flag}: {name} is {architecture}, a model of no task that can be distilled;"
+                " fine-tune it first (train_qa.py, train_qcemb.py)"
             )
         found.append(task)
-    if found[0] is not found[1]:
+    if len(set(found)) > 1:
         raise UserError("--model_student and --model_teacher are of different tasks")
-    if isinstance(teacher, PackedBertConfig):
-        raise UserError(f"--model_teacher: {args.model_teacher} is packed; give the model it is of")
-    if args.embedding_weight and "final" not in args.stages:
-        raise UserError("--embedding_weight counts in the final stage, which --stages leaves out")
-    for flag in ("eval_extra_contexts", "embedding_weight"):
-        if getattr(args, flag) and found[0] is not EmbeddingTask:
-            raise UserError(f"--{flag} is for embedding models; leave it out")
+    student, *teachers = configs
+    for name, each in zip(args.model_teacher, teachers, strict=True):
+        if isinstance(each, PackedBertConfig):
+            raise UserError(f"--model_teacher: {name} is packed; give the model it is of")
+    check_flags(args, found[0])
     tokenizer = load_tokenizer(student_name, "--model_student", student)
-    check_teacher(args.model_teacher, teacher, student, tokenizer)
+    teacher = teachers[0]
+    check_teacher(args.model_teacher[0], teacher, student, tokenizer)
+    for name, each in zip(args.model_teacher[1:], teachers[1:], strict=True):
+        # Only its logits are read: its hidden size is its own.
+        if load_tokenizer(name, "--model_teacher", each).get_vocab() != tokenizer.get_vocab():
+            raise UserError(f"--model_teacher: {name} has another vocabulary than --model_student")
     if not isinstance(student, PackedBertConfig):
         bert_pack.check_pack_cfg(cfg, student)
         return student, teacher, tokenizer, found[0]
@@ -289,6 +372,40 @@ def check_models(
             " was packed with to distill on, or an unpacked model"
         )
     return student, teacher, tokenizer, found[0]
+
+
+def check_flags(args: argparse.Namespace, task: type[Task]) -> None:
+    """Check that flags of the loss and the data are for this task, and count in some stage.
+
+    Raises:
+        UserError: one is not, or does not.
+    """
+    for flag in ("eval_extra_contexts", "embedding_weight"):
+        if getattr(args, flag) and task is not EmbeddingTask:
+            raise UserError(f"--{flag} is for embedding models; leave it out")
+    for flag in ("logits_weight", "logits_temperature", "extra_texts"):
+        if getattr(args, flag) is not None and task is not QaTask:
+            raise UserError(f"--{flag} is for question answering; leave it out")
+    if args.extra_pairs and task is not QaTask:
+        raise UserError("--extra_pairs is for question answering; leave it out")
+    if args.extra_texts and not args.extra_pairs:
+        raise UserError("--extra_texts needs --extra_pairs, which tells how many windows are drawn")
+    chosen = PASSES if args.stages is None else args.stages
+    learned = set(OUTPUTS_IN).intersection(chosen)
+    if not learned:
+        for flag in ("embedding_weight", "logits_weight", "logits_temperature"):
+            if getattr(args, flag):
+                where = " and ".join(OUTPUTS_IN)
+                raise UserError(f"--{flag} counts in the {where} stage, which --stages leaves out")
+    if args.logits_temperature is not None and args.logits_weight == 0:
+        raise UserError("--logits_temperature does nothing with --logits_weight=0; leave it out")
+    averaged = task is QaTask and learned and args.logits_weight != 0
+    if len(args.model_teacher) > 1 and not averaged:
+        raise UserError(
+            "--model_teacher: of several models the logits are averaged, which only question"
+            f" answering learns, in the {' and '.join(OUTPUTS_IN)} stage with a --logits_weight"
+            " over 0; give one"
+        )
 
 
 def show_sizes(
@@ -364,12 +481,15 @@ def distill(
     run: Run,
     task: Task,
     student: PreTrainedModel,
-    teacher: PreTrainedModel,
+    teachers: list[PreTrainedModel],
     plan: list[Distillation],
     heads: int,
     keep: str,
 ) -> PreTrainedModel:
     """Train the student through the stages of the plan, from where the newest state is.
+
+    Args:
+        teachers: the first is the one whose states are learned.
 
     Returns:
         the student with `heads` heads a layer, the last or (keep "best") the best on dev.
@@ -382,10 +502,11 @@ def distill(
     importance = HeadImportance(student, accelerator.device)
     accelerator.register_for_checkpointing(importance)
     for i, part in enumerate(plan):
-        loss = StateLoss(run, teacher, num_layers, part.weights, part.embedding_weight)
+        output_loss = task.output_loss(run, teachers) if part.outputs else None
+        loss = StateLoss(run, teachers[0], num_layers, part.weights, output_loss)
         if i == pruned_at and student.config.num_attention_heads > heads:
             if i > first and not importance.steps:
-                measure_importance(run, importance, student, teacher, task)
+                measure_importance(run, importance, student, teachers[0], task)
             # A run that goes on from here or later takes the weights of its heads from its state.
             student = bert_pack.prune_heads(student, importance.most_important(heads))
         if i < first:
@@ -441,7 +562,9 @@ def main() -> None:
 
     sizes = show_sizes(task, teacher_config, config, cfg, args.max_seq_length_c)
     accelerator = make_accelerator(args.precision, args.no_cuda, args.seed)
-    teacher = load_teacher(args.model_teacher, task.auto_class, accelerator.device)
+    teacher, *others = (
+        load_teacher(name, task.auto_class, accelerator.device) for name in args.model_teacher
+    )
     task.tokenize(tokenizer)
     run = open_run(accelerator, args, arguments, found)
     run.say(f"{task.describe()}; {run.machine()}")
@@ -455,8 +578,10 @@ def main() -> None:
         run.evaluate_once("packed", lambda: evaluation(student, fp32=True))
     plan = plan_stages(args, cfg.num_hidden_layers)
     plan = number_stages(plan, task.num_examples)
-    guide = in_half(teacher, accelerator)
-    student = distill(run, task, student, guide, plan, cfg.num_attention_heads, args.keep).eval()
+    if args.passes is not None:
+        run.say(describe_plan(plan, args, task.num_examples))
+    guides = [in_half(each, accelerator) for each in (teacher, *others)]
+    student = distill(run, task, student, guides, plan, cfg.num_attention_heads, args.keep).eval()
 
     # In FP32, since folding maps away rounds otherwise.
     unmerged = evaluation(student, fp32=True)

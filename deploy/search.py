@@ -47,7 +47,7 @@ class Paragraph:
         return f"{self.path}:{self.line}"
 
 
-def read_paragraphs(paths: Sequence[str]) -> list[Paragraph]:
+def read_paragraphs(paths: Sequence[str], flag: str = "--context") -> list[Paragraph]:
     """The paragraphs of files, and of the .txt and .md files of folders; blank lines part them.
 
     Raises:
@@ -65,11 +65,11 @@ def read_paragraphs(paths: Sequence[str]) -> list[Paragraph]:
             if name.endswith(SUFFIXES)
         )
         if not inside:
-            raise UserError(f"--context: the folder {path} has no {' or '.join(SUFFIXES)} file")
+            raise UserError(f"{flag}: the folder {path} has no {' or '.join(SUFFIXES)} file")
         files += inside
     paragraphs = []
     for path in dict.fromkeys(files):
-        text, begin = read_text(path, "--context"), 0
+        text, begin = read_text(path, flag), 0
         line, counted = 1, 0
         for gap in [*BLANK_LINES.finditer(text), None]:
             part = text[begin : gap.start() if gap else len(text)]
@@ -80,7 +80,7 @@ def read_paragraphs(paths: Sequence[str]) -> list[Paragraph]:
                 paragraphs.append(Paragraph(stripped, path, line))
             begin = gap.end() if gap else begin
     if not paragraphs:
-        raise UserError(f"--context: {', '.join(paths)} has no text to index")
+        raise UserError(f"{flag}: {', '.join(paths)} has no text")
     return paragraphs
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from functools import cached_property
 from typing import ClassVar, cast
 
@@ -18,6 +19,7 @@ from cli import UserError, is_main_process
 from deploy import onnx_file
 from squad_utils import INPUTS, load_squad
 from tasks import embedding_loss
+from tasks.hidden_states import OutputLoss
 from tasks.task import Rows, Task
 from tasks.texts import CONTEXT_BLOCK, Pairs, Texts, encode, make_pairs, make_texts
 from training import results
@@ -268,6 +270,11 @@ class EmbeddingTask(Task):
         batches = embedding_loss.PairBatches(self.train_pairs, negatives, size, seed)
         weight = args.supervision_weight
         return embedding_loss.EmbeddingLoss(run, teacher, cfg, weight, state_maps), batches
+
+    def output_loss(self, run: Run, teachers: Sequence[PreTrainedModel]) -> OutputLoss | None:
+        """The error of the embedding, by --embedding_weight."""
+        weight = self.args.embedding_weight
+        return embedding_loss.EmbeddingError(run, teachers[0], weight) if weight else None
 
     def train_rows(self) -> Rows:
         """The training contexts."""

@@ -6,15 +6,17 @@ import contextlib
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import TypedDict
+from typing import TypedDict, cast
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.modeling_outputs import ModelOutput
 
 import squad_utils
-from bert.embedding import EmbeddingOutput
+from bert.embedding import Embedding, EmbeddingOutput
 from cli import UserError, key_values, one_of
 from squad_utils import INPUTS
 from tasks.hidden_states import state_errors
@@ -421,6 +423,24 @@ class EmbeddingLoss:
         if self.cfg.emb_loss == "L1":
             return errors, difference.abs().sum(dim=1)
         return errors, norm(difference)
+
+
+class EmbeddingError:
+    """The weighted squared error of a distilled embedding, a mean over H like that of states, as
+    `embedding` [B]."""
+
+    def __init__(self, run: Run, teacher: PreTrainedModel, weight: float) -> None:
+        self.run, self.teacher, self.weight = run, cast(Embedding, teacher), weight
+
+    def __call__(
+        self, outputs: ModelOutput, state: Tensor, batch: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """Arguments of `hidden_states.OutputLoss`."""
+        with torch.no_grad(), self.run.accelerator.autocast():
+            target = self.teacher.embed(state, batch["attention_mask"])
+        found = cast(EmbeddingOutput, outputs).embedding
+        error = (found.float() - target.float()).square().mean(dim=1)
+        return {"embedding": self.weight * error}
 
 
 def row_distance(a: Tensor, b: Tensor) -> Tensor:

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from transformers import BertModel, PreTrainedModel
+from transformers.modeling_outputs import ModelOutput
 
 from bert.attention import bert_layers, mask_for
-from bert.embedding import Embedding
 from squad_utils import INPUTS
 from training.run import Run
 
@@ -61,12 +61,16 @@ def state_errors(
     return torch.stack(errors)
 
 
+# From the student's outputs, the teacher's last state [B, L, H] and the batch to named errors [B]
+# of what a model makes of its last state.
+OutputLoss = Callable[[ModelOutput, Tensor, dict[str, Tensor]], dict[str, Tensor]]
+
+
 class StateLoss:
     """The weighted squared errors of states 0..k, each [B], as `state_0` ... `state_k`.
 
-    Student state i of n layers has teacher state floor(i N / n) of N as its target. With an
-    embedding_weight, `embedding` is the squared error of the embeddings, a mean over H like the
-    states'.
+    Student state i of n layers has teacher state floor(i N / n) of N as its target. An
+    `output_loss` adds its own errors, where all layers run.
     """
 
     def __init__(
@@ -75,11 +79,11 @@ class StateLoss:
         teacher: PreTrainedModel,
         num_layers: int,
         weights: tuple[float, ...],
-        embedding_weight: float = 0.0,
+        output_loss: OutputLoss | None = None,
     ) -> None:
         """`num_layers` is the student's n; the teacher may have been cut to the layers needed."""
         self.run, self.teacher, self.weights = run, teacher, weights
-        self.embedding_weight = embedding_weight
+        self.output_loss = output_loss
         depth = teacher.config.num_hidden_layers
         self.targets = [i * depth // num_layers for i in range(len(weights))]
 
@@ -92,11 +96,8 @@ class StateLoss:
         outputs = model(**inputs, output_hidden_states=True, num_layers=k)
         errors = state_errors(outputs.hidden_states, [taught[j] for j in self.targets], mask)
         losses = {f"state_{i}": self.weights[i] * error for i, error in enumerate(errors)}
-        if self.embedding_weight:
-            with torch.no_grad(), self.run.accelerator.autocast():
-                target = cast(Embedding, self.teacher).embed(taught[-1], mask)
-            error = (outputs.embedding.float() - target.float()).square().mean(dim=1)
-            losses["embedding"] = self.embedding_weight * error
+        if self.output_loss is not None:
+            losses |= self.output_loss(outputs, taught[-1], batch)
         return losses
 
 

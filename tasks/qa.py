@@ -5,9 +5,10 @@ from __future__ import annotations
 import argparse
 import contextlib
 import functools
+import hashlib
 import os
 from collections.abc import Sequence
-from typing import ClassVar, Protocol
+from typing import ClassVar, Protocol, cast
 
 import numpy as np
 import torch
@@ -16,9 +17,11 @@ from accelerate.utils import gather_object
 from torch import Tensor, nn
 from transformers import (
     AutoModelForQuestionAnswering,
+    BertForQuestionAnswering,
     PreTrainedModel,
     PreTrainedTokenizerFast,
 )
+from transformers.modeling_outputs import ModelOutput
 
 import squad_utils
 from bert.model_folder import AutoClass, special_ids
@@ -26,13 +29,18 @@ from cli import UserError, warn
 from deploy import onnx_file
 from deploy.onnx_file import QA_OUTPUTS
 from squad_utils import SquadData, Windows
-from tasks.hidden_states import state_errors
+from tasks.extra_pairs import ExtraBatches, Pool, read_texts
+from tasks.hidden_states import OutputLoss, state_errors
 from tasks.squad_scores import Scorer, load_scorer
 from tasks.task import Rows, Task
 from training import results
 from training.passes import Batches, LossFunction, to_device
 from training.run import Run
 from training.states import write_json
+
+# Of the logits' error beside that of the states, where the flags do not say otherwise.
+LOGITS_WEIGHT, LOGITS_TEMPERATURE = 0.1, 1.0
+
 
 # ------------------------------------------------------------------------------------------------
 # The task as the scripts see it
@@ -63,6 +71,7 @@ class QaTask(Task):
 
     Attributes:
         train_windows, dev_windows: after `tokenize`.
+        num_extra: windows that --extra_pairs adds to each epoch, after `tokenize`.
     """
 
     auto_class: ClassVar[AutoClass] = AutoModelForQuestionAnswering
@@ -85,7 +94,15 @@ class QaTask(Task):
         """
         check_lengths(args)
         super().__init__(args)
+        paths = getattr(args, "extra_texts", None)
+        self.extra_texts = read_texts(paths, self.dev_data.contexts) if paths else []
         self.scorer = load_scorer(args.squad_eval_script, self.dev_data)
+
+    def hashes(self) -> dict[str, str]:
+        """What tells the data from other files of the same name."""
+        texts = "\0".join(self.extra_texts).encode()
+        own = {"sha256_texts": hashlib.sha256(texts).hexdigest()[:16]} if texts else {}
+        return {**super().hashes(), **own}
 
     def tokenize(self, tokenizer: PreTrainedTokenizerFast) -> None:
         """Cut both files into windows.
@@ -101,6 +118,14 @@ class QaTask(Task):
                 f"--squad_train_data: none of the answers in {self.train_data.path} is in its"
                 " context at answer_start, so there is nothing to learn"
             )
+        factor, self.num_extra = getattr(self.args, "extra_pairs", 0.0), 0
+        if factor:
+            self.num_extra = max(1, round(factor * len(self.train_windows)))
+            texts = squad_utils.tokenize(
+                tokenizer.backend_tokenizer, self.extra_texts, False, "tokenising texts"
+            )
+            room = self.args.max_seq_length_c - 3 - self.train_windows.questions.lengths
+            self.pool = Pool.of(self.train_data, self.train_windows, texts, room)
 
     def make_evaluation(self, run: Run) -> QaEvaluation:
         """The evaluation on the dev file."""
@@ -108,8 +133,11 @@ class QaTask(Task):
         self.evaluation = QaEvaluation(run, self.dev_data, self.dev_windows, self.scorer, size)
         return self.evaluation
 
-    def batches(self, step_size: int) -> QaBatches:
-        """Batches of the training file."""
+    def batches(self, step_size: int) -> QaBatches | ExtraBatches:
+        """Batches of the training file; with extra pairs they have no targets."""
+        if self.num_extra:
+            pool, seed = self.pool, self.args.seed
+            return ExtraBatches(self.train_windows, pool, self.num_extra, step_size, seed)
         return QaBatches(self.train_windows, step_size, self.args.seed)
 
     def draw(self, rng: np.random.Generator, count: int) -> np.ndarray:
@@ -124,6 +152,13 @@ class QaTask(Task):
         loss = QaLoss(run, teacher, args.kd_weight, args.supervision_weight, state_maps)
         return loss, self.batches(args.total_train_batch_size)
 
+    def output_loss(self, run: Run, teachers: Sequence[PreTrainedModel]) -> OutputLoss | None:
+        """The error of the logits, by --logits_weight and --logits_temperature."""
+        weight, temperature = self.args.logits_weight, self.args.logits_temperature
+        weight = LOGITS_WEIGHT if weight is None else weight
+        temperature = LOGITS_TEMPERATURE if temperature is None else temperature
+        return LogitsLoss(run, teachers, weight, temperature) if weight else None
+
     def train_rows(self) -> Rows:
         """The training windows."""
         return rows_of(self.train_windows)
@@ -135,13 +170,14 @@ class QaTask(Task):
     @property
     def num_examples(self) -> int:
         """Examples of an epoch of `batches`."""
-        return len(self.train_windows)
+        return len(self.train_windows) + self.num_extra
 
     def describe(self) -> str:
         """One line on the data."""
+        extra = f" and {self.num_extra:,} more in each epoch" if self.num_extra else ""
         return (
-            f"{len(self.train_data.ids):,} questions in {len(self.train_windows):,} windows to"
-            f" train on, {len(self.dev_data.ids):,} to evaluate on"
+            f"{len(self.train_data.ids):,} questions in {len(self.train_windows):,} windows{extra}"
+            f" to train on, {len(self.dev_data.ids):,} to evaluate on"
         )
 
     def counts(self) -> dict[str, int]:
@@ -149,6 +185,7 @@ class QaTask(Task):
         return {
             "train_questions": len(self.train_data.ids),
             "train_windows": len(self.train_windows),
+            "extra_windows": self.num_extra,
             "dev_questions": len(self.dev_data.ids),
             "dev_windows": len(self.dev_windows),
         }
@@ -243,10 +280,19 @@ def forward(model: nn.Module, batch: dict[str, Tensor], hidden_states: bool = Fa
     return model(**inputs, output_hidden_states=hidden_states)
 
 
-def log_probabilities(outputs: QaOutput, attention_mask: Tensor) -> Tensor:
-    """Log-softmax over the tokens of each window, padding excluded: [2, B, L], start and end."""
-    logits = torch.stack([outputs.start_logits, outputs.end_logits]).float()
+def stacked(outputs: QaOutput) -> Tensor:
+    """Logits of start and end, float32 [2, B, L]."""
+    return torch.stack([outputs.start_logits, outputs.end_logits]).float()
+
+
+def log_softmax(logits: Tensor, attention_mask: Tensor) -> Tensor:
+    """Log-softmax over the tokens of each window, padding excluded: [2, B, L], as the logits."""
     return F.log_softmax(logits.masked_fill(attention_mask == 0, float("-inf")), dim=-1)
+
+
+def log_probabilities(outputs: QaOutput, attention_mask: Tensor) -> Tensor:
+    """`log_softmax` of a model's logits: [2, B, L], start and end."""
+    return log_softmax(stacked(outputs), attention_mask)
 
 
 class QaLoss:
@@ -304,6 +350,42 @@ def soft_cross_entropy(student: Tensor, teacher: Tensor) -> Tensor:
     """
     finite = student.masked_fill(student == float("-inf"), 0.0)  # where p_teacher is 0 too
     return -(teacher.exp() * finite).sum(dim=2).mean(dim=0)
+
+
+class LogitsLoss:
+    """How far start and end are from the teachers', as `logits` [B], beside the error of states.
+
+    weight x T^2 x (H(p, q) - H(p)), mean of start and end. p and q are the softmax of the teachers'
+    and of the student's logits divided by T, over the tokens of a window; H(p, q) is the soft
+    cross-entropy (Hinton et al., 2015; the gradient shrinks with T^2, which the factor makes up
+    for, their section 2). H(p) has no gradient: without it, the loss is 0 where both agree, and
+    the loop sees a divergence as well at a high T. Several teachers' logits are averaged.
+    """
+
+    def __init__(
+        self,
+        run: Run,
+        teachers: Sequence[PreTrainedModel],
+        weight: float,
+        temperature: float,
+    ) -> None:
+        """The first of the teachers is the one whose last state is given."""
+        self.run, self.weight, self.temperature = run, weight, temperature
+        self.first, *self.others = cast("Sequence[BertForQuestionAnswering]", teachers)
+
+    def __call__(
+        self, outputs: ModelOutput, state: Tensor, batch: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """Arguments of `hidden_states.OutputLoss`."""
+        mask = batch["attention_mask"]
+        with torch.no_grad(), self.run.accelerator.autocast():
+            taught = self.first.qa_outputs(state).float().permute(2, 0, 1)
+            for teacher in self.others:
+                taught = taught + stacked(forward(teacher, batch))
+        taught = log_softmax(taught / (len(self.others) + 1) / self.temperature, mask)
+        learned = log_softmax(stacked(cast(QaOutput, outputs)) / self.temperature, mask)
+        error = soft_cross_entropy(learned, taught) - soft_cross_entropy(taught, taught)
+        return {"logits": self.weight * self.temperature**2 * error}
 
 
 # ------------------------------------------------------------------------------------------------

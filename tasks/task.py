@@ -24,6 +24,7 @@ from cli import UserError
 from deploy import onnx_file
 from deploy.onnx_check import Check
 from squad_utils import SquadData, load_squad
+from tasks.hidden_states import OutputLoss
 from training.fine_tuning import FineTunable
 from training.loop import Evaluation
 from training.passes import Batches, LossFunction
@@ -137,6 +138,14 @@ class Task(ABC):
         Args:
             teacher: to learn from as well, or None.
             state_maps: from the states of a merged student to the size of the teacher's, or None.
+        """
+
+    @abstractmethod
+    def output_loss(self, run: Run, teachers: Sequence[PreTrainedModel]) -> OutputLoss | None:
+        """What distillation compares beside hidden states, as the flags say; None for nothing.
+
+        Args:
+            teachers: the first is the one whose states are learned.
         """
 
     @abstractmethod

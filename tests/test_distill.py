@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import math
 import os
@@ -287,11 +288,90 @@ def test_final_stage_weights_states() -> None:
         loss_weight_alpha, num_train_epochs, learning_rate = 1.5, 1, 1e-3
         total_train_batch_size = per_gpu_train_batch_size = 4
         learning_rate_for_tune, total_train_batch_size_for_tune = 1e-3, 8
-        max_steps_per_stage = warm_up_steps = None
-        embedding_weight = 0.0
+        max_steps_per_stage = warm_up_steps = passes = None
 
     (part,) = pack_and_distill.plan_stages(Arguments, 2)
     assert part.weights == pytest.approx((1 / 4.75, 1.5 / 4.75, 2.25 / 4.75))
+
+
+# ------------------------------------------------------------------------------------------------
+# --passes
+
+
+def arguments(monkeypatch: pytest.MonkeyPatch, *flags: str) -> argparse.Namespace:
+    command = pack_command(Path("model"), Path("data"), Path("out"), *flags)
+    kept = ("--num_train_epochs", "--total_train_batch_size_for_tune", "--learning_rate_for_tune")
+    monkeypatch.setattr(sys, "argv", [c for c in command[1:] if not c.startswith(kept)])
+    return pack_and_distill.parse_arguments()
+
+
+PASSES = {"embeddings": 0.0, "grow": 0.2, "feed-forward": 0.1, "heads": 0.3, "final": 0.4}
+
+
+@pytest.mark.parametrize("extra", [0.0, 1.0])
+def test_the_plan_spends_its_passes(extra: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Windows of each stage, times the part of its layers that run, over those of the file."""
+    monkeypatch.setattr(pack_and_distill, "PASSES", PASSES)
+    args = arguments(monkeypatch, "--passes=3", f"--extra_pairs={extra}")
+    plan = pack_and_distill.plan_stages(args, 4)
+    examples = round(64_000 * (1 + extra))
+    spent: dict[str, float] = {}
+    for part in plan:
+        size = part.stage.total_batch_size
+        windows = part.stage.total_steps(-(-examples // size)) * size
+        name = part.stage.name.split()[0]
+        spent[name] = spent.get(name, 0.0) + windows / 64_000 * part.num_layers / 4
+    expected = {name: 3 * share for name, share in PASSES.items()}
+    assert spent == pytest.approx(expected, rel=3e-3)
+    text = pack_and_distill.describe_plan(plan, args, examples)
+    assert "--passes=3, each of 64,000 windows or texts; learning rates rise over 40 steps" in text
+    assert "\n  heads: 0.90 passes, 14,400 steps of 4, learning rate 0.001\n" in text
+
+
+def test_the_shares_of_the_plan_are_whole() -> None:
+    assert sum(pack_and_distill.PASSES.values()) == pytest.approx(1)
+    assert set(pack_and_distill.PASSES) <= set(pack_and_distill.STAGES)
+
+
+def test_the_plan_sets_other_flags_where_they_are_not_given(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    planned = pack_and_distill.PASSES_FLAGS
+    args = arguments(monkeypatch, "--passes=5")
+    assert {name: getattr(args, name) for name in planned} == planned
+    given = arguments(monkeypatch, "--passes=5", "--warm_up_steps=7")
+    assert vars(given) == {**vars(args), "warm_up_steps": 7}
+    assert arguments(monkeypatch).warm_up_steps is None
+
+
+def test_passes_run_their_plan(
+    teacher: Path, few: Path, tmp_path: Path, capfd: pytest.CaptureFixture
+) -> None:
+    """Beside a second teacher, with extra pairs; and the card has a command that says the same."""
+    out = tmp_path / "out"
+    texts = tmp_path / "texts.txt"
+    texts.write_text("The lake was dug by hand.\n\nIts water is clear and cold.\n")
+    flags = ("--passes=1.25", "--extra_pairs=1", f"--extra_texts={texts}", "--start=random")
+    command = pack_command(teacher, few, out, *flags)
+    command = [flag for flag in command if not flag.startswith("--num_train_epochs")]
+    command.append(f"--model_teacher={teacher},{teacher}")
+    assert call(command) == 0, capfd.readouterr().err
+    windows = metrics(out)["counts"]["train_windows"]
+    assert metrics(out)["counts"]["extra_windows"] == windows
+    assert f"--passes=1.25, each of {windows:,} windows" in capfd.readouterr().out
+    stages = list(dict.fromkeys(r["stage"] for r in records(out)))
+    assert stages == ["teacher", "packed", "heads", "final", "merged"]
+    final = trained(out, "final")
+    assert len(final) == pytest.approx(0.8 * 1.25 * windows / 8, abs=1)
+    assert "logits" not in trained(out, "heads")[0]
+    # The same teacher twice is that teacher: soft targets with no error of their own.
+    assert {"state_0", "state_1", "state_2", "logits"} <= final[0].keys()
+    assert final[0]["loss"] == pytest.approx(
+        sum(v for k, v in final[0].items() if k.startswith("state_") or k == "logits")
+    )
+    card = (out / "README.md").read_text()
+    assert "--passes=1.25" in card and "--stages" not in card
+    assert f"--model_teacher={teacher},{teacher} " in card
 
 
 def test_warm_up_is_the_first_hundredth() -> None:
@@ -584,6 +664,14 @@ def wrong(
         ("--eval_extra_contexts=dev.json", "is for embedding models"),
         ("--embedding_weight=1", "is for embedding models"),
         ("--embedding_weight=-1", "--embedding_weight"),
+        ("--logits_weight=-1", "--logits_weight"),
+        ("--logits_temperature=0", "--logits_temperature"),
+        ("--passes=5", "--num_train_epochs: --passes=5 plans that"),
+        ("--passes=0", "--passes"),
+        ("--extra_pairs=-1", "--extra_pairs"),
+        ("--extra_texts=README.md", "--extra_texts needs --extra_pairs"),
+        ("--extra_texts=,", "has an empty name"),
+        ("--model_teacher=,", "has an empty name"),
     ],
 )
 def test_wrong_flag(wrong: Callable[..., str], flag: str, said: str) -> None:
@@ -603,7 +691,11 @@ def test_flags_of_stages_that_do_not_run(
     wrong: Callable[..., str], reference: Path, teacher: Path, few: Path, tmp_path: Path
 ) -> None:
     line = wrong("--stages=heads", "--embedding_weight=1")
-    assert "--embedding_weight counts in the final stage" in line
+    assert "is for embedding models" in line
+    for flag in ("--logits_weight=1", "--logits_temperature=2"):
+        assert f"{flag[:-2]} counts in the final stage" in wrong("--stages=heads", flag)
+    line = wrong("--logits_weight=0", "--logits_temperature=2")
+    assert "--logits_temperature does nothing with --logits_weight=0" in line
     cfg = "--pack_cfg=num_hidden_layers:2,ff_iter_num:2,num_attention_heads:2,hidden_size:16"
     line = wrong(f"--model_student={reference}", cfg, "--start=random")
     assert f"--start: {reference} is packed" in line
@@ -641,6 +733,21 @@ def test_packed_otherwise(wrong: Callable[..., str], reference: Path) -> None:
 
 def test_packed_teacher(wrong: Callable[..., str], reference: Path) -> None:
     assert "is packed; give the model" in wrong(f"--model_teacher={reference}")
+
+
+def test_several_teachers(
+    wrong: Callable[..., str], teacher: Path, base: Path, tmp_path: Path
+) -> None:
+    several = f"--model_teacher={teacher},{teacher}"
+    assert "the logits are averaged, which only" in wrong(several, "--logits_weight=0")
+    assert "averaged, which only" in wrong(several, "--stages=heads")
+    assert f"{base} is BertModel" in wrong(f"--model_teacher={teacher},{base}")
+    other = tmp_path / "other"
+    shutil.copytree(teacher, other)
+    text = (other / "tokenizer.json").read_text()
+    (other / "tokenizer.json").write_text(text.replace('"!"', '"@!@"'))
+    line = wrong(f"--model_teacher={teacher},{other}")
+    assert f"--model_teacher: {other} has another vocabulary" in line
 
 
 def test_merged_alone(wrong: Callable[..., str], reference: Path, tmp_path: Path) -> None:

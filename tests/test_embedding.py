@@ -31,7 +31,7 @@ from deploy import int8_file, onnx_file
 from deploy.cpu import Cpu, this_cpu
 from squad_utils import INPUTS, SpecialIds, Tokens, load_squad
 from tasks import embedding, embedding_loss, texts
-from tasks.embedding_loss import EmbeddingLoss, HardNegatives, LossCfg
+from tasks.embedding_loss import EmbeddingError, EmbeddingLoss, HardNegatives, LossCfg
 from tasks.hidden_states import StateLoss
 from tasks.texts import Pairs, Texts
 from training import machine
@@ -324,7 +324,8 @@ def test_distilled_embeddings_are_compared_each(base: Path) -> None:
     class OneProcess:
         accelerator = Accelerator(cpu=True)
 
-    found = StateLoss(OneProcess, teacher, 2, weights, 3.0)(student, batch)
+    error_of = EmbeddingError(OneProcess, teacher, 3.0)
+    found = StateLoss(OneProcess, teacher, 2, weights, error_of)(student, batch)
     for row in range(3):
         one = {name: value[row : row + 1] for name, value in batch.items()}
         length = int(one["attention_mask"].sum())

@@ -19,7 +19,7 @@ from bert.attention import fuse_attention
 from squad_utils import Windows
 from tasks import qa
 from tasks.hidden_states import state_errors
-from tasks.qa import QaLoss, answer_loss, log_probabilities, soft_cross_entropy
+from tasks.qa import LogitsLoss, QaLoss, answer_loss, log_probabilities, soft_cross_entropy
 from training.passes import StepGradient
 
 LN2, LN3 = log(2), log(3)
@@ -99,6 +99,40 @@ def test_soft_cross_entropy_by_hand() -> None:
     assert found.tolist() == pytest.approx([row_0, row_1], abs=1e-6)
     found.sum().backward()
     assert student.grad.isfinite().all()
+
+
+def times(factor: float, rows: list[list[float]]) -> list[list[float]]:
+    return (factor * torch.tensor(rows)).tolist()
+
+
+@pytest.mark.parametrize("teachers", [1, 2])
+def test_logits_of_a_temperature_by_hand(teachers: int) -> None:
+    """Teacher's 2 START and 2 END at T = 2, against a student with the rows exchanged: as above,
+    less the entropy of the teacher's, of row 0 3/2 ln 2 twice, of row 1 3/2 ln 2 and ln 3.
+
+    One of two teachers gives 0 and the other twice as much: their mean is that of one.
+    """
+    mask = torch.tensor(MASK)
+    of_first = torch.tensor([times(2, START), times(2, END)]).permute(1, 2, 0)
+    given = [SimpleNamespace(qa_outputs=lambda state: of_first * (2 - teachers) + state)]
+    if teachers == 2:
+        given.append(Fixed(outputs(times(4, START), times(4, END))))
+    student = outputs(times(2, START[::-1]), times(2, END[::-1]))
+    logits = (student.start_logits, student.end_logits)
+    for each in logits:
+        each.requires_grad_()
+    loss = LogitsLoss(FAKE_RUN, given, weight=0.5, temperature=2.0)
+    batch = inputs(MASK, TARGETS)
+    found = loss(student, torch.zeros(2, 4, 2), batch)
+    row_0 = (1.75 * LN2 + LN3 - 3 * LN2) / 2
+    row_1 = ((1.75 + 5 / 3) * LN2 - 1.5 * LN2 - LN3) / 2
+    assert found["logits"].tolist() == pytest.approx([2 * row_0, 2 * row_1], abs=1e-6)
+    found["logits"].sum().backward()
+    for each in logits:
+        assert each.grad.isfinite().all() and each.grad.abs().sum() > 0
+        assert not each.grad[mask == 0].any()
+    same = loss(outputs(times(2, START), times(2, END)), torch.zeros(2, 4, 2), batch)
+    assert same["logits"].tolist() == pytest.approx([0, 0], abs=1e-6)
 
 
 def test_soft_cross_entropy_is_least_at_the_teacher() -> None:

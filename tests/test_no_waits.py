@@ -22,9 +22,16 @@ from bert.packed import merge
 from bert_pack import PackCfg, pack
 from squad_utils import SquadData, load_squad
 from tasks import embedding, qa, texts
-from tasks.embedding_loss import EmbeddingLoss, HardNegatives, LossCfg, PairBatches, fit_temperature
+from tasks.embedding_loss import (
+    EmbeddingError,
+    EmbeddingLoss,
+    HardNegatives,
+    LossCfg,
+    PairBatches,
+    fit_temperature,
+)
 from tasks.hidden_states import StateLoss
-from tasks.qa import QaLoss
+from tasks.qa import LogitsLoss, QaLoss
 
 
 def run_on(device: torch.device, processes: int = 1) -> SimpleNamespace:
@@ -143,6 +150,17 @@ def test_the_loss_of_a_stage_reads_nothing(
     assert_trains(student, loss(student, qa_batch), names, 4)
 
 
+@pytest.mark.parametrize("teachers", [1, 2])
+def test_the_loss_of_distilled_logits_reads_nothing(
+    make: Callable[..., nn.Module], qa_batch: dict[str, Tensor], teachers: int
+) -> None:
+    student = make(BertForQuestionAnswering, packed=True).to(META).train()
+    taught = [teacher_of(make(BertForQuestionAnswering)) for _ in range(teachers)]
+    loss = StateLoss(RUN, taught[0], 2, (0.2, 0.3, 0.5), LogitsLoss(RUN, taught, 0.1, 2.0))
+    names = {"state_0", "state_1", "state_2", "logits"}
+    assert_trains(student, loss(student, qa_batch), names, 4)
+
+
 def test_the_loss_of_distilled_embeddings_reads_nothing(
     make: Callable[..., nn.Module], pairs: texts.Pairs
 ) -> None:
@@ -150,7 +168,9 @@ def test_the_loss_of_distilled_embeddings_reads_nothing(
     batches = embedding.TextBatches(pairs, 4, 0)
     count = len(pairs.questions)
     batch = on_meta(batches.batch(0, np.array([0, 1, count, count + 1])))  # both kinds of text
-    loss = StateLoss(RUN, teacher_of(make(BertForEmbedding)), 2, (0.0, 0.5, 0.5), 3.0)
+    teacher = teacher_of(make(BertForEmbedding))
+    error_of = EmbeddingError(RUN, teacher, 3.0)
+    loss = StateLoss(RUN, teacher, 2, (0.0, 0.5, 0.5), error_of)
     names = {"state_0", "state_1", "state_2", "embedding"}
     assert_trains(student, loss(student, batch), names, 4)
 

@@ -91,12 +91,14 @@ def check_arguments(args: argparse.Namespace) -> None:
     pick_precision(args.precision, args.no_cuda)
     if args.report_to == "tensorboard" and not importlib.util.find_spec("tensorboard"):
         raise UserError("--report_to=tensorboard: pip install tensorboard, or --report_to=none")
-    for flag in ("model_student", "model_teacher"):
-        output, model = os.path.realpath(args.output_dir), os.path.realpath(getattr(args, flag))
+    taught = args.model_teacher if isinstance(args.model_teacher, list) else [args.model_teacher]
+    models = [("model_student", args.model_student), *(("model_teacher", each) for each in taught)]
+    for flag, name in models:
+        output, model = os.path.realpath(args.output_dir), os.path.realpath(name)
         if output == model:
             raise UserError(f"--output_dir is the folder of --{flag}; choose another")
         # What a run removes as it starts.
-        if any(f"{model}/".startswith(os.path.join(output, name, "")) for name in RUN_FOLDERS):
+        if any(f"{model}/".startswith(os.path.join(output, each, "")) for each in RUN_FOLDERS):
             raise UserError(f"--output_dir: --{flag} lies in it and would be lost; choose another")
 
 

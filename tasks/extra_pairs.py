@@ -1,0 +1,185 @@
+"""Pairs without labels: questions with other windows of their article, and of plain texts.
+
+The error of hidden states and of logits needs no answer, so any question with any text will do. New
+pairs are drawn for each epoch, from seed and epoch alone: a run that goes on has the same ones.
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+import squad_utils
+from cli import UserError, tell
+from deploy.search import read_paragraphs
+from squad_utils import SquadData, Tokens, Windows
+from training.passes import Batches
+
+TEXT_SHARE = 0.5  # of the pairs, where there are plain texts as well
+SHARED_WORDS = 13  # in a row tell a dev text, as GPT-3's filter does (Brown et al., 2020, app. C)
+
+
+# ------------------------------------------------------------------------------------------------
+# Plain texts
+
+
+def read_texts(paths: Sequence[str], dev_contexts: Sequence[str]) -> list[str]:
+    """The paragraphs of --extra_texts, without those that have text of the dev contexts.
+
+    Raises:
+        UserError: a path cannot be read, or nothing is left.
+    """
+    flag = "--extra_texts"
+    texts = [each.text for each in read_paragraphs(paths, flag)]
+    known = {run for context in dev_contexts for run in word_runs(context)}
+    kept = [text for text in texts if known.isdisjoint(word_runs(text))]
+    if not kept:
+        raise UserError(f"{flag}: all of {', '.join(paths)} is text of --squad_dev_data")
+    if len(kept) < len(texts):
+        tell(
+            f"{flag}: {len(texts) - len(kept):,} of {len(texts):,} paragraphs are left out: they"
+            f" share {SHARED_WORDS} words in a row with --squad_dev_data"
+        )
+    return kept
+
+
+def word_runs(text: str) -> Iterator[str]:
+    """All runs of SHARED_WORDS words; a text of fewer words is one run."""
+    words = re.findall(r"\w+", text.lower())
+    for first in range(max(1, len(words) - SHARED_WORDS + 1)):
+        yield " ".join(words[first : first + SHARED_WORDS])
+
+
+# ------------------------------------------------------------------------------------------------
+# Windows of the pairs, three integers each: a question, its text's first token, its text's length
+
+
+@dataclass(frozen=True)
+class Pool:
+    """What pairs are drawn from. Texts are the file's contexts, then plain ones.
+
+    Attributes:
+        ids, bounds: tokens of all texts, int32; text i is ids[bounds[i]:bounds[i + 1]].
+        questions: that can be drawn, int64.
+        own: int64 [all questions], each question's context.
+        begin, count: int64 [contexts], the first context of its article, and how many it has.
+        room: int64 [all questions], tokens of text that fit beside each.
+    """
+
+    ids: np.ndarray
+    bounds: np.ndarray
+    questions: np.ndarray
+    own: np.ndarray
+    begin: np.ndarray
+    count: np.ndarray
+    room: np.ndarray
+
+    @classmethod
+    def of(cls, data: SquadData, windows: Windows, texts: Tokens, room: np.ndarray) -> Pool:
+        """The pool of a file and of plain texts, which may be none.
+
+        Args:
+            windows: of that file; their tokens are used.
+            room: as the attribute.
+
+        Raises:
+            UserError: there is no text but each question's own context.
+        """
+        sizes = np.array([len(article["paragraphs"]) for article in data.articles], np.int64)
+        count = np.repeat(sizes, sizes)
+        questions = np.arange(len(data.questions))
+        if not len(texts.lengths):
+            questions = questions[count[data.context_of] > 1]
+        if not len(questions):
+            raise UserError(
+                f"--extra_pairs: no article of {data.path} has a second context; give --extra_texts"
+            )
+        contexts = windows.contexts
+        return cls(
+            ids=np.concatenate([contexts.ids, texts.ids]),
+            bounds=np.concatenate([contexts.bounds, contexts.bounds[-1] + texts.bounds[1:]]),
+            questions=questions,
+            own=data.context_of.astype(np.int64),
+            begin=np.repeat(np.cumsum(sizes) - sizes, sizes),
+            count=count,
+            room=room,
+        )
+
+    def draw(self, rng: np.random.Generator, number: int) -> np.ndarray:
+        """`number` windows, int64 [number, 3]; questions are drawn equally often.
+
+        Each has another context of the question's article or, for TEXT_SHARE of them and where
+        there is no other context, a plain text. Where a text is longer than the room beside the
+        question, the window begins anywhere in it.
+        """
+        asked = np.resize(rng.permutation(self.questions), number)
+        own, contexts = self.own[asked], len(self.count)
+        begin, count = self.begin[own], self.count[own]
+        text = begin + (own - begin + rng.integers(1, np.maximum(count, 2))) % count
+        if plain := len(self.bounds) - 1 - contexts:
+            instead = (rng.random(number) < TEXT_SHARE) | (count == 1)
+            text = np.where(instead, contexts + rng.integers(0, plain, number), text)
+        all_tokens = self.bounds[text + 1] - self.bounds[text]
+        length = np.minimum(all_tokens, self.room[asked])
+        first = self.bounds[text] + rng.integers(0, all_tokens - length + 1)
+        return np.stack([asked, first, length], axis=1)
+
+
+class ExtraBatches(Batches):
+    """Batches of the file's windows and, in each epoch, of new ones from a pool; without targets.
+
+    The file's windows are 0 .. N - 1, and extra window j of an epoch is N + number x epoch + j: so
+    an index tells its epoch. All windows of a step are of one epoch.
+    """
+
+    def __init__(
+        self, windows: Windows, pool: Pool, number: int, step_size: int, seed: int
+    ) -> None:
+        """`number` extra windows in each epoch."""
+        self.windows, self.pool, self.number = windows, pool, number
+        self.step_size, self.seed = step_size, seed
+        contexts = windows.contexts.bounds[windows.context_of[windows.question]]
+        rows = (windows.question, contexts + windows.first, windows.length)
+        self.of_file = np.stack(rows, axis=1).astype(np.int32)
+        self._rows = functools.lru_cache(maxsize=1)(self._draw_rows)
+
+    def _draw_rows(self, epoch: int) -> np.ndarray:
+        """All windows of an epoch, int32 [N + number, 3]."""
+        # Its own stream, beside those of the order and of the answers.
+        drawn = self.pool.draw(np.random.default_rng([self.seed, epoch, 2]), self.number)
+        return np.concatenate([self.of_file, drawn.astype(np.int32)])
+
+    def _lengths(self, rows: np.ndarray) -> np.ndarray:
+        return self.windows.questions.lengths[rows[:, 0]] + rows[:, 2] + 3
+
+    def _chosen(self, chosen: np.ndarray) -> np.ndarray:
+        """The rows [len(chosen), 3] of windows of a step."""
+        extra = np.maximum(chosen - len(self.of_file), 0)
+        epoch = int(extra.max()) // self.number
+        return self._rows(epoch)[chosen - epoch * self.number * (chosen >= len(self.of_file))]
+
+    def steps(self, epoch: int) -> list[np.ndarray]:
+        """The windows of each optimisation step of an epoch."""
+        lengths = self._lengths(self._rows(epoch))
+        steps = squad_utils.plan_steps(lengths, self.step_size, self.seed, epoch)
+        extra = len(self.of_file)
+        return [step + epoch * self.number * (step >= extra) for step in steps]
+
+    def tokens(self, chosen: np.ndarray) -> np.ndarray:
+        """Tokens of each window, int64 [len(chosen)]."""
+        return self._lengths(self._chosen(chosen))
+
+    def batch(self, epoch: int, chosen: np.ndarray) -> dict[str, Tensor]:
+        """Inputs [B, L]."""
+        questions, rows = self.windows.questions, []
+        for question, first, length in self._chosen(chosen):
+            asked = questions.ids[questions.of(question)]
+            rows.append((asked, self.pool.ids[first : first + length]))
+        arrays = squad_utils.token_rows(rows, self.windows.special)
+        return {name: torch.from_numpy(array) for name, array in arrays.items()}
