@@ -68,21 +68,6 @@ def asymmetric_range(
     return final_low, second * new_high + first * high - final_low
 
 
-def range_of(
-    first: Tensor, levels: Levels, eps: float, *rest: Tensor
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Low end, width, levels to a unit, and the sign of the last parameter.
-
-    Args:
-        first, rest: the scale of a symmetric range, or the low end and width of another one.
-    """
-    if rest:
-        low, width = asymmetric_range(first, rest[0], levels, eps)
-    else:
-        low, width = symmetric_range(first, levels, eps)
-    return low, width, (levels[1] - levels[0]) / width, torch.sign((first, *rest)[-1])
-
-
 # ------------------------------------------------------------------------------------------------
 # The two functions on values. Their operations and the order of these are NNCF's, on which the
 
@@ -185,11 +170,8 @@ class _Compiled(Generic[Rest, Result]):
     values_seen = 0  # by all of them, on a CPU
     failed = False
 
-    def __init__(
-        self, function: Callable[Concatenate[Tensor, Rest], Result], dynamic: bool | None = True
-    ) -> None:
-        """`dynamic`: for any shape at once, or for the first one until another comes (None)."""
-        self.function, self.dynamic = function, dynamic
+    def __init__(self, function: Callable[Concatenate[Tensor, Rest], Result]) -> None:
+        self.function = function
         self.compiled: Callable[Concatenate[Tensor, Rest], Result] | None = None
 
     def __call__(self, values: Tensor, *args: Rest.args, **named: Rest.kwargs) -> Result:
@@ -201,7 +183,7 @@ class _Compiled(Generic[Rest, Result]):
                 options: dict[str, str | int | bool | Callable[..., object]] = {
                     name: True for name in EXACT if name in known
                 }
-                self.compiled = torch.compile(self.function, dynamic=self.dynamic, options=options)
+                self.compiled = torch.compile(self.function, dynamic=True, options=options)
             return self.compiled(values, *args, **named)
         except Exception as error:  # of a compiler; whatever it is, the plain function is right
             _Compiled.failed = True
@@ -227,7 +209,6 @@ def _has_compiler() -> bool:
 
 _round_to, _gradients = _Compiled(round_to), _Compiled(gradients)
 _only_inside, _gradient_sums = _Compiled(only_inside), _Compiled(gradient_sums)
-_range_of = _Compiled(range_of, dynamic=None)  # so that the levels are constants
 
 
 class FakeQuantize(torch.autograd.Function):
@@ -251,12 +232,14 @@ class FakeQuantize(torch.autograd.Function):
             parameters: the scale of a symmetric range, or the low end and width of another one;
                 they broadcast to the values.
         """
-        # A GPU takes as long for each of its small operations as for all of them compiled.
-        find = _range_of if values.device.type == "cuda" else range_of
-        low, width, steps, sign = find(parameters[0], levels, eps, *parameters[1:])
+        if len(parameters) == 1:
+            low, width = symmetric_range(parameters[0], levels, eps)
+        else:
+            low, width = asymmetric_range(parameters[0], parameters[1], levels, eps)
+        steps = (levels[1] - levels[0]) / width
         ctx.levels = levels
         # Not the parameters themselves, which may be raised before the backward pass.
-        ctx.save_for_backward(values, low, width, steps, sign)
+        ctx.save_for_backward(values, low, width, steps, torch.sign(parameters[-1]))
         if known is not None:
             return known.detach()
         (flat,) = _flat(low, values)
