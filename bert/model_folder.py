@@ -24,7 +24,7 @@ from bert import (
     packed,
 )
 from bert.attention import fuse_attention
-from cli import UserError, is_main_process, warn
+from cli import UserError, first_line, in_one_line, is_main_process, warn
 from deploy.cpu import this_cpu
 from int8 import quantizers
 from int8.quantizers import is_quantized
@@ -93,7 +93,7 @@ def find_model(name: str, flag: str) -> dict[str, Any]:
     try:
         huggingface_hub.HfApi().model_info(name, timeout=HUB_TIMEOUT)
     except Exception as error:  # the hub's client raises its own, httpx's and requests' errors
-        problem = (str(error).strip() or repr(error)).splitlines()[0]
+        problem = first_line(error)
     try:
         cached = isinstance(huggingface_hub.try_to_load_from_cache(name, "config.json"), str)
     except huggingface_hub.errors.HFValidationError:
@@ -112,11 +112,8 @@ def load_config(name: str, flag: str) -> PretrainedConfig:
         UserError: as `find_model`; an unreadable configuration; a model that is not BERT.
     """
     where = find_model(name, flag)
-    try:
+    with in_one_line(f"{flag}: the configuration of {name} does not load"):
         config = AutoConfig.from_pretrained(**where)
-    except Exception as error:
-        reason = str(error).strip().splitlines()[0]
-        raise UserError(f"{flag}: the configuration of {name} does not load: {reason}") from None
     if config.model_type not in MODEL_TYPES:
         raise UserError(
             f"{flag}: {name} is a {config.model_type} model; BERT is needed"
@@ -187,13 +184,10 @@ def load_model(name: str, flag: str, auto_class: AutoClass, quiet: bool = False)
         UserError: as `load_config`; weights that cannot be read.
     """
     load_config(name, flag)
-    try:
+    with in_one_line(f"{flag}: the weights of {name} do not load"):
         model, info = auto_class.from_pretrained(
             **find_model(name, flag), dtype=torch.float32, output_loading_info=True
         )
-    except Exception as error:
-        reason = (str(error).strip() or repr(error)).splitlines()[0]
-        raise UserError(f"{flag}: the weights of {name} do not load: {reason}") from None
     if is_quantized(name):
         model = quantizers.load_quantizers(
             fuse_attention(model, separate_products=True), name, flag
@@ -249,14 +243,9 @@ def load_tokenizer(name: str, flag: str, config: PretrainedConfig) -> PreTrained
         UserError: there is none, it lacks one of [CLS], [SEP], [PAD], or it has more tokens than
             the model of configuration `config`.
     """
-    try:
+    with in_one_line(f"{flag}: the tokenizer of {name} does not load"):
         found = AutoTokenizer.from_pretrained(**find_model(name, flag), use_fast=True)
         tokenizer = cast(PreTrainedTokenizerFast, found)  # if not, an error below
-    except UserError:
-        raise
-    except Exception as error:
-        reason = (str(error).strip() or repr(error)).splitlines()[0]
-        raise UserError(f"{flag}: the tokenizer of {name} does not load: {reason}") from None
     # Without files the library makes up a tokenizer that knows its special tokens alone.
     made_up = set(tokenizer.get_vocab()) <= set(tokenizer.all_special_tokens)
     ids = (tokenizer.cls_token_id, tokenizer.sep_token_id, tokenizer.pad_token_id)
@@ -291,14 +280,11 @@ def load_state_maps(name: str, config: PretrainedConfig) -> nn.ModuleList | None
         if unmerged_folder(name) == name:
             return None
         path, prefix = os.path.join(unmerged_folder(name), "model.safetensors"), "bert.state_maps."
-    try:
+    with in_one_line(f"--model_student: {path} does not load"):
         weights = load_file(path)
         maps.load_state_dict(
             {key.removeprefix(prefix): value for key, value in weights.items() if prefix in key}
         )
-    except Exception as error:
-        reason = (str(error).strip() or repr(error)).splitlines()[0]
-        raise UserError(f"--model_student: {path} does not load: {reason}") from None
     return maps.requires_grad_(False)
 
 
