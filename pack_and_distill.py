@@ -21,17 +21,15 @@ from transformers import PreTrainedConfig, PreTrainedModel
 import bert_pack
 from bert.model_folder import (
     UNMERGED,
-    check_model,
+    OpenedModel,
     check_teacher,
     load_model,
     load_teacher,
-    load_tokenizer,
-    unmerged_folder,
+    open_model,
 )
 from bert.packed import PackedBertConfig, PackedBertPreTrainedModel, merge
 from bert_pack import HeadImportance, PackCfg
 from cli import ArgumentParser, UserError, is_main_process, number, run_main
-from int8.quantizers import is_quantized
 from tasks import TASKS, EmbeddingTask, Task
 from tasks.hidden_states import StateLoss
 from training import results
@@ -237,50 +235,48 @@ def select_trained(student: nn.Module, part: Distillation) -> None:
 
 def check_models(
     args: argparse.Namespace, cfg: PackCfg
-) -> tuple[PreTrainedConfig, PreTrainedConfig, Any, type[Task]]:
-    """Student's and teacher's configurations, the student's tokenizer, and the task of both.
+) -> tuple[OpenedModel, OpenedModel, type[Task]]:
+    """Student and teacher, and the task of both.
 
     Raises:
         UserError: they do not fit --pack_cfg, --max_seq_length_c, a task, or each other; one of
             them is quantized.
     """
-    for flag in ("model_student", "model_teacher"):
-        if is_quantized(getattr(args, flag)):
-            raise UserError(
-                f"--{flag}: {getattr(args, flag)} is quantized; give the model that it was made of"
-            )
-    student_name = unmerged_folder(args.model_student)
-    student = check_model(student_name, "--model_student", args.max_seq_length_c)
-    teacher = check_model(args.model_teacher, "--model_teacher", args.max_seq_length_c)
+    length = args.max_seq_length_c
+    student = open_model(args.model_student, "--model_student", length, before_merging=True)
+    teacher = open_model(args.model_teacher, "--model_teacher", length)
     found: list[type[Task]] = []
-    for flag, config in (("--model_student", student), ("--model_teacher", teacher)):
-        architecture = (config.architectures or ["no architecture"])[0]
-        task = next((each for each in TASKS if architecture in each.architectures), None)
+    for model in (student, teacher):
+        if model.quantized:
+            raise UserError(
+                f"{model.flag}: {model.name} is quantized; give the model that it was made of"
+            )
+        task = next((each for each in TASKS if model.architecture in each.architectures), None)
         if task is None:
             raise UserError(
-                f"{flag}: {getattr(args, flag[2:])} is {architecture}, a model of no task that can"
-                " be distilled; fine-tune it first (train_qa.py, train_qcemb.py)"
+                f"{model.flag}: {model.name} is {model.architecture or 'no architecture'}, a model"
+                " of no task that can be distilled; fine-tune it first (train_qa.py,"
+                " train_qcemb.py)"
             )
         found.append(task)
     if found[0] is not found[1]:
         raise UserError("--model_student and --model_teacher are of different tasks")
-    if isinstance(teacher, PackedBertConfig):
+    if teacher.packed:
         raise UserError(f"--model_teacher: {args.model_teacher} is packed; give the model it is of")
     if args.embedding_weight and "final" not in args.stages:
         raise UserError("--embedding_weight counts in the final stage, which --stages leaves out")
     for flag in ("eval_extra_contexts", "embedding_weight"):
         if getattr(args, flag) and found[0] is not EmbeddingTask:
             raise UserError(f"--{flag} is for embedding models; leave it out")
-    tokenizer = load_tokenizer(student_name, "--model_student", student)
-    check_teacher(args.model_teacher, teacher, student, tokenizer)
-    if not isinstance(student, PackedBertConfig):
-        bert_pack.check_pack_cfg(cfg, student)
-        return student, teacher, tokenizer, found[0]
+    check_teacher(teacher, student)
+    if not student.packed:
+        bert_pack.check_pack_cfg(cfg, student.config)
+        return student, teacher, found[0]
     if args.start != "teacher":
         raise UserError(f"--start: {args.model_student} is packed, its weights stay; leave it out")
     differing = [
         f"{key}:{value}, not {key}:{getattr(cfg, key)}"
-        for key, value in (student.pack_cfg or {}).items()
+        for key, value in (student.config.pack_cfg or {}).items()
         if value != getattr(cfg, key)
     ]
     if differing:
@@ -288,7 +284,7 @@ def check_models(
             f"--pack_cfg: {args.model_student} was packed with {', '.join(differing)}; give what it"
             " was packed with to distill on, or an unpacked model"
         )
-    return student, teacher, tokenizer, found[0]
+    return student, teacher, found[0]
 
 
 def show_sizes(
@@ -313,16 +309,16 @@ def show_sizes(
 
 
 def pack_student(
-    args: argparse.Namespace, cfg: PackCfg, task: Task, run: Run, anew: bool
+    args: argparse.Namespace, cfg: PackCfg, opened: OpenedModel, task: Task, run: Run, anew: bool
 ) -> PreTrainedModel:
     """The student as distillation begins: packed, or loaded if it is so already.
 
     Args:
         anew: False where a saved state will give the weights.
     """
-    name, device = unmerged_folder(args.model_student), run.accelerator.device
-    model = load_model(name, "--model_student", task.auto_class).eval()
-    if isinstance(model.config, PackedBertConfig):
+    device = run.accelerator.device
+    model = load_model(opened, task.auto_class).eval()
+    if opened.packed:
         run.say(f"--model_student {args.model_student} is packed: distillation goes on")
         return model.to(device)
     sample = []
@@ -431,7 +427,7 @@ def main() -> None:
 
     # All that a user may have got wrong comes before anything that takes long.
     cfg = bert_pack.parse_pack_cfg(args.pack_cfg)
-    config, teacher_config, tokenizer, task_class = check_models(args, cfg)
+    opened, opened_teacher, task_class = check_models(args, cfg)
     task = task_class(args)
     arguments = {**vars(args), **task.hashes()}
     found = claim_output_dir(args, arguments)
@@ -439,16 +435,16 @@ def main() -> None:
         return
     use_all_gpus(args.no_cuda)
 
-    sizes = show_sizes(task, teacher_config, config, cfg, args.max_seq_length_c)
+    sizes = show_sizes(task, opened_teacher.config, opened.config, cfg, args.max_seq_length_c)
     accelerator = make_accelerator(args.precision, args.no_cuda, args.seed)
-    teacher = load_teacher(args.model_teacher, task.auto_class, accelerator.device)
-    task.tokenize(tokenizer)
+    teacher = load_teacher(opened_teacher, task.auto_class, accelerator.device)
+    task.tokenize(opened.tokenizer)
     run = open_run(accelerator, args, arguments, found)
     run.say(f"{task.describe()}; {run.machine()}")
     evaluation = task.make_evaluation(run)
     run.evaluate_once("teacher", lambda: evaluation(teacher, fp32=True))
     anew = run.states.position() is None
-    student = pack_student(args, cfg, task, run, anew)
+    student = pack_student(args, cfg, opened, task, run, anew)
     # The head reads the states that the student learns.
     cast(PackedBertPreTrainedModel, student).copy_head(teacher)
     if anew:
@@ -474,7 +470,7 @@ def main() -> None:
         more={"sizes": sizes, **grown},
         made=f"packed (`{args.pack_cfg}`) and distilled on",
     )
-    results.deliver(run, task, tokenizer, delivery)
+    results.deliver(run, task, opened.tokenizer, delivery)
     if grown:
         run.say(
             f"the grow stages took {grown['grow_seconds']:,.0f} s; with all layers running they"

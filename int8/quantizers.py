@@ -33,11 +33,6 @@ from squad_utils import INPUTS
 QUANTIZERS = "quantizers.json"  # in the folder of a quantized model: where its quantizers are
 
 
-def is_quantized(name: str) -> bool:
-    """Whether a folder holds a model with quantizers."""
-    return os.path.isfile(os.path.join(name, QUANTIZERS))
-
-
 QUANTIZER_WEIGHTS = "quantizers.safetensors"  # beside QUANTIZERS: their ranges
 HOOKS = "__nncf_hooks."  # what the names of the quantizers' parameters begin with
 WEIGHT_RANGE = "weight_range"  # in QUANTIZERS, beside NNCF's own keys

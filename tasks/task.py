@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from bert.model_folder import AutoClass, load_for_export
+from bert.model_folder import AutoClass, OpenedModel, load_for_export
 from cli import UserError
 from deploy import onnx_file
 from deploy.onnx_check import Check
@@ -83,22 +83,19 @@ class Task(ABC):
         return {f"sha256_{name}": data.sha256[:16] for name, data in self.data.items()}
 
     @classmethod
-    def check(
-        cls, architecture: str, name: str, flag: str, every: Sequence[type[FineTunable]]
-    ) -> None:
+    def check(cls, model: OpenedModel, every: Sequence[type[FineTunable]]) -> None:
         """Check that a model is of this task, or of none yet.
 
         Args:
-            architecture: as config.json names it, or "".
             every: all tasks that there are.
 
         Raises:
             UserError: it is of another task.
         """
         others = [a for task in every for a in task.architectures if task is not cls]
-        if architecture in others:
+        if model.architecture in others:
             raise UserError(
-                f"{flag}: {name} is a model of another task ({architecture});"
+                f"{model.flag}: {model.name} is a model of another task ({model.architecture});"
                 f" {' or '.join(cls.architectures)} is needed, or a BERT that is not fine-tuned"
             )
 

@@ -17,7 +17,7 @@ from transformers import BertForQuestionAnswering, BertTokenizerFast
 import squad_utils
 from bert import attention
 from bert.attention import FusedSelfAttention, fuse_attention
-from bert.model_folder import load_config, load_tokenizer, save_vocabulary, special_ids
+from bert.model_folder import open_model, save_vocabulary, special_ids
 from cli import UserError
 from tasks import qa
 from training.fine_tuning import freeze, set_dropout
@@ -249,8 +249,7 @@ TEXTS = ["The CAFÉ in 東京, don't 🙂", "unbelievable  1999 (U.S.)\n", "", "
 
 
 def tokenizer_of(folder: Path) -> Any:
-    flag = "--model_student"
-    return load_tokenizer(str(folder), flag, load_config(str(folder), flag))
+    return open_model(str(folder), "--model_student").tokenizer
 
 
 def test_vocab_txt_is_the_tokenizer(tiny_bert: Path, tmp_path: Path) -> None:
