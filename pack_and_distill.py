@@ -84,7 +84,7 @@ def parse_arguments() -> argparse.Namespace:
         " place of the feed-forward, 0 keeps that; pack_emb: 1 shrinks the embedding tables to"
         " hidden_size, 0 keeps them; hidden_act: orig, or an activation of the Transformers"
         " library")  # fmt: skip
-    add("--start", choices=("teacher", "random"), default="teacher",
+    add("--start", choices=tuple(bert_pack.STARTS), default="teacher",
         help="packed weights are first fitted to the teacher, or start at random")  # fmt: skip
     add = parser.group(TRAINING).add_argument
     add("--stages", type=stages, default=",".join(STAGES), metavar="STAGE,...",
@@ -314,23 +314,24 @@ def pack_student(
     """The student as distillation begins: packed, or loaded if it is so already.
 
     Args:
-        anew: False where a saved state will give the weights.
+        anew: False where a saved state will give the weights, whatever they start as.
     """
     device = run.accelerator.device
     model = load_model(opened, task.auto_class).eval()
     if opened.packed:
         run.say(f"--model_student {args.model_student} is packed: distillation goes on")
         return model.to(device)
-    sample = []
-    if anew and args.start == "teacher":
+    start = args.start if anew else "random"
+    if start == "teacher":
         run.say(f"packing: fitting weights to the teacher's states on {SAMPLE_WINDOWS} windows")
-        sample = [to_device(batch, device) for batch in task.sample(SAMPLE_WINDOWS)]
+    sample = (to_device(batch, device) for batch in task.sample(SAMPLE_WINDOWS))
 
     def report(layer: int, count: int) -> None:
         run.stop_if_asked()
         run.say(f"packing layer {layer} of {count}")
 
-    return bert_pack.pack(model.to(device), cfg, sample, report, bf16=run.precision == "bf16")
+    bf16 = run.precision == "bf16"
+    return bert_pack.pack(model.to(device), cfg, sample, report, start=start, bf16=bf16)
 
 
 def measure_importance(
@@ -363,13 +364,13 @@ def distill(
     teacher: PreTrainedModel,
     plan: list[Distillation],
     heads: int,
-    keep: str,
 ) -> PreTrainedModel:
     """Train the student through the stages of the plan, from where the newest state is.
 
     Returns:
-        the student with `heads` heads a layer, the last or (keep "best") the best on dev.
+        the student with `heads` heads a layer, as --keep says the last or the best on dev.
     """
+    best_by = task.best_by if task.args.keep == "best" else None
     accelerator, num_layers = run.accelerator, student.config.num_hidden_layers
     names = [part.stage.name for part in plan]
     position = run.states.position()
@@ -400,11 +401,11 @@ def distill(
             loss,
             task.evaluation if part.num_layers in (0, num_layers) else None,
             after_backward=functools.partial(importance.update, accelerator) if measures else None,
-            keep=task.best_by if keep == "best" and final else None,
+            keep=best_by if final else None,
         )
         if measures:
             importance.remove()
-    if keep == "best":
+    if best_by:
         run.states.load_best(student)
     return student
 
@@ -452,7 +453,7 @@ def main() -> None:
     plan = plan_stages(args, cfg.num_hidden_layers)
     plan = number_stages(plan, task.num_examples)
     guide = in_half(teacher, accelerator)
-    student = distill(run, task, student, guide, plan, cfg.num_attention_heads, args.keep).eval()
+    student = distill(run, task, student, guide, plan, cfg.num_attention_heads).eval()
 
     # In FP32, since folding maps away rounds otherwise.
     unmerged = evaluation(student, fp32=True)

@@ -103,8 +103,8 @@ def main() -> None:
                 continue
             began = time.perf_counter()
             with changed(**(changes or {})):
-                given = sample if changes is not None else []
-                student = bert_pack.pack(teacher, cfg, given, bf16=run.precision == "bf16")
+                start, bf16 = "random" if changes is None else "teacher", run.precision == "bf16"
+                student = bert_pack.pack(teacher, cfg, sample, start=start, bf16=bf16)
             seconds = time.perf_counter() - began
             errors = mean_errors(task, student, teacher, cfg.num_hidden_layers)
             row = {

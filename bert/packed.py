@@ -260,17 +260,8 @@ class PackedBertForQuestionAnswering(PackedBertPreTrainedModel):
         )
 
 
-PACKED_CLASSES: dict[type[PreTrainedModel], type[PackedBertPreTrainedModel]] = {
-    BertForQuestionAnswering: PackedBertForQuestionAnswering
-}
-
-
 AutoConfig.register(PackedBertConfig.model_type, PackedBertConfig)
-
-
 AutoModel.register(PackedBertConfig, PackedBertModel)
-
-
 AutoModelForQuestionAnswering.register(PackedBertConfig, PackedBertForQuestionAnswering)
 
 

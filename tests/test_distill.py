@@ -249,7 +249,7 @@ def test_pack_emb_0_and_other_shapes(
 
 def test_only_the_first_layers_run(teacher: Path) -> None:
     model = fuse_attention(BertForQuestionAnswering.from_pretrained(teacher).eval())
-    student = pack(model, PackCfg(2, 2, 4, 16, 1), [])
+    student = pack(model, PackCfg(2, 2, 4, 16, 1), start="random")
     called: list[str] = []
     for name, module in [
         *((f"teacher {i}", layer) for i, layer in enumerate(model.bert.encoder.layer)),

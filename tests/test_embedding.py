@@ -318,7 +318,7 @@ def test_distilled_embeddings_are_compared_each(base: Path) -> None:
     config = AutoConfig.from_pretrained(base)
     config.pooling = "mean"
     teacher = fuse_attention(BertForEmbedding(config).eval())
-    student = pack(teacher, PackCfg(2, 2, 4, 16, 1), [])
+    student = pack(teacher, PackCfg(2, 2, 4, 16, 1), start="random")
     batch, weights = inputs([9, 5, 12]), (0.0, 0.25, 0.75)
 
     class OneProcess:
@@ -361,7 +361,9 @@ def test_merging_changes_no_embedding(base: Path, pooling: str, pack_emb: int) -
     config = AutoConfig.from_pretrained(base)
     config.pooling = pooling
     student = pack(
-        fuse_attention(BertForEmbedding(config).eval()), PackCfg(2, 2, 4, 16, pack_emb), []
+        fuse_attention(BertForEmbedding(config).eval()),
+        PackCfg(2, 2, 4, 16, pack_emb),
+        start="random",
     )
     for parameter in student.parameters():
         parameter.data += 0.1 * torch.randn_like(parameter)
