@@ -10,7 +10,7 @@ from __future__ import annotations
 import argparse
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -27,7 +27,7 @@ from squad_utils import SquadData, load_squad
 from training.fine_tuning import FineTunable
 from training.loop import Evaluation
 from training.passes import Batches, LossFunction
-from training.results import Metrics
+from training.results import TaskCard
 from training.run import Run
 
 CHECKED_ROWS = 8  # on which the exported file is compared with PyTorch
@@ -190,8 +190,8 @@ class Task(ABC):
         """Write what the last evaluation has found to the output folder."""
 
     @abstractmethod
-    def write_card(self, metrics: Metrics, script: str, made: str) -> None:
-        """Write the model card, README.md."""
+    def card(self, figures: Mapping[str, float]) -> TaskCard:
+        """What the model card, README.md, tells of the task and a model's figures."""
 
     @abstractmethod
     def dev_rows(self) -> Rows:

@@ -138,7 +138,7 @@ def test_table_and_sizes(reference: Path) -> None:
     weights = load_file(reference / "model.safetensors")
     assert figures["sizes"]["student"]["parameters"] == sum(w.numel() for w in weights.values())
     size = (reference / "model.onnx").stat().st_size
-    assert figures["sizes"]["student"]["onnx_bytes"] == size
+    assert figures["onnx_bytes"] == size
     assert 0 < figures["sizes"]["student"]["gops"] < figures["sizes"]["teacher"]["gops"]
     stdout = (reference.parent / "stdout").read_text()
     assert "stage 2/6 grow 1 step" in stdout and "for all stages" in stdout

@@ -15,7 +15,17 @@ import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from calls import call, error_line, first_questions, records, run_in_two, started, states, wait_for
+from calls import (
+    call,
+    curves,
+    error_line,
+    first_questions,
+    records,
+    run_in_two,
+    started,
+    states,
+    wait_for,
+)
 from conftest import emb_command, pack_command, run
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -30,7 +40,7 @@ from cli import UserError
 from deploy import int8_file, onnx_file
 from deploy.cpu import Cpu, this_cpu
 from squad_utils import INPUTS, SpecialIds, Tokens, load_squad
-from tasks import embedding, embedding_loss, texts
+from tasks import EmbeddingTask, embedding, embedding_loss, texts
 from tasks.embedding_loss import EmbeddingLoss, HardNegatives, LossCfg
 from tasks.hidden_states import StateLoss
 from tasks.texts import Pairs, Texts
@@ -566,6 +576,15 @@ def test_figures_are_of_the_delivered_weights_in_fp32(
 
 
 @pytest.mark.slow
+def test_curves_show_every_loss_that_was_logged(packed: Path, quantized: Path) -> None:
+    scores = {"top 1", "top 5", "MRR"}
+    teachers = {f"teacher's {name}" for name in scores}
+    stages = {"loss", "state_0", "state_1", "state_2", "embedding"}
+    assert set(curves(packed, EmbeddingTask.score_names)) == stages | scores | teachers
+    pairs = {"loss", "triplet", "embedding", "hidden_states"}
+    assert set(curves(quantized, EmbeddingTask.score_names)) == pairs | scores
+
+
 @pytest.mark.parametrize("which", ["tuned", "packed", "quantized"])
 @pytest.mark.parametrize("length", [32, 384])
 def test_file_reshapes_and_is_as_pytorch(

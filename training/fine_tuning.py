@@ -51,7 +51,6 @@ QUANTIZER_RATE = 0.01  # learning rate of the quantizers' ranges while nothing e
 class FineTunable(results.Deliverable, Protocol):
     """What fine-tuning uses of a task; tasks.task.Task has the meanings."""
 
-    auto_class: ClassVar[AutoClass]
     architectures: ClassVar[tuple[str, ...]]
     best_by: ClassVar[str]
 
