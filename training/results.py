@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes  # a type alone: importing it takes half a second
 
 PACKAGES = ("torch", "transformers", "accelerate", "onnx", "onnxruntime", "numpy")
+STYLES, COLORS = ("-", "--", "-.", ":"), 10  # of curves: matplotlib's colours, then other dashes
 # What a record of training tells beside its losses.
 NO_LOSS = (
     *("stage", "step", "epoch", "learning_rate", "examples_per_second", "tokens_per_second"),
@@ -241,9 +242,11 @@ def _draw_losses(axes: Axes, records: list[dict[str, Any]]) -> None:
     steps = [record["step"] for record in records]
     losses = list(dict.fromkeys(key for record in records for key in record if key not in NO_LOSS))
     marker = "." if len(steps) < 30 else None
-    for name in losses if len(losses) > 2 else ["loss"]:  # of one part it is the sum
+    for i, name in enumerate(losses if len(losses) > 2 else ["loss"]):  # of one part it is the sum
         values = [record.get(name, math.nan) for record in records]
-        axes.plot(steps, values, label=name, linewidth=1, marker=marker)
+        line = "-" if name == "loss" else STYLES[i // COLORS % len(STYLES)]
+        color = "black" if name == "loss" else f"C{i % COLORS}"
+        axes.plot(steps, values, line, label=name, linewidth=1, marker=marker, color=color)
     axes.set(ylabel="loss")
     axes.set_ylim(bottom=0)
     axes.grid(alpha=0.3)
@@ -295,7 +298,9 @@ def write_card(
     tags = ["bert", part.tag, "squad", "onnx", "openvino"]
     card = ModelCard.from_template(
         ModelCardData(pipeline_tag=part.tag, library_name="transformers", tags=tags),
-        template_path=os.path.join(os.path.dirname(__file__), "card.md"),
+        template_path=os.path.join(
+            os.path.dirname(__file__), "card.md"
+        ),  # filled in by jinja2, which torch needs
         folder=folder,
         name=os.path.basename(os.path.abspath(folder)),
         task=part,
