@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from dataclasses import dataclass
 from typing import Any, Protocol, cast
@@ -77,8 +78,33 @@ class OpenedModel:
     local: bool
     quantized: bool
     config: PretrainedConfig
-    tokenizer: PreTrainedTokenizerFast
     state_maps: nn.ModuleList | None
+
+    @functools.cached_property
+    def tokenizer(self) -> PreTrainedTokenizerFast:
+        """Its fast tokenizer, read when it is first asked for.
+
+        Raises:
+            UserError: there is none, it lacks one of [CLS], [SEP], [PAD], or it has more tokens
+                than the model.
+        """
+        where, size = f"{self.flag}: the tokenizer of {self.folder}", self.config.vocab_size
+        with in_one_line(f"{where} does not load"):
+            found = AutoTokenizer.from_pretrained(
+                self.folder, local_files_only=self.local, use_fast=True
+            )
+        tokenizer = cast(PreTrainedTokenizerFast, found)  # if not, an error now
+        # Without files the library makes up a tokenizer that knows its special tokens alone.
+        made_up = set(tokenizer.get_vocab()) <= set(tokenizer.all_special_tokens)
+        ids = (tokenizer.cls_token_id, tokenizer.sep_token_id, tokenizer.pad_token_id)
+        if made_up or not tokenizer.is_fast or None in ids:
+            raise UserError(
+                f"{self.flag}: {self.folder} has no fast BERT tokenizer (tokenizer.json or"
+                " vocab.txt)"
+            )
+        if len(tokenizer) > size:
+            raise UserError(f"{where} has {len(tokenizer)} tokens, its model only {size}")
+        return tokenizer
 
     @property
     def architecture(self) -> str:
@@ -101,12 +127,13 @@ class OpenedModel:
 
 
 def open_model(
-    name: str, flag: str, length: int = 1, *, before_merging: bool = False
+    name: str, flag: str, length: int | None = None, *, before_merging: bool = False
 ) -> OpenedModel:
     """Find a BERT, packed or not, and check all of it but its weights.
 
     Args:
-        length: tokens that it must take, of --max_seq_length_c.
+        length: tokens that it must take, of --max_seq_length_c; None where it is to read no texts
+            now, and its tokenizer is not checked.
         before_merging: take a packed model as it was before merging, where its folder has that
             and it is not quantized.
 
@@ -128,19 +155,18 @@ def open_model(
         )
     if config.type_vocab_size < 2:
         raise UserError(f"{flag}: {folder} has one token type; question and context need two")
-    if length > config.max_position_embeddings:
+    if length is not None and length > config.max_position_embeddings:
         raise UserError(
             f"--max_seq_length_c={length} is over the {config.max_position_embeddings} positions"
             f" of {folder}"
         )
-    with in_one_line(f"{flag}: the tokenizer of {folder} does not load"):
-        found = AutoTokenizer.from_pretrained(folder, local_files_only=local, use_fast=True)
-    tokenizer = cast(PreTrainedTokenizerFast, found)  # if not, an error now
-    _check_tokenizer(tokenizer, config, folder, flag)
     state_maps = None
     if getattr(config, "merged", False) and not before_merging:
         state_maps = _load_state_maps(folder, flag, config)
-    return OpenedModel(name, flag, folder, local, quantized, config, tokenizer, state_maps)
+    opened = OpenedModel(name, flag, folder, local, quantized, config, state_maps)
+    if length is not None:
+        _ = opened.tokenizer  # a bad one is told now
+    return opened
 
 
 def _find(name: str, flag: str) -> bool:
@@ -173,22 +199,6 @@ def _find(name: str, flag: str) -> bool:
             f"{flag}: {name} is neither a folder here nor a model that the hub gives ({problem})"
         )
     return problem is not None
-
-
-def _check_tokenizer(
-    tokenizer: PreTrainedTokenizerFast, config: PretrainedConfig, name: str, flag: str
-) -> None:
-    """Check that it is a fast one of a BERT, with [CLS], [SEP], [PAD], and fits its model."""
-    # Without files the library makes up a tokenizer that knows its special tokens alone.
-    made_up = set(tokenizer.get_vocab()) <= set(tokenizer.all_special_tokens)
-    ids = (tokenizer.cls_token_id, tokenizer.sep_token_id, tokenizer.pad_token_id)
-    if made_up or not tokenizer.is_fast or None in ids:
-        raise UserError(f"{flag}: {name} has no fast BERT tokenizer (tokenizer.json or vocab.txt)")
-    if len(tokenizer) > config.vocab_size:
-        raise UserError(
-            f"{flag}: the tokenizer of {name} has {len(tokenizer)} tokens, its model only"
-            f" {config.vocab_size}"
-        )
 
 
 def _load_state_maps(folder: str, flag: str, config: PretrainedConfig) -> nn.ModuleList | None:
