@@ -147,7 +147,6 @@ FIT_TOKENS = 1024  # ... each of so many tokens of the sample
 FIT_RATE = 2e-3
 RIDGE = 1e-4  # of least squares, times the mean variance of what is mapped
 
-
 # The packed model of each BERT that can be packed.
 PACKED: dict[type[PreTrainedModel], type[PackedBertPreTrainedModel]] = {
     BertForQuestionAnswering: PackedBertForQuestionAnswering,
