@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 from dataclasses import dataclass
@@ -120,11 +121,6 @@ class OpenedModel:
         """Whether it is a packed model without the maps that its hidden states need."""
         return self.packed and self.config.merged
 
-    @property
-    def state_size(self) -> int:
-        """Of the hidden states that a teacher's are compared with."""
-        return self.config.state_size if self.packed else self.config.hidden_size
-
 
 def open_model(
     name: str, flag: str, length: int | None = None, *, before_merging: bool = False
@@ -185,20 +181,17 @@ def _find(name: str, flag: str) -> bool:
         return True
     if os.path.exists(name):
         raise UserError(f"{flag}: {name} is a file; a model's folder or hub name is needed")
-    problem = None
     try:
         huggingface_hub.HfApi().model_info(name, timeout=HUB_TIMEOUT)
+        return False
     except Exception as error:  # the hub's client raises its own, httpx's and requests' errors
-        problem = first_line(error)
-    try:
-        cached = isinstance(huggingface_hub.try_to_load_from_cache(name, "config.json"), str)
-    except huggingface_hub.errors.HFValidationError:
-        cached = False
-    if problem and not cached:
+        with contextlib.suppress(huggingface_hub.errors.HFValidationError):
+            if isinstance(huggingface_hub.try_to_load_from_cache(name, "config.json"), str):
+                return True
         raise UserError(
-            f"{flag}: {name} is neither a folder here nor a model that the hub gives ({problem})"
-        )
-    return problem is not None
+            f"{flag}: {name} is neither a folder here nor a model that the hub gives"
+            f" ({first_line(error)})"
+        ) from None
 
 
 def _load_state_maps(folder: str, flag: str, config: PretrainedConfig) -> nn.ModuleList | None:
@@ -231,10 +224,12 @@ def check_teacher(teacher: OpenedModel, student: OpenedModel) -> None:
                 f"{model.flag} is packed and merged: its hidden states cannot be compared with"
                 " another model's; the folder before merging can"
             )
-    if teacher.state_size != student.state_size:
+    configs = (teacher.config, student.config)
+    taught, learned = (getattr(each, "state_size", each.hidden_size) for each in configs)
+    if taught != learned:
         raise UserError(
-            f"{teacher.flag} has hidden size {teacher.state_size}, {student.flag}"
-            f" {student.state_size}: hidden states of one size are needed to compare them"
+            f"{teacher.flag} has hidden size {taught}, {student.flag} {learned}: hidden states of"
+            " one size are needed to compare them"
         )
     if teacher.tokenizer.get_vocab() != student.tokenizer.get_vocab():
         raise UserError(f"{teacher.flag} has another vocabulary than {student.flag}")

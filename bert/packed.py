@@ -160,9 +160,6 @@ class PackedBertPreTrainedModel(PreTrainedModel):
         """Take over what reads the last state, of a teacher of the same task."""
         raise NotImplementedError
 
-    def _init_weights(self, module: nn.Module) -> None:
-        super()._init_weights(module)
-
 
 class PackedBertModel(PackedBertPreTrainedModel):
     """The packed encoder.
