@@ -12,7 +12,7 @@ from __future__ import annotations
 import copy
 import difflib
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -21,13 +21,24 @@ import torch.nn.functional as F
 from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import BertModel, PreTrainedConfig, PreTrainedModel
+from transformers import (
+    BertForQuestionAnswering,
+    BertModel,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 from transformers.activations import ACT2FN
 from transformers.models.bert.modeling_bert import BertLayer
 
-from bert import embedding  # noqa: F401 - its models are known to the Auto classes with it
 from bert.attention import bert_layers
-from bert.packed import PACKED_CLASSES, PackedBertConfig, PackedBertModel, PackedLayer
+from bert.embedding import BertForEmbedding, PackedBertForEmbedding
+from bert.packed import (
+    PackedBertConfig,
+    PackedBertForQuestionAnswering,
+    PackedBertModel,
+    PackedBertPreTrainedModel,
+    PackedLayer,
+)
 from cli import UserError, key_values, one_of, whole
 
 # ------------------------------------------------------------------------------------------------
@@ -136,19 +147,59 @@ FIT_TOKENS = 1024  # ... each of so many tokens of the sample
 FIT_RATE = 2e-3
 RIDGE = 1e-4  # of least squares, times the mean variance of what is mapped
 
+# The packed model of each BERT that can be packed.
+PACKED: dict[type[PreTrainedModel], type[PackedBertPreTrainedModel]] = {
+    BertForQuestionAnswering: PackedBertForQuestionAnswering,
+    BertForEmbedding: PackedBertForEmbedding,
+}
+
+Batch = dict[str, Tensor]
+Report = Callable[[int, int], None]
+
 
 def pack(
     teacher: PreTrainedModel,
     cfg: PackCfg,
-    batches: Sequence[dict[str, Tensor]],
-    report: Callable[[int, int], None] | None = None,
+    batches: Iterable[Batch] = (),
+    report: Report = lambda layer, count: None,
     *,
+    start: str = "teacher",
     bf16: bool = False,
 ) -> PreTrainedModel:
     """A student of `teacher`, with all of the teacher's heads, in eval mode.
 
-    Its weights are fitted to the teacher's hidden states on a sample, from the embeddings up,
-    each layer on what the packed layers below it really give:
+    Tables and head are the teacher's; the packed weights and the maps are what `start` makes them.
+
+    Args:
+        teacher: a fine-tuned BERT in FP32.
+        batches: a sample to fit to, inputs [B, L] on the teacher's device.
+        report: called with a layer's number and how many there are, before it is fitted.
+        start: a name in STARTS.
+        bf16: let models compute in bfloat16; sums over the sample stay in FP32.
+    """
+    student = PACKED[type(teacher)](packed_config(teacher.config, cfg))
+    # The library's own `to` is not typed so that it can be called.
+    student = nn.Module.to(student, teacher.device).eval()
+    student.copy_head(teacher)
+    embeddings = cast(PackedBertModel, student.base_model).embeddings
+    originals = cast(BertModel, teacher.base_model).embeddings
+    names = ["word_embeddings", "position_embeddings", "token_type_embeddings"]
+    for name in names if cfg.pack_emb else [*names, "LayerNorm"]:
+        getattr(embeddings, name).load_state_dict(getattr(originals, name).state_dict())
+    STARTS[start](student, teacher, batches, report, bf16)
+    return student
+
+
+def fit_to_teacher(
+    student: PreTrainedModel,
+    teacher: PreTrainedModel,
+    batches: Iterable[Batch],
+    report: Report,
+    bf16: bool,
+) -> None:
+    """Fit weights and maps to the teacher's hidden states on a sample; arguments as `pack`'s.
+
+    From the embeddings up, each layer is fitted on what the packed layers below it really give:
 
     - The maps begin as projections onto principal directions of the teacher's states, P [H, h],
       and the packed weights as the teacher's between such projections.
@@ -158,58 +209,40 @@ def pack(
 
     At full width P is the identity, and with the teacher's feed-forward (ff_iter_num 0) and all
     its layers the student's states are the teacher's.
-
-    Args:
-        teacher: a fine-tuned BERT in FP32.
-        batches: the sample, inputs [B, L] on the teacher's device. Without any, maps and packed
-            weights stay random (normal, 0.02); tables and head are the teacher's all the same.
-        report: called with a layer's number and how many there are, before it is packed.
-        bf16: let models compute in bfloat16; sums over the sample stay in FP32.
     """
-    student = PACKED_CLASSES[type(teacher)](packed_config(teacher.config, cfg))
-    # The library's own `to` is not typed so that it can be called.
-    student = nn.Module.to(student, teacher.device).eval()
     bert = cast(BertModel, teacher.base_model)
     packed = cast(PackedBertModel, student.base_model)
-    assert packed.state_maps is not None  # it is not merged
-    student.copy_head(teacher)
-    for name in ("word_embeddings", "position_embeddings", "token_type_embeddings"):
-        table = getattr(packed.embeddings, name)
-        table.load_state_dict(getattr(bert.embeddings, name).state_dict())
-    if not cfg.pack_emb:
-        packed.embeddings.LayerNorm.load_state_dict(bert.embeddings.LayerNorm.state_dict())
-    if not batches:
-        return student
-
     autocast = functools.partial(
         torch.autocast, teacher.device.type, dtype=torch.bfloat16, enabled=bf16
     )
-    sample, regress = _Sample(batches, autocast), _Regression(autocast)
+    sample = Sample(list(batches), autocast)
     with torch.no_grad():
-        directions = principal_directions(bert, sample, cfg.hidden_size)
+        directions = principal_directions(bert, sample, packed.config.hidden_size)
         target = sample.embed(bert.embeddings)
-    state = _pack_embeddings(packed, sample, target, directions, regress)
-    depth, n = teacher.config.num_hidden_layers, cfg.num_hidden_layers
-    for i in range(n):
-        if report:
-            report(i + 1, n)
-        skipped, original = depth * i // n, depth * (i + 1) // n - 1
+    fit = Fit(sample, directions, Regression(autocast))
+    state = _fit_embeddings(packed, fit, target)
+    originals, n = bert_layers(bert), packed.config.num_hidden_layers
+    for i, layer in enumerate(packed.packed_layers):
+        report(i + 1, n)
+        skipped, last = len(originals) * i // n, len(originals) * (i + 1) // n - 1
         with torch.no_grad():
-            for layer in bert_layers(bert)[skipped:original]:
-                target = sample.attend(layer, target)
-        packed_layer = packed.packed_layers[i]
-        state_map = cast(nn.Linear, packed.state_maps[i + 1])
-        layer = bert_layers(bert)[original]
-        state, target = _pack_layer(
-            packed_layer, state_map, layer, sample, state, target, directions, regress
-        )
-    return student
+            for original in originals[skipped:last]:
+                target = sample.attend(original, target)
+        state_map = _state_map(packed, i + 1)
+        state, target = _fit_layer(layer, state_map, originals[last], fit, state, target)
 
 
-class _Sample:
+Start = Callable[[PreTrainedModel, PreTrainedModel, Iterable[Batch], Report, bool], None]
+STARTS: dict[str, Start] = {
+    "teacher": fit_to_teacher,
+    "random": lambda *_: None,  # as the student was made: normal, of deviation 0.02
+}
+
+
+class Sample:
     """The tokens of some batches side by side, [T, ...], padding left out."""
 
-    def __init__(self, batches: Sequence[dict[str, Tensor]], autocast: Callable[[], Any]) -> None:
+    def __init__(self, batches: Sequence[Batch], autocast: Callable[[], Any]) -> None:
         self.autocast = autocast
         self.masks = [batch["attention_mask"].bool() for batch in batches]
         self.inputs = {
@@ -236,7 +269,7 @@ class _Sample:
         return torch.cat(results)
 
 
-def principal_directions(bert: BertModel, sample: _Sample, width: int) -> Tensor:
+def principal_directions(bert: BertModel, sample: Sample, width: int) -> Tensor:
     """Orthonormal directions P [H, h] that keep most of the teacher's hidden states.
 
     The principal directions of all its states together, each state's second moments scaled to
@@ -301,7 +334,7 @@ def _fit_norm(norm: nn.LayerNorm, inputs: Tensor, outputs: Tensor) -> None:
     norm.bias.copy_(wanted - gain * mean)
 
 
-class _Regression:
+class Regression:
     """A short training of some modules on tokens of the sample, the same for each call."""
 
     def __init__(self, autocast: Callable[[], Any]) -> None:
@@ -328,21 +361,32 @@ class _Regression:
             parameter.grad = None
 
 
-def _pack_embeddings(
-    packed: PackedBertModel,
-    sample: _Sample,
-    target: Tensor,
-    directions: Tensor,
-    regress: _Regression,
-) -> Tensor:
+@dataclass(frozen=True)
+class Fit:
+    """What a student is fitted with.
+
+    Attributes:
+        directions: P, float64 [H, h].
+    """
+
+    sample: Sample
+    directions: Tensor
+    regress: Regression
+
+
+def _state_map(packed: PackedBertModel, i: int) -> nn.Linear:
+    """The map of state i of a student that is not merged."""
+    return cast(nn.Linear, cast(nn.ModuleList, packed.state_maps)[i])
+
+
+def _fit_embeddings(packed: PackedBertModel, fit: Fit, target: Tensor) -> Tensor:
     """Fit the embeddings and the map of state 0 to the teacher's, `target` [T, H].
 
     Returns:
         the packed state 0, [T, h].
     """
-    embeddings = packed.embeddings
-    state_map = cast(nn.ModuleList, packed.state_maps)[0]
-    assert isinstance(state_map, nn.Linear)
+    sample, directions = fit.sample, fit.directions
+    embeddings, state_map = packed.embeddings, _state_map(packed, 0)
     if embeddings.sum_map is not None:
         _set(embeddings.sum_map, directions.T, 0.0)
     else:
@@ -364,20 +408,18 @@ def _pack_embeddings(
             ids = {name: ids[chosen] for name, ids in sample.inputs.items()}
             return state_map(embeddings(**ids))
 
-        regress(states, (*maps, embeddings.LayerNorm, state_map), target)
+        fit.regress(states, (*maps, embeddings.LayerNorm, state_map), target)
     with torch.no_grad():
         return sample.embed(embeddings)
 
 
-def _pack_layer(
+def _fit_layer(
     layer: PackedLayer,
     state_map: nn.Linear,
     original: BertLayer,
-    sample: _Sample,
+    fit: Fit,
     state: Tensor,
     target: Tensor,
-    directions: Tensor,
-    regress: _Regression,
 ) -> tuple[Tensor, Tensor]:
     """Fit a layer and the map behind it to the teacher's layer `original`.
 
@@ -388,33 +430,13 @@ def _pack_layer(
     Returns:
         both after it.
     """
-    up, down = directions, directions.T  # h to H and H to h
-    narrow = directions.to(state.dtype)
-    attention = original.attention
+    up, down = fit.directions, fit.directions.T  # h to H and H to h
     with torch.no_grad():
-        # Query, key and value of the teacher's state as it can be told from the packed one.
-        weight, bias = least_squares(state, target, up)
-        parts = (attention.self.query, attention.self.key, attention.self.value)
-        qkv = torch.cat([part.weight for part in parts]).double()
-        _set(layer.qkv, qkv @ weight, qkv @ bias + torch.cat([part.bias for part in parts]))
-        # What attention adds: the teacher's sum before LayerNorm, less the state it is added to.
-        context = sample.attend(attention.self, target)
-        target_sum = target + attention.output.dense(context)
-        target = attention.output.LayerNorm(target_sum)
-        context = sample.attend(layer.context, state)
-        output = attention.output.dense
-        added = target_sum @ narrow - state
-        prior = (down @ output.weight.double(), down @ output.bias.double())
-        _set(layer.attention_output, *least_squares(context, added, *prior))
-        state = state + layer.attention_output(context)
-        _fit_norm(layer.attention_norm, state, target @ narrow)
-        state = layer.attention_norm(state)
-
-        # The feed-forward, from the state after attention to the one after the layer.
-        target_before = target
-        target = original.output(original.intermediate(target), target)
+        state, target_before = _fit_attention(layer, original, fit, state, target)
+        target = original.output(original.intermediate(target_before), target_before)
+        wanted = target @ up.to(target.dtype)
         if layer.stacked:
-            _start_stacked(layer, state, target @ narrow - state, regress.generator)
+            _start_stacked(layer, state, wanted - state, fit.regress.generator)
         else:
             weight, bias = least_squares(state, target_before, up)
             first, second = original.intermediate.dense, original.output.dense
@@ -422,16 +444,41 @@ def _pack_layer(
             inner = first.weight.double()
             _set(packed_first, inner @ weight, inner @ bias + first.bias)
             _set(packed_second, down @ second.weight.double(), down @ second.bias.double())
-        _fit_norm(layer.output_norm, state + layer.feed(state), target @ narrow)
+        _fit_norm(layer.output_norm, state + layer.feed(state), wanted)
         _set(state_map, *least_squares(layer.after_attention(state), target, up))
     if layer.stacked:
-        regress(
+        fit.regress(
             lambda chosen: state_map(layer.after_attention(state[chosen])),
             (layer.feed_forward, layer.output_norm, state_map),
             target,
         )
     with torch.no_grad():
         return layer.after_attention(state), target
+
+
+def _fit_attention(
+    layer: PackedLayer, original: BertLayer, fit: Fit, state: Tensor, target: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Fit the attention of a layer; arguments and results as `_fit_layer`'s, the latter as they
+    are between attention and feed-forward."""
+    up, down = fit.directions, fit.directions.T
+    narrow, attention = up.to(state.dtype), original.attention
+    # Query, key and value of the teacher's state as it can be told from the packed one.
+    weight, bias = least_squares(state, target, up)
+    parts = (attention.self.query, attention.self.key, attention.self.value)
+    qkv = torch.cat([part.weight for part in parts]).double()
+    _set(layer.qkv, qkv @ weight, qkv @ bias + torch.cat([part.bias for part in parts]))
+    # What attention adds: the teacher's sum before LayerNorm, less the state it is added to.
+    output = attention.output.dense
+    target_sum = target + output(fit.sample.attend(attention.self, target))
+    target = attention.output.LayerNorm(target_sum)
+    context = fit.sample.attend(layer.context, state)
+    prior = (down @ output.weight.double(), down @ output.bias.double())
+    added = target_sum @ narrow - state
+    _set(layer.attention_output, *least_squares(context, added, *prior))
+    state = state + layer.attention_output(context)
+    _fit_norm(layer.attention_norm, state, target @ narrow)
+    return layer.attention_norm(state), target
 
 
 def _start_stacked(

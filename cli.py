@@ -6,12 +6,13 @@ Only the standard library is imported here: ask.py must not wait for torch.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import difflib
 import os
 import signal
 import sys
 import textwrap
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NoReturn
 
 
@@ -29,6 +30,26 @@ class Interrupted(Exception):
     def __init__(self, message: str, signal_number: int) -> None:
         super().__init__(message)
         self.signal_number = signal_number
+
+
+def first_line(error: BaseException) -> str:
+    """What an error says, in one line; its name where it says nothing."""
+    return (str(error).strip() or repr(error)).splitlines()[0]
+
+
+@contextlib.contextmanager
+def in_one_line(what: str, kinds: tuple[type[Exception], ...] = (Exception,)) -> Iterator[None]:
+    """Around calls of a library: its errors become ours, "`what`: <first line of the error>".
+
+    Args:
+        kinds: the errors that become ours; those that are ours already stay as they are.
+    """
+    try:
+        yield
+    except (UserError, Interrupted):
+        raise
+    except kinds as error:
+        raise UserError(f"{what}: {first_line(error)}") from None
 
 
 class HelpFormatter(argparse.HelpFormatter):

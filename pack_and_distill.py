@@ -22,17 +22,15 @@ from transformers import PreTrainedConfig, PreTrainedModel
 import bert_pack
 from bert.model_folder import (
     UNMERGED,
-    check_model,
+    OpenedModel,
     check_teacher,
     load_model,
     load_teacher,
-    load_tokenizer,
-    unmerged_folder,
+    open_model,
 )
 from bert.packed import PackedBertConfig, PackedBertPreTrainedModel, merge
 from bert_pack import HeadImportance, PackCfg
 from cli import ArgumentParser, UserError, is_main_process, number, run_main
-from int8.quantizers import is_quantized
 from tasks import TASKS, EmbeddingTask, QaTask, Task
 from tasks.hidden_states import StateLoss
 from tasks.qa import LOGITS_TEMPERATURE, LOGITS_WEIGHT
@@ -104,7 +102,7 @@ def parse_arguments() -> argparse.Namespace:
         " place of the feed-forward, 0 keeps that; pack_emb: 1 shrinks the embedding tables to"
         " hidden_size, 0 keeps them; hidden_act: orig, or an activation of the Transformers"
         " library")  # fmt: skip
-    add("--start", choices=("teacher", "random"), default="teacher",
+    add("--start", choices=tuple(bert_pack.STARTS), default="teacher",
         help="packed weights are first fitted to the teacher, or start at random")  # fmt: skip
     add = parser.group(TRAINING).add_argument
     add("--stages", type=stages, default=",".join(STAGES), metavar="STAGE,...",
@@ -316,54 +314,50 @@ def select_trained(student: nn.Module, part: Distillation) -> None:
 
 def check_models(
     args: argparse.Namespace, cfg: PackCfg
-) -> tuple[PreTrainedConfig, PreTrainedConfig, Any, type[Task]]:
-    """Student's and teacher's configurations, the student's tokenizer, and the task of both.
+) -> tuple[OpenedModel, list[OpenedModel], type[Task]]:
+    """Student and teachers, and the task of all.
 
     Raises:
         UserError: they do not fit --pack_cfg, --max_seq_length_c, a task, or each other; one of
             them is quantized.
     """
-    models = [("--model_student", args.model_student)]
-    models += [("--model_teacher", name) for name in args.model_teacher]
-    student_name = unmerged_folder(args.model_student)
-    configs: list[PreTrainedConfig] = []
+    length = args.max_seq_length_c
+    student = open_model(args.model_student, "--model_student", length, before_merging=True)
+    teachers = [open_model(name, "--model_teacher", length) for name in args.model_teacher]
     found: list[type[Task]] = []
-    for flag, name in models:
-        if is_quantized(name):
-            raise UserError(f"{flag}: {name} is quantized; give the model that it was made of")
-        folder = student_name if flag == "--model_student" else name
-        config = check_model(folder, flag, args.max_seq_length_c)
-        configs.append(config)
-        architecture = (config.architectures or ["no architecture"])[0]
-        task = next((each for each in TASKS if architecture in each.architectures), None)
+    for model in (student, *teachers):
+        if model.quantized:
+            raise UserError(
+                f"{model.flag}: {model.name} is quantized; give the model that it was made of"
+            )
+        task = next((each for each in TASKS if model.architecture in each.architectures), None)
         if task is None:
             raise UserError(
-                f"{flag}: {name} is {architecture}, a model of no task that can be distilled;"
-                " fine-tune it first (train_qa.py, train_qcemb.py)"
+                f"{model.flag}: {model.name} is {model.architecture or 'no architecture'}, a model"
+                " of no task that can be distilled; fine-tune it first (train_qa.py,"
+                " train_qcemb.py)"
             )
         found.append(task)
     if len(set(found)) > 1:
         raise UserError("--model_student and --model_teacher are of different tasks")
-    student, *teachers = configs
-    for name, each in zip(args.model_teacher, teachers, strict=True):
-        if isinstance(each, PackedBertConfig):
-            raise UserError(f"--model_teacher: {name} is packed; give the model it is of")
+    for each in teachers:
+        if each.packed:
+            raise UserError(f"--model_teacher: {each.name} is packed; give the model it is of")
     check_flags(args, found[0])
-    tokenizer = load_tokenizer(student_name, "--model_student", student)
-    teacher = teachers[0]
-    check_teacher(args.model_teacher[0], teacher, student, tokenizer)
-    for name, each in zip(args.model_teacher[1:], teachers[1:], strict=True):
-        # Only its logits are read: its hidden size is its own.
-        if load_tokenizer(name, "--model_teacher", each).get_vocab() != tokenizer.get_vocab():
-            raise UserError(f"--model_teacher: {name} has another vocabulary than --model_student")
-    if not isinstance(student, PackedBertConfig):
-        bert_pack.check_pack_cfg(cfg, student)
-        return student, teacher, tokenizer, found[0]
+    check_teacher(teachers[0], student)
+    for each in teachers[1:]:  # only their logits are read: their hidden sizes are their own
+        if each.tokenizer.get_vocab() != student.tokenizer.get_vocab():
+            raise UserError(
+                f"--model_teacher: {each.name} has another vocabulary than --model_student"
+            )
+    if not student.packed:
+        bert_pack.check_pack_cfg(cfg, student.config)
+        return student, teachers, found[0]
     if args.start != "teacher":
         raise UserError(f"--start: {args.model_student} is packed, its weights stay; leave it out")
     differing = [
         f"{key}:{value}, not {key}:{getattr(cfg, key)}"
-        for key, value in (student.pack_cfg or {}).items()
+        for key, value in (student.config.pack_cfg or {}).items()
         if value != getattr(cfg, key)
     ]
     if differing:
@@ -371,7 +365,7 @@ def check_models(
             f"--pack_cfg: {args.model_student} was packed with {', '.join(differing)}; give what it"
             " was packed with to distill on, or an unpacked model"
         )
-    return student, teacher, tokenizer, found[0]
+    return student, teachers, found[0]
 
 
 def check_flags(args: argparse.Namespace, task: type[Task]) -> None:
@@ -430,28 +424,29 @@ def show_sizes(
 
 
 def pack_student(
-    args: argparse.Namespace, cfg: PackCfg, task: Task, run: Run, anew: bool
+    args: argparse.Namespace, cfg: PackCfg, opened: OpenedModel, task: Task, run: Run, anew: bool
 ) -> PreTrainedModel:
     """The student as distillation begins: packed, or loaded if it is so already.
 
     Args:
-        anew: False where a saved state will give the weights.
+        anew: False where a saved state will give the weights, whatever they start as.
     """
-    name, device = unmerged_folder(args.model_student), run.accelerator.device
-    model = load_model(name, "--model_student", task.auto_class).eval()
-    if isinstance(model.config, PackedBertConfig):
+    device = run.accelerator.device
+    model = load_model(opened, task.auto_class).eval()
+    if opened.packed:
         run.say(f"--model_student {args.model_student} is packed: distillation goes on")
         return model.to(device)
-    sample = []
-    if anew and args.start == "teacher":
+    start = args.start if anew else "random"
+    if start == "teacher":
         run.say(f"packing: fitting weights to the teacher's states on {SAMPLE_WINDOWS} windows")
-        sample = [to_device(batch, device) for batch in task.sample(SAMPLE_WINDOWS)]
+    sample = (to_device(batch, device) for batch in task.sample(SAMPLE_WINDOWS))
 
     def report(layer: int, count: int) -> None:
         run.stop_if_asked()
         run.say(f"packing layer {layer} of {count}")
 
-    return bert_pack.pack(model.to(device), cfg, sample, report, bf16=run.precision == "bf16")
+    bf16 = run.precision == "bf16"
+    return bert_pack.pack(model.to(device), cfg, sample, report, start=start, bf16=bf16)
 
 
 def measure_importance(
@@ -484,7 +479,6 @@ def distill(
     teachers: list[PreTrainedModel],
     plan: list[Distillation],
     heads: int,
-    keep: str,
 ) -> PreTrainedModel:
     """Train the student through the stages of the plan, from where the newest state is.
 
@@ -492,8 +486,9 @@ def distill(
         teachers: the first is the one whose states are learned.
 
     Returns:
-        the student with `heads` heads a layer, the last or (keep "best") the best on dev.
+        the student with `heads` heads a layer, as --keep says the last or the best on dev.
     """
+    best_by = task.best_by if task.args.keep == "best" else None
     accelerator, num_layers = run.accelerator, student.config.num_hidden_layers
     names = [part.stage.name for part in plan]
     position = run.states.position()
@@ -525,11 +520,11 @@ def distill(
             loss,
             task.evaluation if part.num_layers in (0, num_layers) else None,
             after_backward=functools.partial(importance.update, accelerator) if measures else None,
-            keep=task.best_by if keep == "best" and final else None,
+            keep=best_by if final else None,
         )
         if measures:
             importance.remove()
-    if keep == "best":
+    if best_by:
         run.states.load_best(student)
     return student
 
@@ -552,7 +547,7 @@ def main() -> None:
 
     # All that a user may have got wrong comes before anything that takes long.
     cfg = bert_pack.parse_pack_cfg(args.pack_cfg)
-    config, teacher_config, tokenizer, task_class = check_models(args, cfg)
+    opened, opened_teachers, task_class = check_models(args, cfg)
     task = task_class(args)
     arguments = {**vars(args), **task.hashes()}
     found = claim_output_dir(args, arguments)
@@ -560,18 +555,18 @@ def main() -> None:
         return
     use_all_gpus(args.no_cuda)
 
-    sizes = show_sizes(task, teacher_config, config, cfg, args.max_seq_length_c)
+    sizes = show_sizes(task, opened_teachers[0].config, opened.config, cfg, args.max_seq_length_c)
     accelerator = make_accelerator(args.precision, args.no_cuda, args.seed)
     teacher, *others = (
-        load_teacher(name, task.auto_class, accelerator.device) for name in args.model_teacher
+        load_teacher(each, task.auto_class, accelerator.device) for each in opened_teachers
     )
-    task.tokenize(tokenizer)
+    task.tokenize(opened.tokenizer)
     run = open_run(accelerator, args, arguments, found)
     run.say(f"{task.describe()}; {run.machine()}")
     evaluation = task.make_evaluation(run)
     run.evaluate_once("teacher", lambda: evaluation(teacher, fp32=True))
     anew = run.states.position() is None
-    student = pack_student(args, cfg, task, run, anew)
+    student = pack_student(args, cfg, opened, task, run, anew)
     # The head reads the states that the student learns.
     cast(PackedBertPreTrainedModel, student).copy_head(teacher)
     if anew:
@@ -581,7 +576,7 @@ def main() -> None:
     if args.passes is not None:
         run.say(describe_plan(plan, args, task.num_examples))
     guides = [in_half(each, accelerator) for each in (teacher, *others)]
-    student = distill(run, task, student, guides, plan, cfg.num_attention_heads, args.keep).eval()
+    student = distill(run, task, student, guides, plan, cfg.num_attention_heads).eval()
 
     # In FP32, since folding maps away rounds otherwise.
     unmerged = evaluation(student, fp32=True)
@@ -599,7 +594,7 @@ def main() -> None:
         more={"sizes": sizes, **grown},
         made=f"packed (`{args.pack_cfg}`) and distilled on",
     )
-    results.deliver(run, task, tokenizer, delivery)
+    results.deliver(run, task, opened.tokenizer, delivery)
     if grown:
         run.say(
             f"the grow stages took {grown['grow_seconds']:,.0f} s; with all layers running they"

@@ -47,7 +47,7 @@ def main() -> None:
     run, student, teacher = fine_tuning.load(job)
     student = fine_tuning.add_quantizers(job, run, student)
     guide = None if teacher is None else in_half(teacher, run.accelerator)
-    loss, batches = job.task.fine_tuning(run, guide, job.state_maps)
+    loss, batches = job.task.fine_tuning(run, guide, job.student.state_maps)
     # What INT8 arithmetic gives is that of FP32 with rounding, not that of bf16.
     evaluation = functools.partial(job.task.evaluation, fp32=job.quantized)
     for stage in fine_tuning.stages_to_go(job, run):

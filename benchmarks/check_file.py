@@ -31,13 +31,13 @@ def main() -> None:
     from transformers import AutoModelForQuestionAnswering
 
     import squad_utils
-    from bert.model_folder import load_config, load_for_export, load_tokenizer
+    from bert.model_folder import load_for_export, open_model
     from deploy import onnx_check, onnx_file
     from squad_utils import INPUTS
     from tasks import qa
 
     data = squad_utils.load_squad(args.squad_dev_data, "--squad_dev_data")
-    tokenizer = load_tokenizer(args.model, "--model", load_config(args.model, "--model"))
+    tokenizer = open_model(args.model, "--model").tokenizer
     windows = qa.make_windows(data, tokenizer, 64, args.length, 64, for_training=False)
     chosen = np.linspace(0, len(windows) - 1, args.windows).astype(int)
     feeds = []

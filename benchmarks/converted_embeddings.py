@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from bert.embedding import AutoModelForEmbedding
-from bert.model_folder import load_config, load_model, load_tokenizer
+from bert.model_folder import load_model, open_model
 from cli import ArgumentParser, number, run_main
 from squad_utils import (
     INPUTS,
@@ -58,12 +58,10 @@ def main() -> None:
     add("--max_seq_length_c", type=number(int, 8), default=384)
     args = parser.parse_args()
     lengths = (args.max_seq_length_q, args.max_seq_length_c)
-    tokenizer = load_tokenizer(
-        args.model_emb, "--model_emb", load_config(args.model_emb, "--model_emb")
-    )
-    pairs = make_pairs(load_squad(args.squad_data, "--squad_data"), tokenizer, *lengths)
+    opened = open_model(args.model_emb, "--model_emb")
+    pairs = make_pairs(load_squad(args.squad_data, "--squad_data"), opened.tokenizer, *lengths)
     own = torch.from_numpy(pairs.context)
-    model = load_model(args.model_emb, "--model_emb", AutoModelForEmbedding, quiet=True).eval()
+    model = load_model(opened, AutoModelForEmbedding, quiet=True).eval()
     vectors = {"PyTorch": [in_pytorch(model, t) for t in (pairs.questions, pairs.contexts)]}
     for path in args.ir:
         both = zip((pairs.questions, pairs.contexts), lengths, strict=True)

@@ -69,9 +69,9 @@ def in_pytorch(folder: str, moved: float = 0.0) -> Infer:
     import torch
     from transformers import AutoModelForQuestionAnswering
 
-    from bert.model_folder import load_model
+    from bert.model_folder import load_model, open_model
 
-    model = load_model(folder, "--int8", AutoModelForQuestionAnswering, quiet=True).eval()
+    model = load_model(open_model(folder, "--int8"), AutoModelForQuestionAnswering, True).eval()
     gains = model.bert.embeddings.LayerNorm.weight.data
     gains.mul_(1 + moved * torch.randn(gains.shape, generator=torch.Generator().manual_seed(0)))
 
@@ -102,7 +102,7 @@ def main() -> None:
     add("--json", help="write the figures there")
     args = parser.parse_args()
 
-    from bert.model_folder import load_config, load_tokenizer
+    from bert.model_folder import open_model
     from squad_utils import INPUTS
     from tasks import qa
 
@@ -110,7 +110,7 @@ def main() -> None:
         arguments = json.load(file)["arguments"]
     lengths = [arguments[key] for key in ("max_seq_length_q", "max_seq_length_c", "doc_stride")]
     data = squad_utils.load_squad(args.squad_dev_data, "--squad_dev_data")
-    tokenizer = load_tokenizer(args.int8, "--int8", load_config(args.int8, "--int8"))
+    tokenizer = open_model(args.int8, "--int8").tokenizer
     windows = qa.make_windows(data, tokenizer, *lengths, for_training=False)
     feeds = []
     for window in range(len(windows)):

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 import bert_pack
-from bert.model_folder import check_model, load_teacher, load_tokenizer
+from bert.model_folder import load_teacher, open_model
 from cli import ArgumentParser, run_main
 from pack_and_distill import SAMPLE_WINDOWS
 from squad_utils import INPUTS
@@ -86,13 +86,13 @@ def main() -> None:
     add_run_arguments(parser)
     with tempfile.TemporaryDirectory() as folder:
         args = parser.parse_args([*sys.argv[1:], f"--output_dir={folder}"])
-        config = check_model(args.model, "--model", args.max_seq_length_c)
+        opened = open_model(args.model, "--model", args.max_seq_length_c)
         cfg = bert_pack.parse_pack_cfg(args.pack_cfg)
-        bert_pack.check_pack_cfg(cfg, config)
+        bert_pack.check_pack_cfg(cfg, opened.config)
         task = QaTask(args)
         accelerator = make_accelerator(args.precision, args.no_cuda, args.seed)
-        teacher = load_teacher(args.model, task.auto_class, accelerator.device)
-        task.tokenize(load_tokenizer(args.model, "--model", config))
+        teacher = load_teacher(opened, task.auto_class, accelerator.device)
+        task.tokenize(opened.tokenizer)
         run = Run(accelerator, folder, {}, "new", args.save_minutes, args.log_steps, "none")
         evaluation = task.make_evaluation(run)
         sample = list(task.sample(SAMPLE_WINDOWS))
@@ -103,8 +103,8 @@ def main() -> None:
                 continue
             began = time.perf_counter()
             with changed(**(changes or {})):
-                given = sample if changes is not None else []
-                student = bert_pack.pack(teacher, cfg, given, bf16=run.precision == "bf16")
+                start, bf16 = "random" if changes is None else "teacher", run.precision == "bf16"
+                student = bert_pack.pack(teacher, cfg, sample, start=start, bf16=bf16)
             seconds = time.perf_counter() - began
             errors = mean_errors(task, student, teacher, cfg.num_hidden_layers)
             row = {

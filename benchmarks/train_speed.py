@@ -43,7 +43,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForQuestionAnswering
 
 from bert.attention import fuse_attention
-from bert.model_folder import load_config, load_model, load_tokenizer
+from bert.model_folder import load_model, open_model
 from cli import ArgumentParser, UserError, number, run_main, warn
 from squad_utils import SquadData, Windows, load_squad
 from tasks import qa
@@ -426,13 +426,13 @@ def in_fresh_process(function: Callable[..., Timing], *arguments: Any) -> Timing
 
 def our_fresh_round(args: argparse.Namespace, windows: Windows, steps: list[np.ndarray]) -> Timing:
     """`our_round` with a model as it was loaded."""
-    model = load_model(args.model, "--model", AutoModelForQuestionAnswering, quiet=True)
+    model = load_model(open_model(args.model, "--model"), AutoModelForQuestionAnswering, True)
     return our_round(args, prepared(args, model), windows, steps, args.micro_batch_size)
 
 
 def trainer_fresh_round(args: argparse.Namespace, features: list[dict[str, np.ndarray]]) -> Timing:
     """`trainer_round` with a model as it was loaded."""
-    model = load_model(args.model, "--model", AutoModelForQuestionAnswering, quiet=True)
+    model = load_model(open_model(args.model, "--model"), AutoModelForQuestionAnswering, True)
     size = args.batch_size
     return trainer_round(args, model, features, args.trainer_round_steps, size, size)
 
@@ -443,7 +443,7 @@ def measure_speed(
     """Part speed: alternating rounds of ours, the bare matrix products, and the Trainer."""
     device = "cuda" if torch.cuda.is_available() and not args.no_cuda else "cpu"
     precision = pick_precision(args.precision, args.no_cuda)
-    config = load_config(args.model, "--model")
+    config = open_model(args.model, "--model").config
     rounds = sample_rounds(args, windows, args.batch_size, args.round_steps)
     sampled = np.concatenate([step for steps in rounds for step in steps])
     print(
@@ -543,7 +543,7 @@ def measure_f1(
 
         print("f1: the Trainer", flush=True)
         transformers.set_seed(args.seed)
-        model = load_model(args.model, "--model", AutoModelForQuestionAnswering, quiet=True)
+        model = load_model(open_model(args.model, "--model"), AutoModelForQuestionAnswering, True)
         features = trainer_features(args, train_data, np.arange(len(train_data.ids)), tokenizer)
         trainer = make_trainer(
             args,
@@ -646,7 +646,7 @@ def main() -> None:
     precision = pick_precision(args.precision, args.no_cuda)
     train_data = load_squad(args.squad_train_data, "--squad_train_data")
     dev_data = load_squad(args.squad_dev_data, "--squad_dev_data")
-    tokenizer = load_tokenizer(args.model, "--model", load_config(args.model, "--model"))
+    tokenizer = open_model(args.model, "--model").tokenizer
 
     figures: dict[str, Any] = {
         "arguments": vars(args),

@@ -78,12 +78,13 @@ def in_pytorch(folder: str, moved: float = 0.0) -> Infer:
     """The checkpoint with its quantizers; gains after the embeddings moved by so much."""
     import torch
 
-    from bert.model_folder import load_config, load_model
+    from bert.model_folder import load_model, open_model
     from deploy import onnx_file
     from tasks import EmbeddingTask, QaTask
 
-    embeds = "Embedding" in load_config(folder, "--model").architectures[0]
-    model = load_model(folder, "--model", auto_class(embeds), quiet=True).eval()
+    opened = open_model(folder, "--model")
+    embeds = "Embedding" in opened.architecture
+    model = load_model(opened, auto_class(embeds), quiet=True).eval()
     gains = model.bert.embeddings.LayerNorm.weight.data
     gains.mul_(1 + moved * torch.randn(gains.shape, generator=torch.Generator().manual_seed(0)))
     outputs = (EmbeddingTask if embeds else QaTask).outputs
@@ -148,13 +149,13 @@ class Reading:
 
     def __init__(self, folder: str, dev: str) -> None:
         import squad_utils
-        from bert.model_folder import load_config, load_tokenizer
+        from bert.model_folder import open_model
         from tasks import qa
         from tasks.squad_scores import load_scorer
 
         self.utils = squad_utils
         self.data = squad_utils.load_squad(dev, "--squad_dev_data")
-        tokenizer = load_tokenizer(folder, "--model", load_config(folder, "--model"))
+        tokenizer = open_model(folder, "--model").tokenizer
         self.windows = qa.make_windows(self.data, tokenizer, 64, 384, 128, for_training=False)
         self.scorer = load_scorer(None, self.data)
 
@@ -197,11 +198,11 @@ class Searching:
 
     def __init__(self, folder: str, dev: str) -> None:
         import squad_utils
-        from bert.model_folder import load_config, load_tokenizer
+        from bert.model_folder import open_model
         from tasks import texts
 
         data = squad_utils.load_squad(dev, "--squad_dev_data")
-        tokenizer = load_tokenizer(folder, "--model", load_config(folder, "--model"))
+        tokenizer = open_model(folder, "--model").tokenizer
         self.pairs = texts.make_pairs(data, tokenizer, 32, 384)
 
     def feeds(self) -> Iterator[dict[str, np.ndarray]]:
@@ -257,10 +258,10 @@ def main() -> None:
     add("--ranges", default=",".join(RANGES))
     args = parser.parse_args()
 
-    from bert.model_folder import load_config
+    from bert.model_folder import open_model
     from deploy.cpu import this_cpu
 
-    embeds = "Embedding" in load_config(args.model, "--model").architectures[0]
+    embeds = "Embedding" in open_model(args.model, "--model").architecture
     dev = (Searching if embeds else Reading)(args.model, args.squad_dev_data)
     path = os.path.join(args.output_dir, "results.json")
     rows: dict[str, Any] = {}

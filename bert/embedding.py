@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, BertConfig, BertModel, BertPreTrainedModel, PretrainedConfig
 from transformers.modeling_outputs import ModelOutput
 
-from bert.packed import PACKED_CLASSES, PackedBertConfig, PackedBertModel, PackedBertPreTrainedModel
+from bert.packed import PackedBertConfig, PackedBertModel, PackedBertPreTrainedModel
 
 POOLINGS = ("cls", "mean")
 POOLERS = ("pretrained", "identity")
@@ -154,6 +154,3 @@ class AutoModelForEmbedding:
         where = {k: v for k, v in kwargs.items() if k == "local_files_only"}
         config = AutoConfig.from_pretrained(pretrained_model_name_or_path, **where)
         return cls._class_of(config).from_pretrained(pretrained_model_name_or_path, **kwargs)
-
-
-PACKED_CLASSES[BertForEmbedding] = PackedBertForEmbedding

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
+from dataclasses import dataclass
 from typing import Any, Protocol, cast
 
 import huggingface_hub
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -19,43 +22,27 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
-from bert import (
-    embedding,  # noqa: F401 - registers all models with the Auto classes
-    packed,
-)
 from bert.attention import fuse_attention
-from cli import UserError, is_main_process, warn
+from bert.packed import PackedBertConfig
+from cli import UserError, first_line, in_one_line, is_main_process, warn
 from deploy.cpu import this_cpu
 from int8 import quantizers
-from int8.quantizers import is_quantized
 from int8.weight_range import WeightRange
 from squad_utils import SpecialIds
 
-MODEL_TYPES = (
-    "bert",
-    packed.PackedBertConfig.model_type,
-)  # config.json's model_type of what these scripts train
-
-
+MODEL_TYPES = ("bert", PackedBertConfig.model_type)  # of config.json, which these scripts train
 WEIGHT_FILES = (
     "model.safetensors",
     "model.safetensors.index.json",
     "pytorch_model.bin",
     "pytorch_model.bin.index.json",
 )
-
-
 STATE_MAPS = "state_maps.safetensors"  # in the folder of a merged one: maps that losses need
 UNMERGED = "unmerged"  # the folder, in that of a packed model, of the model before merging
 HUB_TIMEOUT = 5.0  # seconds that the hub has to answer; its own client retries for half a minute
 
-
 transformers_logging.set_verbosity_error()
-
-
 transformers_logging.disable_progress_bar()  # of reading weights; a download still shows its own
-
-
 huggingface_hub.utils.enable_progress_bars()
 
 
@@ -69,15 +56,120 @@ class AutoClass(Protocol):
         """A model, or with output_loading_info the model and a dict."""
 
 
-@functools.lru_cache
-def find_model(name: str, flag: str) -> dict[str, Any]:
+# ------------------------------------------------------------------------------------------------
+# Found and checked
+
+
+@dataclass(frozen=True)
+class OpenedModel:
+    """A model as its folder tells it, before its weights are read.
+
+    Attributes:
+        name: a folder or a hub name, as `flag` gives it.
+        folder: where it is loaded from: `name`, or the folder in it of the model before merging.
+        local: whether that is here, so that the hub is not asked.
+        quantized: whether it has quantizers.
+        state_maps: of a merged model, from its states to its teacher's hidden size, which only
+            losses need; None where the folder does not have them.
+    """
+
+    name: str
+    flag: str
+    folder: str
+    local: bool
+    quantized: bool
+    config: PretrainedConfig
+    state_maps: nn.ModuleList | None
+
+    @functools.cached_property
+    def tokenizer(self) -> PreTrainedTokenizerFast:
+        """Its fast tokenizer, read when it is first asked for.
+
+        Raises:
+            UserError: there is none, it lacks one of [CLS], [SEP], [PAD], or it has more tokens
+                than the model.
+        """
+        where, size = f"{self.flag}: the tokenizer of {self.folder}", self.config.vocab_size
+        with in_one_line(f"{where} does not load"):
+            found = AutoTokenizer.from_pretrained(
+                self.folder, local_files_only=self.local, use_fast=True
+            )
+        tokenizer = cast(PreTrainedTokenizerFast, found)  # if not, an error now
+        # Without files the library makes up a tokenizer that knows its special tokens alone.
+        made_up = set(tokenizer.get_vocab()) <= set(tokenizer.all_special_tokens)
+        ids = (tokenizer.cls_token_id, tokenizer.sep_token_id, tokenizer.pad_token_id)
+        if made_up or not tokenizer.is_fast or None in ids:
+            raise UserError(
+                f"{self.flag}: {self.folder} has no fast BERT tokenizer (tokenizer.json or"
+                " vocab.txt)"
+            )
+        if len(tokenizer) > size:
+            raise UserError(f"{where} has {len(tokenizer)} tokens, its model only {size}")
+        return tokenizer
+
+    @property
+    def architecture(self) -> str:
+        """The class of the model, or "" where its configuration names none."""
+        return (self.config.architectures or [""])[0]
+
+    @property
+    def packed(self) -> bool:
+        return isinstance(self.config, PackedBertConfig)
+
+    @property
+    def merged(self) -> bool:
+        """Whether it is a packed model without the maps that its hidden states need."""
+        return self.packed and self.config.merged
+
+
+def open_model(
+    name: str, flag: str, length: int | None = None, *, before_merging: bool = False
+) -> OpenedModel:
+    """Find a BERT, packed or not, and check all of it but its weights.
+
+    Args:
+        length: tokens that it must take, of --max_seq_length_c; None where it is to read no texts
+            now, and its tokenizer is not checked.
+        before_merging: take a packed model as it was before merging, where its folder has that
+            and it is not quantized.
+
+    Raises:
+        UserError: neither a folder nor on the hub; a file is missing or damaged; not a BERT.
+    """
+    folder, inner = name, os.path.join(name, UNMERGED)
+    quantized = os.path.isfile(os.path.join(name, quantizers.QUANTIZERS))
+    before_merging = before_merging and not quantized
+    if before_merging and os.path.isfile(os.path.join(inner, "config.json")):
+        folder = inner
+    local = _find(folder, flag)
+    with in_one_line(f"{flag}: the configuration of {folder} does not load"):
+        config = AutoConfig.from_pretrained(folder, local_files_only=local)
+    if config.model_type not in MODEL_TYPES:
+        raise UserError(
+            f"{flag}: {folder} is a {config.model_type} model; BERT is needed"
+            f" (model_type {' or '.join(MODEL_TYPES)})"
+        )
+    if config.type_vocab_size < 2:
+        raise UserError(f"{flag}: {folder} has one token type; question and context need two")
+    if length is not None and length > config.max_position_embeddings:
+        raise UserError(
+            f"--max_seq_length_c={length} is over the {config.max_position_embeddings} positions"
+            f" of {folder}"
+        )
+    state_maps = None
+    if getattr(config, "merged", False) and not before_merging:
+        state_maps = _load_state_maps(folder, flag, config)
+    opened = OpenedModel(name, flag, folder, local, quantized, config, state_maps)
+    if length is not None:
+        _ = opened.tokenizer  # a bad one is told now
+    return opened
+
+
+def _find(name: str, flag: str) -> bool:
     """Check that a model is there: a local folder with weights, or a name that the hub knows.
 
     Returns:
-        the arguments of `from_pretrained` that say where it is.
-
-    Raises:
-        UserError: neither a folder nor on the hub; a folder that lacks config.json or weights.
+        whether it is here: a folder, or what the hub gave earlier where it cannot be asked now.
     """
     if os.path.isdir(name):
         if not os.path.isfile(os.path.join(name, "config.json")):
@@ -86,97 +178,68 @@ def find_model(name: str, flag: str) -> dict[str, Any]:
             raise UserError(
                 f"{flag}: the folder {name} holds no weights: model.safetensors is missing"
             )
-        return {"pretrained_model_name_or_path": name, "local_files_only": True}
+        return True
     if os.path.exists(name):
         raise UserError(f"{flag}: {name} is a file; a model's folder or hub name is needed")
-    problem = None
     try:
         huggingface_hub.HfApi().model_info(name, timeout=HUB_TIMEOUT)
+        return False
     except Exception as error:  # the hub's client raises its own, httpx's and requests' errors
-        problem = (str(error).strip() or repr(error)).splitlines()[0]
-    try:
-        cached = isinstance(huggingface_hub.try_to_load_from_cache(name, "config.json"), str)
-    except huggingface_hub.errors.HFValidationError:
-        cached = False
-    if problem and not cached:
+        with contextlib.suppress(huggingface_hub.errors.HFValidationError):
+            if isinstance(huggingface_hub.try_to_load_from_cache(name, "config.json"), str):
+                return True
         raise UserError(
-            f"{flag}: {name} is neither a folder here nor a model that the hub gives ({problem})"
-        )
-    return {"pretrained_model_name_or_path": name, "local_files_only": problem is not None}
+            f"{flag}: {name} is neither a folder here nor a model that the hub gives"
+            f" ({first_line(error)})"
+        ) from None
 
 
-def load_config(name: str, flag: str) -> PretrainedConfig:
-    """The model's configuration.
-
-    Raises:
-        UserError: as `find_model`; an unreadable configuration; a model that is not BERT.
-    """
-    where = find_model(name, flag)
-    try:
-        config = AutoConfig.from_pretrained(**where)
-    except Exception as error:
-        reason = str(error).strip().splitlines()[0]
-        raise UserError(f"{flag}: the configuration of {name} does not load: {reason}") from None
-    if config.model_type not in MODEL_TYPES:
-        raise UserError(
-            f"{flag}: {name} is a {config.model_type} model; BERT is needed"
-            f" (model_type {' or '.join(MODEL_TYPES)})"
-        )
-    if config.type_vocab_size < 2:
-        raise UserError(f"{flag}: {name} has one token type; question and context need two")
-    return config
+def _load_state_maps(folder: str, flag: str, config: PretrainedConfig) -> nn.ModuleList | None:
+    """`OpenedModel.state_maps`, from a file of their own or from the model before merging."""
+    path, prefix = os.path.join(folder, STATE_MAPS), ""
+    if not os.path.isfile(path):
+        inner = os.path.join(folder, UNMERGED)
+        if not os.path.isfile(os.path.join(inner, "config.json")):
+            return None
+        path, prefix = os.path.join(inner, "model.safetensors"), "bert.state_maps."
+    maps = nn.ModuleList(
+        nn.Linear(config.hidden_size, config.state_size)
+        for _ in range(config.num_hidden_layers + 1)
+    )
+    with in_one_line(f"{flag}: {path} does not load"), safe_open(path, "pt") as file:
+        names = [name for name in file.keys() if name.startswith(prefix)]  # noqa: SIM118
+        maps.load_state_dict({n.removeprefix(prefix): file.get_tensor(n) for n in names})
+    return maps.requires_grad_(False)
 
 
-def check_model(name: str, flag: str, max_seq_length_c: int) -> PretrainedConfig:
-    """The configuration of a model that takes max_seq_length_c tokens.
-
-    Raises:
-        UserError: as `load_config`, or it has too few positions.
-    """
-    config = load_config(name, flag)
-    if max_seq_length_c > config.max_position_embeddings:
-        raise UserError(
-            f"--max_seq_length_c={max_seq_length_c} is over the"
-            f" {config.max_position_embeddings} positions of {name}"
-        )
-    return config
-
-
-def check_teacher(
-    name: str,
-    teacher: PretrainedConfig,
-    student: PretrainedConfig,
-    tokenizer: PreTrainedTokenizerFast,
-    has_state_maps: bool = False,
-) -> None:
-    """Check that --model_teacher, of name `name`, can teach --model_student.
-
-    Args:
-        student, tokenizer: of --model_student.
-        has_state_maps: whether the student, if merged, still has the maps to its teacher's states.
+def check_teacher(teacher: OpenedModel, student: OpenedModel) -> None:
+    """Check that hidden states of one can teach the other.
 
     Raises:
         UserError: their hidden states differ in size, or their vocabularies differ.
     """
-    sizes = []
-    for flag, config in (("--model_teacher", teacher), ("--model_student", student)):
-        if getattr(config, "merged", False) and not (config is student and has_state_maps):
+    for model in (teacher, student):
+        if model.merged and (model is teacher or student.state_maps is None):
             raise UserError(
-                f"{flag} is packed and merged: its hidden states cannot be compared with another"
-                " model's; the folder before merging can"
+                f"{model.flag} is packed and merged: its hidden states cannot be compared with"
+                " another model's; the folder before merging can"
             )
-        sizes.append(getattr(config, "state_size", config.hidden_size))
-    if sizes[0] != sizes[1]:
+    configs = (teacher.config, student.config)
+    taught, learned = (getattr(each, "state_size", each.hidden_size) for each in configs)
+    if taught != learned:
         raise UserError(
-            f"--model_teacher has hidden size {sizes[0]}, --model_student {sizes[1]}: hidden"
-            " states of one size are needed to compare them"
+            f"{teacher.flag} has hidden size {taught}, {student.flag} {learned}: hidden states of"
+            " one size are needed to compare them"
         )
-    vocabulary = load_tokenizer(name, "--model_teacher", teacher).get_vocab()
-    if vocabulary != tokenizer.get_vocab():
-        raise UserError("--model_teacher has another vocabulary than --model_student")
+    if teacher.tokenizer.get_vocab() != student.tokenizer.get_vocab():
+        raise UserError(f"{teacher.flag} has another vocabulary than {student.flag}")
 
 
-def load_model(name: str, flag: str, auto_class: AutoClass, quiet: bool = False) -> PreTrainedModel:
+# ------------------------------------------------------------------------------------------------
+# Loaded
+
+
+def load_model(model: OpenedModel, auto_class: AutoClass, quiet: bool = False) -> PreTrainedModel:
     """The model in FP32 on the CPU, with its quantizers if it has any; says which of its weights
     start anew, unless quiet.
 
@@ -184,30 +247,26 @@ def load_model(name: str, flag: str, auto_class: AutoClass, quiet: bool = False)
         auto_class: e.g. transformers.AutoModelForQuestionAnswering.
 
     Raises:
-        UserError: as `load_config`; weights that cannot be read.
+        UserError: weights that cannot be read.
     """
-    load_config(name, flag)
-    try:
-        model, info = auto_class.from_pretrained(
-            **find_model(name, flag), dtype=torch.float32, output_loading_info=True
+    folder, flag = model.folder, model.flag
+    with in_one_line(f"{flag}: the weights of {folder} do not load"):
+        loaded, info = auto_class.from_pretrained(
+            folder, local_files_only=model.local, dtype=torch.float32, output_loading_info=True
         )
-    except Exception as error:
-        reason = (str(error).strip() or repr(error)).splitlines()[0]
-        raise UserError(f"{flag}: the weights of {name} do not load: {reason}") from None
-    if is_quantized(name):
-        model = quantizers.load_quantizers(
-            fuse_attention(model, separate_products=True), name, flag
-        )
+    if model.quantized:
+        loaded = fuse_attention(loaded, separate_products=True)
+        loaded = quantizers.load_quantizers(loaded, folder, flag)
         if not quiet:
-            warn_of_overflow(model, f"{flag} {name}")
+            warn_of_overflow(loaded, f"{flag} {folder}")
     if is_main_process() and not quiet:
-        count = sum(p.numel() for p in model.parameters())
+        count = sum(p.numel() for p in loaded.parameters())
         anew = sorted(info["missing_keys"])
         print(
-            f"{flag} {name}: {count / 1e6:.2f} M parameters"
+            f"{flag} {folder}: {count / 1e6:.2f} M parameters"
             + (f"; starting anew: {', '.join(anew)}" if anew else "")
         )
-    return model
+    return loaded
 
 
 def warn_of_overflow(model: nn.Module, what: str) -> None:
@@ -223,51 +282,25 @@ def warn_of_overflow(model: nn.Module, what: str) -> None:
 
 def load_for_export(folder: str, auto_class: AutoClass) -> tuple[PreTrainedModel, bool]:
     """A saved checkpoint as it is exported to ONNX, and whether it has quantizers."""
-    model, quantized = load_model(folder, "--output_dir", auto_class, quiet=True), False
-    if is_quantized(folder):
+    opened = open_model(folder, "--output_dir")
+    model = load_model(opened, auto_class, quiet=True)
+    if opened.quantized:
         quantizers.make_exportable(model)
-        quantized = True
-    elif model.config.model_type == "bert":
+    elif not opened.packed:
         model.set_attn_implementation("eager")  # whose pattern OpenVINO fuses
-    return model, quantized
+    return model, opened.quantized
 
 
-def load_teacher(name: str, auto_class: AutoClass, device: torch.device) -> PreTrainedModel:
-    """--model_teacher as it is needed: with fast attention, in eval mode, not training.
+def load_teacher(
+    model: OpenedModel, auto_class: AutoClass, device: torch.device
+) -> PreTrainedModel:
+    """A teacher as it is needed: with fast attention, in eval mode, not training.
 
     Raises:
         UserError: as `load_model`.
     """
-    teacher = fuse_attention(load_model(name, "--model_teacher", auto_class))
+    teacher = fuse_attention(load_model(model, auto_class))
     return teacher.eval().requires_grad_(False).to(device)
-
-
-def load_tokenizer(name: str, flag: str, config: PretrainedConfig) -> PreTrainedTokenizerFast:
-    """The model's fast tokenizer.
-
-    Raises:
-        UserError: there is none, it lacks one of [CLS], [SEP], [PAD], or it has more tokens than
-            the model of configuration `config`.
-    """
-    try:
-        found = AutoTokenizer.from_pretrained(**find_model(name, flag), use_fast=True)
-        tokenizer = cast(PreTrainedTokenizerFast, found)  # if not, an error below
-    except UserError:
-        raise
-    except Exception as error:
-        reason = (str(error).strip() or repr(error)).splitlines()[0]
-        raise UserError(f"{flag}: the tokenizer of {name} does not load: {reason}") from None
-    # Without files the library makes up a tokenizer that knows its special tokens alone.
-    made_up = set(tokenizer.get_vocab()) <= set(tokenizer.all_special_tokens)
-    ids = (tokenizer.cls_token_id, tokenizer.sep_token_id, tokenizer.pad_token_id)
-    if made_up or not tokenizer.is_fast or None in ids:
-        raise UserError(f"{flag}: {name} has no fast BERT tokenizer (tokenizer.json or vocab.txt)")
-    if len(tokenizer) > config.vocab_size:
-        raise UserError(
-            f"{flag}: the tokenizer of {name} has {len(tokenizer)} tokens, its model only"
-            f" {config.vocab_size}"
-        )
-    return tokenizer
 
 
 def special_ids(tokenizer: PreTrainedTokenizerFast) -> SpecialIds:
@@ -275,48 +308,18 @@ def special_ids(tokenizer: PreTrainedTokenizerFast) -> SpecialIds:
     return SpecialIds(tokenizer.cls_token_id, tokenizer.sep_token_id, tokenizer.pad_token_id)
 
 
-def load_state_maps(name: str, config: PretrainedConfig) -> nn.ModuleList | None:
-    """The maps from the states of a merged model to its teacher's hidden size, which only losses
-    need; None where the folder does not have them.
-
-    Raises:
-        UserError: the file that has them is damaged.
-    """
-    maps = nn.ModuleList(
-        nn.Linear(config.hidden_size, config.state_size)
-        for _ in range(config.num_hidden_layers + 1)
-    )
-    path, prefix = os.path.join(name, STATE_MAPS), ""
-    if not os.path.isfile(path):
-        if unmerged_folder(name) == name:
-            return None
-        path, prefix = os.path.join(unmerged_folder(name), "model.safetensors"), "bert.state_maps."
-    try:
-        weights = load_file(path)
-        maps.load_state_dict(
-            {key.removeprefix(prefix): value for key, value in weights.items() if prefix in key}
-        )
-    except Exception as error:
-        reason = (str(error).strip() or repr(error)).splitlines()[0]
-        raise UserError(f"--model_student: {path} does not load: {reason}") from None
-    return maps.requires_grad_(False)
+# ------------------------------------------------------------------------------------------------
+# Saved
 
 
 def save_state_maps(maps: nn.ModuleList, folder: str) -> None:
-    """Keep the maps beside a merged model, for `load_state_maps`."""
+    """Keep the maps beside a merged model, for `open_model`."""
     save_file(maps.cpu().state_dict(), os.path.join(folder, STATE_MAPS))
 
 
 def count_parameters(model: nn.Module) -> int:
     """Weights of a model, without the quantizers'."""
     return sum(p.numel() for name, p in model.named_parameters() if "__nncf_hooks" not in name)
-
-
-def unmerged_folder(name: str) -> str:
-    """Where a packed model still has the maps that its hidden states need: `name`/unmerged if
-    there is such a folder, else `name` itself."""
-    folder = os.path.join(name, UNMERGED)
-    return folder if os.path.isfile(os.path.join(folder, "config.json")) else name
 
 
 def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, folder: str) -> None:

@@ -160,9 +160,6 @@ class PackedBertPreTrainedModel(PreTrainedModel):
         """Take over what reads the last state, of a teacher of the same task."""
         raise NotImplementedError
 
-    def _init_weights(self, module: nn.Module) -> None:
-        super()._init_weights(module)
-
 
 class PackedBertModel(PackedBertPreTrainedModel):
     """The packed encoder.
@@ -260,17 +257,8 @@ class PackedBertForQuestionAnswering(PackedBertPreTrainedModel):
         )
 
 
-PACKED_CLASSES: dict[type[PreTrainedModel], type[PackedBertPreTrainedModel]] = {
-    BertForQuestionAnswering: PackedBertForQuestionAnswering
-}
-
-
 AutoConfig.register(PackedBertConfig.model_type, PackedBertConfig)
-
-
 AutoModel.register(PackedBertConfig, PackedBertModel)
-
-
 AutoModelForQuestionAnswering.register(PackedBertConfig, PackedBertForQuestionAnswering)
 
 

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from tokenizers import Tokenizer
 
-from cli import UserError, read_text, tell, warn
+from cli import UserError, in_one_line, read_text, tell, warn
 from deploy.cpu import this_cpu
 from squad_utils import SpecialIds
 
@@ -84,7 +84,7 @@ def load_exported(
     path = os.path.join(folder, "model.onnx")
     if not os.path.isfile(path):
         raise UserError(f"{flag}: {folder} has no model.onnx; {script} writes it at its end")
-    try:
+    with in_one_line(f"{flag}: {folder} does not load as {kind}"):
         metrics, tokenizer = json.loads(metrics_text), Tokenizer.from_str(tokenizer_text)
         arguments = metrics["arguments"]
         why, cure = _overflow(path)
@@ -95,9 +95,6 @@ def load_exported(
             opened = _openvino(path, runtime.precision, bool(why))
         else:
             opened = _onnxruntime(path, bool(why))
-    except Exception as error:  # tokenizers' and ONNX Runtime's own errors are plain Exceptions
-        reason = (str(error).strip() or repr(error)).splitlines()[0]
-        raise UserError(f"{flag}: {folder} does not load as {kind}: {reason}") from None
     if sorted(opened.outputs) != sorted(outputs):
         raise UserError(
             f"{flag}: {folder} is not {kind}: its outputs are {', '.join(opened.outputs)},"

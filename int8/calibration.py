@@ -18,7 +18,7 @@ from nncf.scopes import get_ignored_node_names_from_subgraph
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from cli import UserError
+from cli import UserError, in_one_line
 from int8.quantizers import Operation, _graph, hold_weight_range, operations
 from int8.settings import NncfConfig
 from int8.weight_range import HoldWeightRange, WeightRange
@@ -109,14 +109,11 @@ def calibrate(
         return sample
 
     arguments = {**config.arguments, "subset_size": len(samples)}
-    try:
-        with torch.no_grad(), _holding(config.weight_range):
-            model = nncf.quantize(model.eval(), nncf.Dataset(list(samples), inputs), **arguments)
-            hold_weight_range(model, config.weight_range)
-            return model
-    except REFUSALS as error:
-        reason = str(error).strip().splitlines()[0]
-        raise UserError(f"--nncf_config: {config.path}: NNCF refuses it: {reason}") from None
+    refused = in_one_line(f"--nncf_config: {config.path}: NNCF refuses it", REFUSALS)
+    with refused, torch.no_grad(), _holding(config.weight_range):
+        model = nncf.quantize(model.eval(), nncf.Dataset(list(samples), inputs), **arguments)
+        hold_weight_range(model, config.weight_range)
+    return model
 
 
 @contextlib.contextmanager

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.overrides import handle_torch_function, has_torch_function_unary
 
-from cli import warn
+from cli import first_line, warn
 from int8.weight_range import hold
 
 # Values that the plain functions take on a CPU before compiled ones take over: they need about a
@@ -187,8 +187,7 @@ class _Compiled(Generic[Rest, Result]):
             return self.compiled(values, *args, **named)
         except Exception as error:  # of a compiler; whatever it is, the plain function is right
             _Compiled.failed = True
-            reason = (str(error).strip() or repr(error)).splitlines()[0]
-            warn(f"quantizers run as plain operations, which is slower: {reason}")
+            warn(f"quantizers run as plain operations, which is slower: {first_line(error)}")
             return self.function(values, *args, **named)
 
     @staticmethod

@@ -25,17 +25,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from cli import UserError
+from cli import UserError, in_one_line
 from int8 import fake_quantize  # noqa: F401 - takes the place of NNCF's functions
 from int8.weight_range import WeightRange, hold_in_use, use_seven_bits
 from squad_utils import INPUTS
 
 QUANTIZERS = "quantizers.json"  # in the folder of a quantized model: where its quantizers are
-
-
-def is_quantized(name: str) -> bool:
-    """Whether a folder holds a model with quantizers."""
-    return os.path.isfile(os.path.join(name, QUANTIZERS))
 
 
 QUANTIZER_WEIGHTS = "quantizers.safetensors"  # beside QUANTIZERS: their ranges
@@ -176,7 +171,7 @@ def load_quantizers(model: PreTrainedModel, folder: str, flag: str) -> PreTraine
     Raises:
         UserError: the files are damaged.
     """
-    try:
+    with in_one_line(f"{flag}: the quantizers of {folder} do not load"):
         with open(os.path.join(folder, QUANTIZERS), encoding="utf-8") as file:
             config = json.load(file)
         weight_range = WeightRange(config.pop(WEIGHT_RANGE, WeightRange.FULL))
@@ -187,9 +182,6 @@ def load_quantizers(model: PreTrainedModel, folder: str, flag: str) -> PreTraine
             for name in model.load_state_dict(state, strict=False).missing_keys
             if name.startswith(HOOKS)
         ]
-    except Exception as error:
-        reason = (str(error).strip() or repr(error)).splitlines()[0]
-        raise UserError(f"{flag}: the quantizers of {folder} do not load: {reason}") from None
     if missing:
         raise UserError(f"{flag}: {folder}/{QUANTIZER_WEIGHTS} lacks {missing[0]}")
     hold_weight_range(model, weight_range)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+import os
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import ClassVar, cast
 
@@ -22,8 +23,8 @@ from tasks import embedding_loss
 from tasks.hidden_states import OutputLoss
 from tasks.task import Rows, Task
 from tasks.texts import CONTEXT_BLOCK, Pairs, Texts, encode, make_pairs, make_texts
-from training import results
 from training.passes import Batches, LossFunction
+from training.results import TaskCard
 from training.run import Run
 
 TOP = (1, 5, 10, 100, 200)  # of the nearest contexts
@@ -311,6 +312,23 @@ class EmbeddingTask(Task):
             "extra_contexts": len(self.searched) - len(self.dev_pairs.contexts),
         }
 
-    def write_card(self, metrics: results.Metrics, script: str, made: str) -> None:
-        """Write the model card."""
-        results.write_emb_card(self.args.output_dir, metrics, script, made)
+    def card(self, figures: Mapping[str, float]) -> TaskCard:
+        """Its part of the model card."""
+        args, counts = self.args, self.counts()
+        dev = os.path.basename(args.squad_dev_data)
+        return TaskCard(
+            title="Embeddings of questions and contexts",
+            tag="sentence-similarity",
+            rows={
+                f"own context nearest, `{dev}`": f"{figures['top_1']:.2f}%",
+                "among the 5 nearest": f"{figures['top_5']:.2f}%",
+                "mean reciprocal rank": f"{figures['mrr']:.2f}%",
+                "dev questions": counts["dev_questions"],
+                "contexts searched": len(self.searched),
+                "training pairs": counts["train_pairs"],
+            },
+            outputs="output\n`embedding`, float32 [1, H].",
+            inputs="The input is `[CLS] text [SEP]`, token types 0; questions are cut to"
+            f" {args.max_seq_length_q} tokens in all,\ncontexts to {args.max_seq_length_c}. The"
+            " right context is the one whose embedding is nearest (L2) to the question's.",
+        )

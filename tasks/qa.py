@@ -7,7 +7,7 @@ import contextlib
 import functools
 import hashlib
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import ClassVar, Protocol, cast
 
 import numpy as np
@@ -33,8 +33,8 @@ from tasks.extra_pairs import ExtraBatches, Pool, read_texts
 from tasks.hidden_states import OutputLoss, state_errors
 from tasks.squad_scores import Scorer, load_scorer
 from tasks.task import Rows, Task
-from training import results
 from training.passes import Batches, LossFunction, to_device
+from training.results import TaskCard
 from training.run import Run
 from training.states import write_json
 
@@ -198,9 +198,24 @@ class QaTask(Task):
             path = os.path.join(folder, "no_answer_scores.json")
             write_json(path, self.evaluation.no_answer_scores)
 
-    def write_card(self, metrics: results.Metrics, script: str, made: str) -> None:
-        """Write the model card."""
-        results.write_qa_card(self.args.output_dir, metrics, script, made)
+    def card(self, figures: Mapping[str, float]) -> TaskCard:
+        """Its part of the model card."""
+        args, counts = self.args, self.counts()
+        return TaskCard(
+            title="Extractive question answering",
+            tag="question-answering",
+            rows={
+                f"F1 on `{os.path.basename(args.squad_dev_data)}`": f"{figures['f1']:.2f}",
+                "exact match": f"{figures['exact_match']:.2f}",
+                "dev questions": counts["dev_questions"],
+                "training questions": counts["train_questions"],
+            },
+            outputs="outputs\n`output_s` and `output_e`, the logits of the answer's first and last"
+            f" token, float32 [1, {args.max_seq_length_c}].",
+            inputs="The input is `[CLS] question [SEP] context [SEP]`, token types 0 and 1;"
+            f" questions are cut\nto {args.max_seq_length_q} tokens, and contexts that do not fit"
+            f" are covered by windows {args.doc_stride} tokens apart.",
+        )
 
 
 # ------------------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ from __future__ import annotations
 import argparse
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from bert.model_folder import AutoClass, load_for_export
+from bert.model_folder import AutoClass, OpenedModel, load_for_export
 from cli import UserError
 from deploy import onnx_file
 from deploy.onnx_check import Check
@@ -28,7 +28,7 @@ from tasks.hidden_states import OutputLoss
 from training.fine_tuning import FineTunable
 from training.loop import Evaluation
 from training.passes import Batches, LossFunction
-from training.results import Metrics
+from training.results import TaskCard
 from training.run import Run
 
 CHECKED_ROWS = 8  # on which the exported file is compared with PyTorch
@@ -84,22 +84,19 @@ class Task(ABC):
         return {f"sha256_{name}": data.sha256[:16] for name, data in self.data.items()}
 
     @classmethod
-    def check(
-        cls, architecture: str, name: str, flag: str, every: Sequence[type[FineTunable]]
-    ) -> None:
+    def check(cls, model: OpenedModel, every: Sequence[type[FineTunable]]) -> None:
         """Check that a model is of this task, or of none yet.
 
         Args:
-            architecture: as config.json names it, or "".
             every: all tasks that there are.
 
         Raises:
             UserError: it is of another task.
         """
         others = [a for task in every for a in task.architectures if task is not cls]
-        if architecture in others:
+        if model.architecture in others:
             raise UserError(
-                f"{flag}: {name} is a model of another task ({architecture});"
+                f"{model.flag}: {model.name} is a model of another task ({model.architecture});"
                 f" {' or '.join(cls.architectures)} is needed, or a BERT that is not fine-tuned"
             )
 
@@ -202,8 +199,8 @@ class Task(ABC):
         """Write what the last evaluation has found to the output folder."""
 
     @abstractmethod
-    def write_card(self, metrics: Metrics, script: str, made: str) -> None:
-        """Write the model card, README.md."""
+    def card(self, figures: Mapping[str, float]) -> TaskCard:
+        """What the model card, README.md, tells of the task and a model's figures."""
 
     @abstractmethod
     def dev_rows(self) -> Rows:

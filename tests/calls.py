@@ -20,6 +20,7 @@ import pytest
 import torch
 
 from cli import run_main
+from training import results
 
 Process = subprocess.Popen[str] | fork_server.Forked
 
@@ -144,6 +145,20 @@ def first_questions(source: Path, target: Path, count: int) -> None:
         article["paragraphs"] = [p for p in article["paragraphs"] if p["qas"]]
     root["data"] = [article for article in root["data"] if article["paragraphs"]]
     target.write_text(json.dumps(root))
+
+
+def curves(folder: Path, score_names: dict[str, str]) -> list[str]:
+    """Draw curves.png of a log; the names of its curves."""
+    from matplotlib import pyplot as plt
+
+    figures: list[Any] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(plt, "close", figures.append)
+        results.draw_curves(str(folder), score_names)
+    (figure,) = figures
+    plt.close(figure)
+    legends = [axes.get_legend() for axes in figure.axes if axes.get_legend()]
+    return [text.get_text() for legend in legends for text in legend.get_texts()]
 
 
 def error_line(stderr: str) -> str:

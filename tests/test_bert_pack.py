@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import itertools
+import sys
 from pathlib import Path
 
 import pytest
 import torch
+from conftest import ROOT, run
 from torch import Tensor
 from transformers import (
     AutoConfig,
@@ -20,6 +22,7 @@ from transformers import (
 from bert.attention import fuse_attention
 from bert.packed import PackedBertForQuestionAnswering, PackedBertModel, merge
 from bert_pack import (
+    STARTS,
     HeadImportance,
     PackCfg,
     check_pack_cfg,
@@ -118,7 +121,7 @@ def test_packed_states_are_nearer_than_random_ones(teacher: PreTrainedModel, cfg
     chosen = [i * 4 // cfg.num_hidden_layers for i in range(cfg.num_hidden_layers + 1)]
     variance = targets[chosen].var(dim=1).mean(dim=1)
     packed = states(pack(teacher, cfg, sample()), held_out)
-    random = states(pack(teacher, cfg, []), held_out)
+    random = states(pack(teacher, cfg, start="random"), held_out)
     errors = (packed - targets[chosen]).square().mean(dim=(1, 2))
     assert (errors < 0.8 * variance).all()
     assert (errors < 0.5 * (random - targets[chosen]).square().mean(dim=(1, 2))).all()
@@ -157,6 +160,21 @@ def test_layers_come_from_the_last_of_the_teachers_they_stand_for(teacher: PreTr
         assert nearest < 0.6 * second
 
 
+def test_a_start_is_a_function_by_name(
+    teacher: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It gets the student with the teacher's tables and head, and what it leaves is the student."""
+
+    def all_ones(student: PreTrainedModel, *_: object) -> None:
+        assert torch.equal(student.qa_outputs.weight, teacher.qa_outputs.weight)
+        with torch.no_grad():
+            student.bert.layers[0].qkv.weight.fill_(1.0)
+
+    monkeypatch.setitem(STARTS, "ones", all_ones)
+    assert (pack(teacher, SMALL, start="ones").bert.layers[0].qkv.weight == 1.0).all()
+    assert (pack(teacher, SMALL, start="random").bert.layers[0].qkv.weight != 1.0).all()
+
+
 # ------------------------------------------------------------------------------------------------
 # Merging and pruning
 
@@ -166,7 +184,7 @@ def test_layers_come_from_the_last_of_the_teachers_they_stand_for(teacher: PreTr
 def test_merging_changes_no_logit(
     teacher: PreTrainedModel, pack_emb: int, ff_iter_num: int
 ) -> None:
-    student = shaken(pack(teacher, PackCfg(2, ff_iter_num, 2, 16, pack_emb), []))
+    student = shaken(pack(teacher, PackCfg(2, ff_iter_num, 2, 16, pack_emb), start="random"))
     merged = merge(student)
     inputs = batch([7, 30, 16], seed=3)
     expected = logits(student, inputs)
@@ -182,7 +200,7 @@ def test_merging_changes_no_logit(
 
 def test_merging_needs_the_biases(teacher: PreTrainedModel) -> None:
     # The test above would miss a dropped bias if biases were nothing: here they are everything.
-    student = pack(teacher, SMALL, [])
+    student = pack(teacher, SMALL, start="random")
     with torch.no_grad():
         for name, parameter in student.named_parameters():
             if "_map" in name and name.endswith("bias"):
@@ -201,7 +219,7 @@ def test_merging_needs_the_biases(teacher: PreTrainedModel) -> None:
 
 
 def test_pruning_a_head_whose_gate_is_0_changes_nothing(teacher: PreTrainedModel) -> None:
-    student = shaken(pack(teacher, SMALL, []))
+    student = shaken(pack(teacher, SMALL, start="random"))
     importance = HeadImportance(student, torch.device("cpu"))
     importance.insert(student)
     inputs = batch([7, 30, 16], seed=3)
@@ -226,7 +244,7 @@ def test_importance_is_the_running_mean_of_absolute_gradients(teacher: PreTraine
         def reduce(gradient: Tensor, reduction: str) -> Tensor:
             return gradient
 
-    student = shaken(pack(teacher, SMALL, []))
+    student = shaken(pack(teacher, SMALL, start="random"))
     importance = HeadImportance(student, torch.device("cpu"))
     expected = torch.zeros(2, 4, dtype=torch.float64)
     for seed in range(3):
@@ -272,7 +290,7 @@ def test_importance_is_the_running_mean_of_absolute_gradients(teacher: PreTraine
 def test_save_load_save_is_identical(
     teacher: PreTrainedModel, merged: bool, tmp_path: Path
 ) -> None:
-    student = shaken(pack(teacher, SMALL, []))
+    student = shaken(pack(teacher, SMALL, start="random"))
     student = merge(student) if merged else student
     student.save_pretrained(tmp_path / "a")
     loaded = AutoModelForQuestionAnswering.from_pretrained(tmp_path / "a")
@@ -288,6 +306,33 @@ def test_save_load_save_is_identical(
     assert type(encoder) is PackedBertModel
     weight = student.bert.layers[0].qkv.weight
     assert torch.equal(encoder.layers[0].qkv.weight, weight)
+
+
+LOADS = """
+import sys
+
+import bert_pack
+from transformers import AutoModel, AutoModelForQuestionAnswering
+from bert.embedding import AutoModelForEmbedding
+
+for auto in (AutoModel, AutoModelForQuestionAnswering, AutoModelForEmbedding):
+    print(type(auto.from_pretrained(sys.argv[1])).__name__)
+"""
+
+
+@pytest.mark.slow
+def test_import_bert_pack_is_enough_for_the_auto_classes(
+    teacher: PreTrainedModel, tmp_path: Path
+) -> None:
+    """In a program elsewhere, which imports nothing else of ours first."""
+    pack(teacher, SMALL, start="random").save_pretrained(tmp_path)
+    command = [sys.executable, "-c", LOADS, str(tmp_path)]
+    done = run(command, cwd=tmp_path, env={"PYTHONPATH": str(ROOT)})
+    assert done.stdout.split() == [
+        "PackedBertModel",
+        "PackedBertForQuestionAnswering",
+        "PackedBertForEmbedding",
+    ], done.stderr
 
 
 # ------------------------------------------------------------------------------------------------

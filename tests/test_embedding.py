@@ -15,7 +15,17 @@ import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from calls import call, error_line, first_questions, records, run_in_two, started, states, wait_for
+from calls import (
+    call,
+    curves,
+    error_line,
+    first_questions,
+    records,
+    run_in_two,
+    started,
+    states,
+    wait_for,
+)
 from conftest import emb_command, pack_command, run
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -23,14 +33,14 @@ from transformers import AutoConfig, AutoTokenizer, BertModel
 
 from bert.attention import fuse_attention
 from bert.embedding import AutoModelForEmbedding, BertForEmbedding, pool
-from bert.model_folder import load_model
+from bert.model_folder import load_model, open_model
 from bert.packed import merge
 from bert_pack import PackCfg, pack
 from cli import UserError
 from deploy import int8_file, onnx_file
 from deploy.cpu import Cpu, this_cpu
 from squad_utils import INPUTS, SpecialIds, Tokens, load_squad
-from tasks import embedding, embedding_loss, texts
+from tasks import EmbeddingTask, embedding, embedding_loss, texts
 from tasks.embedding_loss import EmbeddingError, EmbeddingLoss, HardNegatives, LossCfg
 from tasks.hidden_states import StateLoss
 from tasks.texts import Pairs, Texts
@@ -98,7 +108,7 @@ def inputs(lengths: list[int], seed: int = 0) -> dict[str, Tensor]:
 
 
 def test_pretrained_pooler_is_kept(base: Path, capfd: pytest.CaptureFixture) -> None:
-    model = load_model(str(base), "--model", AutoModelForEmbedding).eval()
+    model = load_model(open_model(str(base), "--model"), AutoModelForEmbedding).eval()
     assert "starting anew: log_scale" in capfd.readouterr().out
     plain = BertModel.from_pretrained(base).eval()
     assert torch.equal(model.bert.pooler.dense.weight, plain.pooler.dense.weight)
@@ -119,7 +129,7 @@ def test_identity_pooler_gives_the_states(
     flags = ("--num_train_epochs=0", "--pooling=mean", "--pooler=identity")
     assert call(emb_command(base, sample, out, *flags)) == 0
     assert "the pooler starts as the identity" in capfd.readouterr().out
-    model = load_model(str(out), "--model", AutoModelForEmbedding, quiet=True).eval()
+    model = load_model(open_model(str(out), "--model"), AutoModelForEmbedding, quiet=True).eval()
     plain = BertModel.from_pretrained(base).eval()
     batch = inputs([9])
     with torch.no_grad():
@@ -176,7 +186,7 @@ def test_texts_are_encoded_once(base: Path, sample: Path, monkeypatch: Any) -> N
         assert pairs.questions.strings[pairs.question[i]] == data.questions[i]
     seen: list[int] = []
     running = SimpleNamespace(accelerator=Accelerator(cpu=True), stop_if_asked=lambda: None)
-    model = load_model(str(base), "--model", AutoModelForEmbedding, quiet=True)
+    model = load_model(open_model(str(base), "--model"), AutoModelForEmbedding, quiet=True)
     original = Texts.batch
 
     def counted(self: Texts, chosen: np.ndarray, pad_to: int | None = None) -> Any:
@@ -269,8 +279,8 @@ def test_mining_against_a_slow_one(read: int, monkeypatch: pytest.MonkeyPatch) -
 @pytest.mark.parametrize(("num", "emb_loss"), [(1, "none"), (2, "none"), (1, "L1"), (2, "L2")])
 def test_loss_against_a_slow_one(base: Path, num: int, emb_loss: str) -> None:
     running = SimpleNamespace(accelerator=Accelerator(cpu=True))
-    model, teacher = (load_model(str(base), "--m", AutoModelForEmbedding, quiet=True).eval()
-                      for _ in range(2))  # fmt: skip
+    opened = open_model(str(base), "--m")
+    model, teacher = (load_model(opened, AutoModelForEmbedding, True).eval() for _ in range(2))
     with torch.no_grad():
         teacher.bert.pooler.dense.weight.mul_(1.3)
         teacher.bert.encoder.layer[0].output.dense.bias.add_(0.2)
@@ -318,7 +328,7 @@ def test_distilled_embeddings_are_compared_each(base: Path) -> None:
     config = AutoConfig.from_pretrained(base)
     config.pooling = "mean"
     teacher = fuse_attention(BertForEmbedding(config).eval())
-    student = pack(teacher, PackCfg(2, 2, 4, 16, 1), [])
+    student = pack(teacher, PackCfg(2, 2, 4, 16, 1), start="random")
     batch, weights = inputs([9, 5, 12]), (0.0, 0.25, 0.75)
 
     class OneProcess:
@@ -362,7 +372,9 @@ def test_merging_changes_no_embedding(base: Path, pooling: str, pack_emb: int) -
     config = AutoConfig.from_pretrained(base)
     config.pooling = pooling
     student = pack(
-        fuse_attention(BertForEmbedding(config).eval()), PackCfg(2, 2, 4, 16, pack_emb), []
+        fuse_attention(BertForEmbedding(config).eval()),
+        PackCfg(2, 2, 4, 16, pack_emb),
+        start="random",
     )
     for parameter in student.parameters():
         parameter.data += 0.1 * torch.randn_like(parameter)
@@ -565,13 +577,22 @@ def test_figures_are_of_the_delivered_weights_in_fp32(
 
 
 @pytest.mark.slow
+def test_curves_show_every_loss_that_was_logged(packed: Path, quantized: Path) -> None:
+    scores = {"top 1", "top 5", "MRR"}
+    teachers = {f"teacher's {name}" for name in scores}
+    stages = {"loss", "state_0", "state_1", "state_2", "embedding"}
+    assert set(curves(packed, EmbeddingTask.score_names)) == stages | scores | teachers
+    pairs = {"loss", "triplet", "embedding", "hidden_states"}
+    assert set(curves(quantized, EmbeddingTask.score_names)) == pairs | scores
+
+
 @pytest.mark.parametrize("which", ["tuned", "packed", "quantized"])
 @pytest.mark.parametrize("length", [32, 384])
 def test_file_reshapes_and_is_as_pytorch(
     which: str, length: int, request: pytest.FixtureRequest
 ) -> None:
     folder: Path = request.getfixturevalue(which)
-    model = load_model(str(folder), "--m", AutoModelForEmbedding, quiet=True).eval()
+    model = load_model(open_model(str(folder), "--m"), AutoModelForEmbedding, quiet=True).eval()
     core = openvino.Core()
     network = core.read_model(folder / "model.onnx")
     assert [list(p.shape) for p in network.inputs] == [[1, LENGTH]] * 4
@@ -623,7 +644,7 @@ def test_two_instances_of_one_converted_file_rank_as_pytorch(tuned: Path, tmp_pa
         network.reshape({name: [1, length] for name in INPUTS})
         return core.compile_model(network, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
 
-    model = load_model(str(tuned), "--m", AutoModelForEmbedding, quiet=True).eval()
+    model = load_model(open_model(str(tuned), "--m"), AutoModelForEmbedding, quiet=True).eval()
     found, expected = [], []
     for count, length, seed in ((12, 32, 1), (30, LENGTH, 2)):
         batch = inputs([length, *range(8, 8 + count - 1)], seed)

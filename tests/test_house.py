@@ -45,6 +45,8 @@ ANY = {  # function -> why its signature says Any
     "training.run.read_log": LOG,
     "training.results.stage_table": LOG,
     "training.results.show_table": LOG,
+    "training.results._draw_losses": LOG,
+    "training.results._draw_scores": LOG,
     "training.results._one_after_another": LOG,
     "int8.settings._weight_range": "arguments of nncf.quantize, each of a type of its own",
     "int8.settings._build": "it gives a value of the type that is its argument",

@@ -28,7 +28,7 @@ from transformers import (
 
 import squad_utils
 from bert.attention import fuse_attention
-from bert.model_folder import load_model
+from bert.model_folder import load_model, open_model
 from cli import Interrupted, UserError
 from deploy import cpu, int8_file, onnx_file
 from deploy.onnx_file import QA_OUTPUTS
@@ -287,7 +287,9 @@ def random_inputs(batch: int, length: int) -> dict[str, np.ndarray]:
 
 def pytorch_answers(folder: Path, batches: list[dict[str, np.ndarray]]) -> list[np.ndarray]:
     """Logits [2, L] of each window by the fake-quantized model."""
-    model = load_model(str(folder), "--model", AutoModelForQuestionAnswering, quiet=True).eval()
+    model = load_model(
+        open_model(str(folder), "--model"), AutoModelForQuestionAnswering, quiet=True
+    ).eval()
     found = []
     for batch in batches:
         with torch.no_grad():
@@ -347,7 +349,9 @@ def test_linear_layers_execute_in_int8_in_onnxruntime(quantized: Path, tmp_path:
 
 def test_file_reshapes(quantized: Path, windows: Windows) -> None:
     core = openvino.Core()
-    expected = load_model(str(quantized), "--model", AutoModelForQuestionAnswering, quiet=True)
+    expected = load_model(
+        open_model(str(quantized), "--model"), AutoModelForQuestionAnswering, quiet=True
+    )
     for shape in ((1, 32), (8, 128)):
         model = core.read_model(quantized / "model.onnx")
         model.reshape({name: list(shape) for name in INPUTS})
@@ -618,7 +622,9 @@ def test_file_of_nncf_before_3(reading: Reading) -> None:
 
 
 def small_model(teacher: Path) -> PreTrainedModel:
-    model = load_model(str(teacher), "--model", AutoModelForQuestionAnswering, quiet=True)
+    model = load_model(
+        open_model(str(teacher), "--model"), AutoModelForQuestionAnswering, quiet=True
+    )
     return fuse_attention(model, separate_products=True).eval()
 
 

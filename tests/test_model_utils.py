@@ -17,8 +17,11 @@ from transformers import BertForQuestionAnswering, BertTokenizerFast
 import squad_utils
 from bert import attention
 from bert.attention import FusedSelfAttention, fuse_attention
-from bert.model_folder import load_config, load_tokenizer, save_vocabulary, special_ids
+from bert.model_folder import UNMERGED, open_model, save_vocabulary, special_ids
+from bert.packed import merge
+from bert_pack import PackCfg, pack
 from cli import UserError
+from int8.quantizers import QUANTIZERS
 from tasks import qa
 from training.fine_tuning import freeze, set_dropout
 
@@ -245,12 +248,45 @@ def test_nothing_left_to_train_is_a_user_error(tiny_bert: Path) -> None:
 # ------------------------------------------------------------------------------------------------
 # Tokenizers
 
+
+def test_a_packed_folder_opens_as_it_is_or_as_it_was_before_merging(
+    tiny_bert: Path, tmp_path: Path
+) -> None:
+    """With the maps to its teacher's states in either case, unless the folder has lost them."""
+    whole, inner = str(tmp_path), str(tmp_path / UNMERGED)
+    student = pack(bert(tiny_bert).eval(), PackCfg(1, 2, 4, 16, 1), start="random")
+    student.save_pretrained(inner)
+    merge(student).save_pretrained(whole)
+    for before_merging, folder in ((False, whole), (True, inner)):
+        opened = open_model(whole, "--model", before_merging=before_merging)
+        assert (opened.name, opened.folder, opened.local) == (whole, folder, True)
+        assert (opened.packed, opened.merged) == (True, not before_merging)
+        assert not opened.quantized
+        assert opened.architecture == "PackedBertForQuestionAnswering"
+        assert (opened.state_maps is None) == before_merging
+        if opened.state_maps is not None:
+            maps = student.bert.state_maps.state_dict()
+            assert all(torch.equal(w, maps[n]) for n, w in opened.state_maps.state_dict().items())
+    # A quantized one is not opened as another model that its folder may hold.
+    (tmp_path / QUANTIZERS).touch()
+    opened = open_model(whole, "--model", before_merging=True)
+    assert (opened.folder, opened.quantized, opened.merged) == (whole, True, True)
+    shutil.rmtree(inner)
+    assert open_model(whole, "--model").state_maps is None
+
+
+def test_a_tokenizer_is_needed_only_to_read_texts(tiny_bert: Path, tmp_path: Path) -> None:
+    bert(tiny_bert).save_pretrained(tmp_path)
+    assert not open_model(str(tmp_path), "--model").packed
+    with pytest.raises(UserError, match=r"--model: .* has no fast BERT tokenizer"):
+        open_model(str(tmp_path), "--model", 16)
+
+
 TEXTS = ["The CAFÉ in 東京, don't 🙂", "unbelievable  1999 (U.S.)\n", "", "[MASK] [SEP] x"]
 
 
 def tokenizer_of(folder: Path) -> Any:
-    flag = "--model_student"
-    return load_tokenizer(str(folder), flag, load_config(str(folder), flag))
+    return open_model(str(folder), "--model_student").tokenizer
 
 
 def test_vocab_txt_is_the_tokenizer(tiny_bert: Path, tmp_path: Path) -> None:

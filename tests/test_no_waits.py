@@ -77,7 +77,7 @@ def make(tiny_bert: Path) -> Callable[..., nn.Module]:
         config = BertConfig.from_pretrained(tiny_bert)
         config.pooling = "mean"
         found = fuse_attention(of(config).eval())
-        found = pack(found, PACK, []) if packed else found
+        found = pack(found, PACK, start="random") if packed else found
         return merge(found) if merged else found
 
     return model

@@ -24,6 +24,7 @@ from transformers import (
     DistilBertForQuestionAnswering,
 )
 
+from cli import UserError, in_one_line
 from deploy.cpu import Cpu
 from training import machine
 
@@ -543,6 +544,29 @@ def test_squad_2_with_a_v1_script(wrong: Wrong, tmp_path: Path) -> None:
     line = wrong(f"--squad_dev_data={data}", f"--squad_eval_script={script}")
     assert f"{script} is for SQuAD 1.1" in line and str(data) in line
     assert "evaluate-v2.0.py" in line
+
+
+# ------------------------------------------------------------------------------------------------
+# Errors of libraries
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (ValueError("no header\n  at byte 0"), "a file does not load: no header"),
+        (ValueError(" \n"), "a file does not load: ValueError(' \\n')"),
+        (UserError("--flag: is wrong"), "--flag: is wrong"),
+    ],
+)
+def test_a_librarys_error_becomes_one_line_and_ours_stay(error: Exception, said: str) -> None:
+    with pytest.raises(UserError) as found, in_one_line("a file does not load"):
+        raise error
+    assert str(found.value) == said
+
+
+def test_errors_of_other_kinds_are_not_the_users() -> None:
+    with pytest.raises(KeyError), in_one_line("a file does not load", (ValueError,)):
+        raise KeyError("a mistake of ours")
 
 
 # ------------------------------------------------------------------------------------------------

@@ -25,19 +25,17 @@ from bert.attention import fuse_attention
 from bert.model_folder import (
     UNMERGED,
     AutoClass,
-    check_model,
+    OpenedModel,
     check_teacher,
     load_model,
-    load_state_maps,
     load_teacher,
-    load_tokenizer,
-    unmerged_folder,
+    open_model,
 )
 from bert.packed import merge
 from cli import ArgumentParser, UserError, is_main_process, number, warn
 from int8 import quantizers
 from int8.calibration import calibrate, check_scope
-from int8.quantizers import hold_weight_range, is_quantized, save_quantized
+from int8.quantizers import hold_weight_range, save_quantized
 from int8.settings import NncfConfig, read_nncf_config
 from squad_utils import INPUTS
 from training import flags, results
@@ -53,7 +51,6 @@ QUANTIZER_RATE = 0.01  # learning rate of the quantizers' ranges while nothing e
 class FineTunable(results.Deliverable, Protocol):
     """What fine-tuning uses of a task; tasks.task.Task has the meanings."""
 
-    auto_class: ClassVar[AutoClass]
     architectures: ClassVar[tuple[str, ...]]
     best_by: ClassVar[str]
 
@@ -61,9 +58,7 @@ class FineTunable(results.Deliverable, Protocol):
     def evaluation(self) -> Evaluation: ...
     def __init__(self, args: argparse.Namespace) -> None: ...
     @classmethod
-    def check(
-        cls, architecture: str, name: str, flag: str, every: Sequence[type[FineTunable]]
-    ) -> None: ...
+    def check(cls, model: OpenedModel, every: Sequence[type[FineTunable]]) -> None: ...
     def hashes(self) -> dict[str, str]: ...
     def tokenize(self, tokenizer: PreTrainedTokenizerFast) -> None: ...
     def apply_flags(self, student: PreTrainedModel) -> None: ...
@@ -135,7 +130,7 @@ class Job:
 
     Attributes:
         task: with its files read.
-        state_maps: of a merged student's states, where it has them.
+        teacher: to learn hidden states from, or None.
         settings: of quantization, or None.
         arguments: all that tells this run from another.
         found: what the output folder holds, as `claim_output_dir` says.
@@ -143,8 +138,8 @@ class Job:
 
     args: argparse.Namespace
     task: FineTunable
-    tokenizer: PreTrainedTokenizerFast
-    state_maps: nn.ModuleList | None
+    student: OpenedModel
+    teacher: OpenedModel | None
     settings: NncfConfig | None
     arguments: dict[str, object]
     found: str
@@ -152,7 +147,7 @@ class Job:
     @property
     def quantized(self) -> bool:
         """Whether the student has quantizers, or is to get them."""
-        return self.settings is not None or is_quantized(self.args.model_student)
+        return self.settings is not None or self.student.quantized
 
     @property
     def best_by(self) -> str | None:
@@ -175,44 +170,34 @@ def check(
         UserError: for the first mistake found.
     """
     check_arguments(args)
-    student = student_folder(args)
-    config = check_model(student, "--model_student", args.max_seq_length_c)
-    architecture = (config.architectures or [""])[0]
-    task_class.check(architecture, args.model_student, "--model_student", every)
-    if args.nncf_config and getattr(config, "merged", True) is False:
+    taught, length = args.supervision_weight > 0, args.max_seq_length_c
+    # A packed one that is to learn hidden states in FP32 is the one before merging.
+    before_merging = taught and not args.nncf_config
+    student = open_model(
+        args.model_student, "--model_student", length, before_merging=before_merging
+    )
+    task_class.check(student, every)
+    if args.nncf_config and student.packed and not student.merged:
         raise UserError(
             f"--model_student: {args.model_student} is packed but not merged; quantize the folder"
             " that it lies in"
         )
-    tokenizer = load_tokenizer(student, "--model_student", config)
-    if args.dropout and config.model_type != "bert":
+    if args.dropout and student.packed:
         raise UserError(f"--dropout: {args.model_student} is packed and has none; leave it out")
-    state_maps = None
-    if getattr(config, "merged", False):
-        state_maps = load_state_maps(student, config)
-    if args.supervision_weight > 0:
-        teacher = check_model(args.model_teacher, "--model_teacher", args.max_seq_length_c)
-        architecture = (teacher.architectures or [""])[0]
-        task_class.check(architecture, args.model_teacher, "--model_teacher", every)
-        check_teacher(args.model_teacher, teacher, config, tokenizer, state_maps is not None)
+    teacher = None
+    if taught:
+        teacher = open_model(args.model_teacher, "--model_teacher", length)
+        task_class.check(teacher, every)
+        check_teacher(teacher, student)
     task = task_class(args)
     arguments, settings = {**vars(args), **task.hashes()}, None
     if args.nncf_config:
-        settings = check_nncf_config(args.nncf_config, args.model_student, task.auto_class)
+        settings = check_nncf_config(args.nncf_config, student, task.auto_class)
         arguments["nncf"] = settings.raw
     found = claim_output_dir(args, arguments)
     if found == "finished":
         return None
-    return Job(args, task, tokenizer, state_maps, settings, arguments, found)
-
-
-def student_folder(args: argparse.Namespace) -> str:
-    """Where --model_student is loaded from: a packed one that is to learn hidden states in FP32 is
-    the one before merging."""
-    taught = args.supervision_weight > 0 and not args.nncf_config
-    if taught and not is_quantized(args.model_student):
-        return unmerged_folder(args.model_student)
-    return args.model_student
+    return Job(args, task, student, teacher, settings, arguments, found)
 
 
 def load(job: Job) -> tuple[Run, PreTrainedModel, PreTrainedModel | None]:
@@ -220,30 +205,30 @@ def load(job: Job) -> tuple[Run, PreTrainedModel, PreTrainedModel | None]:
     args, task = job.args, job.task
     use_all_gpus(args.no_cuda)
     accelerator = make_accelerator(args.precision, args.no_cuda, args.seed)
-    student = load_model(student_folder(args), "--model_student", task.auto_class)
+    student = load_model(job.student, task.auto_class)
     task.apply_flags(student)
-    task.tokenize(job.tokenizer)
+    task.tokenize(job.student.tokenizer)
     run = open_run(accelerator, args, job.arguments, job.found)
     task.make_evaluation(run)
     frozen = freeze(student, args.freeze_list)
     run.say(f"{task.describe()}; {run.machine()}; {frozen / 1e6:.1f} M parameters frozen")
-    if not args.supervision_weight:
+    if job.teacher is None:
         return run, student, None
-    if job.state_maps is not None:
-        job.state_maps.to(accelerator.device)
-    return run, student, load_teacher(args.model_teacher, task.auto_class, accelerator.device)
+    if job.student.state_maps is not None:
+        job.student.state_maps.to(accelerator.device)
+    return run, student, load_teacher(job.teacher, task.auto_class, accelerator.device)
 
 
 def add_quantizers(job: Job, run: Run, student: PreTrainedModel) -> PreTrainedModel:
     """The student with calibrated quantizers, if --nncf_config asks for them; ready to train."""
-    if job.settings and is_quantized(job.args.model_student):
+    if job.settings and job.student.quantized:
         hold_weight_range(student, job.settings.weight_range)
         run.say(
             f"--model_student {job.args.model_student} is quantized already: training goes on, with"
             f" weight_range {job.settings.weight_range}"
         )
     elif job.settings:
-        student = quantize(run, student, job.settings, job.task)
+        student = quantize(run, student, job.settings, job)
     set_dropout(fuse_attention(student), job.args.dropout)
     return student
 
@@ -285,9 +270,9 @@ def deliver(job: Job, run: Run, student: PreTrainedModel, teacher: PreTrainedMod
         kept={"kept": figures},
         more={"int8": quantizers.what_is_int8(student.cpu())} if job.quantized else {},
         made="quantized to INT8 on" if job.quantized else "fine-tuned on",
-        state_maps=job.state_maps if job.quantized else None,
+        state_maps=job.student.state_maps if job.quantized else None,
     )
-    results.deliver(run, task, job.tokenizer, delivery)
+    results.deliver(run, task, job.student.tokenizer, delivery)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -337,7 +322,7 @@ def set_dropout(model: nn.Module, probability: float) -> None:
 CALIBRATED = "calibrated"  # in CHECKPOINTS: the quantized model as calibration leaves it
 
 
-def check_nncf_config(path: str, model_name: str, auto_class: AutoClass) -> NncfConfig:
+def check_nncf_config(path: str, student: OpenedModel, auto_class: AutoClass) -> NncfConfig:
     """The settings of --nncf_config, checked against --model_student; says what is left out.
 
     Raises:
@@ -349,8 +334,8 @@ def check_nncf_config(path: str, model_name: str, auto_class: AutoClass) -> Nncf
             f"--nncf_config: {path} is of NNCF before 3.0; without a meaning today:"
             f" {', '.join(config.left_out)}"
         )
-    if not is_quantized(model_name):
-        model = load_model(model_name, "--model_student", auto_class, quiet=True)
+    if not student.quantized:
+        model = load_model(student, auto_class, quiet=True)
         check_scope(config, fuse_attention(model, separate_products=True).eval())
         _try_settings(config)
     return config
@@ -372,19 +357,17 @@ def _try_settings(config: NncfConfig) -> None:
         calibrate(model, dataclasses.replace(config, arguments=arguments), [sample])
 
 
-def quantize(
-    run: Run, model: PreTrainedModel, config: NncfConfig, task: FineTunable
-) -> PreTrainedModel:
+def quantize(run: Run, model: PreTrainedModel, config: NncfConfig, job: Job) -> PreTrainedModel:
     """The model with quantizers, calibrated on the task's windows and evaluated before and after.
 
     That is done once: a run that goes on, and the processes beside the main one, find the model
     among the run's checkpoints.
     """
-    device = run.accelerator.device
+    task, device = job.task, run.accelerator.device
     folder = os.path.join(run.output_dir, CHECKPOINTS, CALIBRATED)
     model = fuse_attention(model, separate_products=True).eval().to(device)
     run.evaluate_once("fp32", lambda: task.evaluation(model, fp32=True))
-    if run.main and not is_quantized(folder):
+    if run.main and not os.path.isdir(folder):
         samples = [to_device(sample, device) for sample in task.calibration(config.subset_size)]
         run.say(f"calibrating quantizers on {len(samples)} windows")
         quantized = calibrate(model, config, samples, run.stop_if_asked).cpu()
@@ -392,7 +375,8 @@ def quantize(
         save_quantized(quantized, f"{folder}.tmp")
         os.replace(f"{folder}.tmp", folder)
     run.accelerator.wait_for_everyone()
-    quantized = load_model(folder, "--output_dir", task.auto_class, quiet=True).eval().to(device)
+    found = replace(job.student, flag="--output_dir", folder=folder, local=True, quantized=True)
+    quantized = load_model(found, task.auto_class, quiet=True).eval().to(device)
     hold_weight_range(quantized, config.weight_range)
     run.evaluate_once("calibrated", lambda: task.evaluation(quantized, fp32=True))
     calibrated = run.evaluated("calibrated")

@@ -17,7 +17,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 import squad_utils
-from cli import UserError, warn
+from cli import UserError, first_line, warn
 from training.machine import Compiled, compiled_layers, linear_weights, running
 
 PROBE_TOKENS = 2048  # of the first of two passes that tell how much memory a token takes
@@ -340,5 +340,7 @@ class GraphedPasses:
             self.forget()
             self.off = True
             torch.cuda.empty_cache()
-            reason = str(error).strip().splitlines()[0]
-            warn(f"passes are not captured as CUDA graphs, which would be faster: {reason}")
+            warn(
+                "passes are not captured as CUDA graphs, which would be faster:"
+                f" {first_line(error)}"
+            )

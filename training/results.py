@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-import json
+import math
 import os
 import platform
 import shlex
@@ -12,19 +12,30 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib import metadata
-from typing import Any, ClassVar, Protocol, TypedDict, cast
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 import torch
+from huggingface_hub import ModelCard, ModelCardData
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from bert.model_folder import count_parameters, save_model, save_state_maps
+from bert.model_folder import AutoClass, count_parameters, save_model, save_state_maps
+from bert.packed import PackedBertConfig
 from deploy import onnx_file
 from deploy.cpu import this_cpu
 from deploy.onnx_check import Check
 from training.run import Run, read_log, summary
 
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes  # a type alone: importing it takes half a second
+
 PACKAGES = ("torch", "transformers", "accelerate", "onnx", "onnxruntime", "numpy")
+STYLES, COLORS = ("-", "--", "-.", ":"), 10  # of curves: matplotlib's colours, then other dashes
+# What a record of training tells beside its losses.
+NO_LOSS = (
+    *("stage", "step", "epoch", "learning_rate", "examples_per_second", "tokens_per_second"),
+    *("padding", "seconds", "seconds_left", "seconds_left_all"),
+)
 
 
 def versions() -> dict[str, str]:
@@ -32,40 +43,36 @@ def versions() -> dict[str, str]:
     return {"python": platform.python_version(), **{p: metadata.version(p) for p in PACKAGES}}
 
 
-class OnnxFigures(TypedDict):
-    """What metrics.json tells of the check of model.onnx."""
+@dataclass(frozen=True)
+class TaskCard:
+    """What the model card tells of a task.
 
-    passed: bool
-    difference: float | None
+    Attributes:
+        title: what its models do.
+        tag: the name of that on the hub, its pipeline_tag.
+        rows: figures, by what they are of.
+        outputs: of the exported file.
+        inputs: how a text becomes the file's inputs.
+    """
 
-
-class Metrics(TypedDict, total=False):
-    """What a model card reads of metrics.json; each task has figures of its own."""
-
-    f1: float
-    exact_match: float
-    top_1: float
-    top_5: float
-    mrr: float
-    arguments: Mapping[str, object]
-    counts: dict[str, int]
-    parameters: int
-    train_seconds: float
-    precision: str
-    int8: object
-    onnx_check: OnnxFigures
+    title: str
+    tag: str
+    rows: Mapping[str, object]
+    outputs: str
+    inputs: str
 
 
 class Deliverable(Protocol):
     """What a task does when results are written; tasks.task.Task has the meanings."""
 
     args: argparse.Namespace
+    auto_class: ClassVar[AutoClass]
     score_names: ClassVar[dict[str, str]]
 
     def counts(self) -> dict[str, int]: ...
     def write_answers(self) -> None: ...
     def export(self) -> Check: ...
-    def write_card(self, metrics: Metrics, script: str, made: str) -> None: ...
+    def card(self, figures: Mapping[str, float]) -> TaskCard: ...
 
 
 @dataclass(frozen=True)
@@ -111,24 +118,19 @@ def deliver(
             task.write_answers()
             check = task.export()
             run.stop_if_asked()
-            file = onnx_file.describe_check(check, folder)
-            sizes = result.more.get("sizes")
-            if isinstance(sizes, dict):
-                sizes["student"]["onnx_bytes"] = file["onnx_bytes"]
             table = stage_table(run, result.stages, {**result.kept, **result.others})
-            entries = {
+            metrics = {
                 **result.figures,
                 **describe_run(run),
                 "counts": task.counts(),
                 "parameters": count_parameters(result.models[""]),
-                **file,
+                **onnx_file.describe_check(check, folder),
                 **result.others,
                 **result.more,
                 **({"stages": table} if result.stages else {}),
             }
-            metrics = cast(Metrics, entries)  # and figures of any name
             draw_curves(folder, task.score_names)
-            task.write_card(metrics, os.path.basename(sys.argv[0]), result.made)
+            write_card(folder, task, result, metrics)
             run.finish(metrics)
             if result.stages:
                 show_table(table, task.score_names)
@@ -205,7 +207,7 @@ def show_table(rows: list[dict[str, Any]], score_names: dict[str, str]) -> None:
 
 
 def draw_curves(output_dir: str, score_names: dict[str, str]) -> None:
-    """Draw loss, learning rate and scores of metrics.jsonl over the steps into curves.png.
+    """Draw losses, learning rate and scores of metrics.jsonl over the steps into curves.png.
 
     The steps of several stages follow one another. A "teacher" among them, which has scores alone,
     is a horizontal line.
@@ -215,54 +217,61 @@ def draw_curves(output_dir: str, score_names: dict[str, str]) -> None:
     Args:
         score_names: what to call the figures of evaluations, e.g. {"f1": "F1"}.
     """
-    if not any("loss" in record for record in read_log(output_dir)):
+    records, borders = _one_after_another(read_log(output_dir))
+    if not any("loss" in record for record in records):
         return
     import matplotlib  # half a second, which only the end of a run needs
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt  # for the backend that is chosen by now
 
-    records, borders = _one_after_another(read_log(output_dir))
-    training = [record for record in records if "evaluation" not in record]
-    evaluations = [record for record in records if "evaluation" in record]
     figure, (top, bottom) = plt.subplots(2, 1, figsize=(8, 7), sharex=True, layout="constrained")
-    steps = [record["step"] for record in training]
-    losses = [key for key in training[0] if key.endswith("loss") or key in LOSSES] if steps else []
-    for name in losses if len(losses) > 2 else ["loss"]:
-        values = [record[name] for record in training]
-        top.plot(steps, values, label=name, linewidth=1, marker="." if len(steps) < 30 else None)
-    top.set(ylabel="loss", title=os.path.basename(os.path.abspath(output_dir)))
-    top.set_ylim(bottom=0)
-    top.grid(alpha=0.3)
-    rate = top.twinx()
-    rate.plot(steps, [record["learning_rate"] for record in training], color="grey", linestyle=":")
-    rate.set(ylabel="learning rate (dotted)", ylim=(0, None))
-    top.legend(loc="upper right")
+    top.set(title=os.path.basename(os.path.abspath(output_dir)))
+    _draw_losses(top, [record for record in records if "evaluation" not in record])
     for border, stage in borders if len(borders) > 1 else []:
         for axes in (top, bottom):
             axes.axvline(border, color="grey", linewidth=0.5)
         top.annotate(f" {stage}", (border, 0), rotation=90, fontsize=7, va="bottom")
-    for key, label in score_names.items():
-        points = [
-            (record["step"], record[key])
-            for record in evaluations
-            if key in record and record["stage"] != "teacher"
-        ]
-        (line,) = bottom.plot(*zip(*points, strict=True), marker="o", label=label)
-        for record in evaluations:
-            if record["stage"] == "teacher":
-                color = line.get_color()
-                bottom.axhline(record[key], color=color, linestyle="--", label=f"teacher's {label}")
-        for step, value in points:
-            bottom.annotate(
-                f"{value:.1f}", (step, value), textcoords="offset points", xytext=(0, 6)
-            )
-    bottom.set(xlabel="optimisation step", ylabel="score on dev, %")
-    bottom.margins(y=0.2)
-    bottom.grid(alpha=0.3)
-    bottom.legend(loc="lower right")
+    _draw_scores(bottom, [record for record in records if "evaluation" in record], score_names)
     figure.savefig(os.path.join(output_dir, "curves.png"), dpi=110)
     plt.close(figure)
+
+
+def _draw_losses(axes: Axes, records: list[dict[str, Any]]) -> None:
+    """All losses that were logged, and the learning rate; a stage may lack some of the losses."""
+    steps = [record["step"] for record in records]
+    losses = list(dict.fromkeys(key for record in records for key in record if key not in NO_LOSS))
+    marker = "." if len(steps) < 30 else None
+    for i, name in enumerate(losses if len(losses) > 2 else ["loss"]):  # of one part it is the sum
+        values = [record.get(name, math.nan) for record in records]
+        line = "-" if name == "loss" else STYLES[i // COLORS % len(STYLES)]
+        color = "black" if name == "loss" else f"C{i % COLORS}"
+        axes.plot(steps, values, line, label=name, linewidth=1, marker=marker, color=color)
+    axes.set(ylabel="loss")
+    axes.set_ylim(bottom=0)
+    axes.grid(alpha=0.3)
+    axes.legend(loc="upper right", fontsize="small", ncols=1 + len(losses) // 8)
+    rate = axes.twinx()
+    rate.plot(steps, [record["learning_rate"] for record in records], color="grey", linestyle=":")
+    rate.set(ylabel="learning rate (dotted)", ylim=(0, None))
+
+
+def _draw_scores(axes: Axes, records: list[dict[str, Any]], names: dict[str, str]) -> None:
+    """The figures of evaluations; a teacher's are horizontal lines."""
+    teachers = [record for record in records if record["stage"] == "teacher"]
+    others = [record for record in records if record["stage"] != "teacher"]
+    for key, label in names.items():
+        points = [(record["step"], record[key]) for record in others if key in record]
+        (line,) = axes.plot(*zip(*points, strict=True), marker="o", label=label)
+        for record in teachers:
+            color = line.get_color()
+            axes.axhline(record[key], color=color, linestyle="--", label=f"teacher's {label}")
+        for step, value in points:
+            axes.annotate(f"{value:.1f}", (step, value), textcoords="offset points", xytext=(0, 6))
+    axes.set(xlabel="optimisation step", ylabel="score on dev, %")
+    axes.margins(y=0.2)
+    axes.grid(alpha=0.3)
+    axes.legend(loc="lower right")
 
 
 def _one_after_another(
@@ -281,64 +290,30 @@ def _one_after_another(
     return counted, borders
 
 
-LOSSES = ("answer", "distillation", "hidden_states")
-
-
-def write_qa_card(output_dir: str, metrics: Metrics, script: str, made: str) -> None:
-    """Write README.md, the model card of a QA model, from what metrics.json will hold.
-
-    Args:
-        script: that ran.
-        made: what became of the model there, e.g. "fine-tuned on".
-    """
-    arguments, counts = metrics["arguments"], metrics["counts"]
-    length = arguments["max_seq_length_c"]
-    dev = os.path.basename(str(arguments["squad_dev_data"]))
-    _write_card(
-        output_dir,
-        metrics,
-        script,
-        f"Extractive question answering: `{arguments['model_student']}` {made}",
-        "question-answering",
-        {
-            f"F1 on `{dev}`": f"{metrics['f1']:.2f}",
-            "exact match": f"{metrics['exact_match']:.2f}",
-            "dev questions": counts["dev_questions"],
-            "training questions": counts["train_questions"],
-        },
-        "outputs\n`output_s` and `output_e`, the logits of the answer's first and last token,"
-        f" float32 [1, {length}].",
-        "The input is `[CLS] question [SEP] context [SEP]`, token types 0 and 1; questions are cut"
-        f"\nto {arguments['max_seq_length_q']} tokens, and contexts that do not fit are covered by"
-        f" windows {arguments['doc_stride']} tokens apart.",
+def write_card(
+    folder: str, task: Deliverable, result: Delivery, metrics: Mapping[str, object]
+) -> None:
+    """Write README.md, the model card, from card.md and what metrics.json will hold."""
+    part, script = task.card(result.figures), os.path.basename(sys.argv[0])
+    tags = ["bert", part.tag, "squad", "onnx", "openvino"]
+    card = ModelCard.from_template(
+        ModelCardData(pipeline_tag=part.tag, library_name="transformers", tags=tags),
+        template_path=os.path.join(
+            os.path.dirname(__file__), "card.md"
+        ),  # filled in by jinja2, which torch needs
+        folder=folder,
+        name=os.path.basename(os.path.abspath(folder)),
+        task=part,
+        auto_class=task.auto_class,
+        packed=isinstance(result.models[""].config, PackedBertConfig),
+        made=result.made,
+        train_file=os.path.basename(task.args.squad_train_data),
+        script=script,
+        command=command_line(script, vars(task.args)),
+        metrics=metrics,
     )
-
-
-def write_emb_card(output_dir: str, metrics: Metrics, script: str, made: str) -> None:
-    """Write README.md, the model card of an embedding model; arguments as of `write_qa_card`."""
-    arguments, counts = metrics["arguments"], metrics["counts"]
-    contexts = counts["dev_contexts"] + counts["extra_contexts"]
-    dev = os.path.basename(str(arguments["squad_dev_data"]))
-    _write_card(
-        output_dir,
-        metrics,
-        script,
-        f"Embeddings of questions and contexts: `{arguments['model_student']}` {made}",
-        "sentence-similarity",
-        {
-            f"own context nearest, `{dev}`": f"{metrics['top_1']:.2f}%",
-            "among the 5 nearest": f"{metrics['top_5']:.2f}%",
-            "mean reciprocal rank": f"{metrics['mrr']:.2f}%",
-            "dev questions": counts["dev_questions"],
-            "contexts searched": contexts,
-            "training pairs": counts["train_pairs"],
-        },
-        "output\n`embedding`, float32 [1, H].",
-        "The input is `[CLS] text [SEP]`, token types 0; questions are cut to"
-        f" {arguments['max_seq_length_q']} tokens in all,\ncontexts to"
-        f" {arguments['max_seq_length_c']}. The right context is the one whose embedding is nearest"
-        " (L2) to the question's.",
-    )
+    with open(os.path.join(folder, "README.md"), "w", encoding="utf-8") as file:
+        file.write(f"{card}\n")
 
 
 def command_line(script: str, arguments: Mapping[str, object]) -> str:
@@ -351,96 +326,3 @@ def command_line(script: str, arguments: Mapping[str, object]) -> str:
         text = ",".join(value) if isinstance(value, list) else value
         flags.append(f"--{key}" if value is True else shlex.quote(f"--{key}={text}"))
     return " \\\n  ".join([f"python3 {script}", *flags])
-
-
-def _write_card(
-    output_dir: str,
-    metrics: Metrics,
-    script: str,
-    what: str,
-    tag: str,
-    figures: Mapping[str, object],
-    outputs: str,
-    inputs: str,
-) -> None:
-    """Write README.md: what every model card tells, and what a task adds to it."""
-    arguments = metrics["arguments"]
-    name = os.path.basename(os.path.abspath(output_dir))
-    rows = "\n".join(f"| {key} | {value} |" for key, value in figures.items())
-    text = f"""---
-pipeline_tag: {tag}
-library_name: transformers
-tags: [bert, {tag}, squad, onnx, openvino]
----
-# {name}
-
-{what}
-`{os.path.basename(str(arguments["squad_train_data"]))}`.
-
-| | |
-|---|---|
-{rows}
-| parameters | {metrics["parameters"] / 1e6:.2f} M |
-| training time | {metrics["train_seconds"] / 60:.1f} min |
-| precision of training | {metrics["precision"]} |
-
-## Use
-{_use(output_dir, metrics, script)}
-{_file(metrics)}. Inputs
-`input_ids`, `attention_mask`, `token_type_ids`, `position_ids`, int64
-[1, {arguments["max_seq_length_c"]}]; {outputs}
-On the windows it was checked on it differs from the PyTorch model by {_difference(metrics)}. In
-OpenVINO it can be reshaped to other batch sizes and lengths.
-
-{inputs}
-
-## Training
-```
-{command_line(script, arguments)}
-```
-"""
-    with open(os.path.join(output_dir, "README.md"), "w", encoding="utf-8") as file:
-        file.write(text)
-
-
-def _use(output_dir: str, metrics: Metrics, script: str) -> str:
-    """How to load the checkpoint."""
-    if "int8" in metrics:
-        return (
-            "`model.safetensors` holds the weights in FP32, `quantizers.json` and"
-            " `quantizers.safetensors`\nwhat rounds them and the activations to INT8 in training:"
-            f" `{script} --model_student=<this folder>`\nloads all of it."
-        )
-    with open(os.path.join(output_dir, "config.json"), encoding="utf-8") as file:
-        config = json.load(file)
-    packed = config["model_type"] == "packed_bert"
-    registration = "import bert_pack  # which makes packed models known\n" if packed else ""
-    name = "AutoModelForQuestionAnswering"
-    if "Embedding" in config["architectures"][0]:
-        name, registration = (
-            "AutoModelForEmbedding",
-            "from bert.embedding import AutoModelForEmbedding\n",
-        )
-    imported = f"{name}, " if name == "AutoModelForQuestionAnswering" else ""
-    return f"""```python
-{registration}from transformers import {imported}AutoTokenizer
-
-model = {name}.from_pretrained("{output_dir}")
-tokenizer = AutoTokenizer.from_pretrained("{output_dir}")
-```"""
-
-
-def _file(metrics: Metrics) -> str:
-    """What the exported file is."""
-    if metrics["onnx_check"]["passed"]:
-        return "`model.onnx` is the same model for ONNX Runtime and OpenVINO (`ovc model.onnx`)"
-    return "`model.failed.onnx` is NOT the same model: it has failed its check"
-
-
-def _difference(metrics: Metrics) -> str:
-    difference = metrics["onnx_check"]["difference"]
-    if difference is None:
-        return "what is no number"
-    if "int8" in metrics:
-        return f"{difference:.1e} standard deviations of its outputs on average, layer by layer"
-    return f"at most {difference:.1e}"

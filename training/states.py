@@ -18,7 +18,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from cli import UserError, warn
+from cli import UserError, first_line, warn
 
 KEPT_STATES = 2
 BEST = "best"  # beside the states: the weights that scored best so far
@@ -167,7 +167,7 @@ class States:
                     with open(os.path.join(temporary, name), "rb") as file:
                         os.fsync(file.fileno())
         except Exception as error:  # each file format has its own error for a full disk
-            problem = (str(error).strip() or repr(error)).splitlines()[0]
+            problem = first_line(error)
         failed = torch.tensor([float(problem is not None)], device=self.accelerator.device)
         if self.accelerator.reduce(failed, reduction="sum").item():
             if self.main:
