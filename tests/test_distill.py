@@ -437,6 +437,33 @@ def test_short_and_long_texts_are_no_divergence() -> None:
     assert any(divergence.found(loss) for loss in [2.4] * loop.RECENT_STEPS)
 
 
+@pytest.mark.parametrize("save_minutes", [0.0, 60.0])
+def test_a_slow_divergence_goes_back_however_often_states_are_saved(
+    save_minutes: float, tmp_path: Path, capfd: pytest.CaptureFixture
+) -> None:
+    """The loss grows by 2% a step until the run goes back, and falls from there on."""
+    seen: list[float] = []
+    grows = {"now": True}
+
+    def loss(model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        value = model(batch["x"])[:, 0].exp()
+        if seen and value.item() < seen[-1]:
+            grows["now"] = False
+        seen.append(value.item())
+        return {"error": 2 * value.detach() - value if grows["now"] else value}
+
+    model = torch.nn.Linear(1, 1)
+    with a_run(Accelerator(cpu=True), tmp_path, save_minutes) as running:
+        stage = loop.Stage("test", 1, 0.02, 1, 1, loop.constant_rate, goes_back=True)
+        loop.train(running, model, stage, Line(), loss)
+    assert "going back to step" in capfd.readouterr().err
+    log = records(tmp_path)
+    assert [r["step"] for r in log] == list(range(1, 61))
+    losses = [r["loss"] for r in log]
+    assert max(losses) < 2 * loop.DIVERGED * sum(losses[:20]) / 20
+    assert losses[-20:] == sorted(losses[-20:], reverse=True)
+
+
 def test_a_bad_newest_state_is_left_for_the_one_before_it(
     tmp_path: Path, capfd: pytest.CaptureFixture
 ) -> None:
