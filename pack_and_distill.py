@@ -86,7 +86,7 @@ def parse_arguments() -> argparse.Namespace:
         " place of the feed-forward, 0 keeps that; pack_emb: 1 shrinks the embedding tables to"
         " hidden_size, 0 keeps them; hidden_act: orig, or an activation of the Transformers"
         " library")  # fmt: skip
-    add("--start", choices=("teacher", "random"), default="teacher",
+    add("--pack_start", choices=("teacher", "random"), default="teacher",
         help="packed weights are first fitted to the teacher, or start at random")  # fmt: skip
     add = parser.group(TRAINING).add_argument
     add("--stages", type=stages, default=",".join(STAGES), metavar="STAGE,...",
@@ -276,8 +276,10 @@ def check_models(
     if not isinstance(student, PackedBertConfig):
         bert_pack.check_pack_cfg(cfg, student)
         return student, teacher, tokenizer, found[0]
-    if args.start != "teacher":
-        raise UserError(f"--start: {args.model_student} is packed, its weights stay; leave it out")
+    if args.pack_start != "teacher":
+        raise UserError(
+            f"--pack_start: {args.model_student} is packed, its weights stay; leave it out"
+        )
     differing = [
         f"{key}:{value}, not {key}:{getattr(cfg, key)}"
         for key, value in (student.pack_cfg or {}).items()
@@ -326,7 +328,7 @@ def pack_student(
         run.say(f"--model_student {args.model_student} is packed: distillation goes on")
         return model.to(device)
     sample = []
-    if anew and args.start == "teacher":
+    if anew and args.pack_start == "teacher":
         run.say(f"packing: fitting weights to the teacher's states on {SAMPLE_WINDOWS} windows")
         sample = [to_device(batch, device) for batch in task.sample(SAMPLE_WINDOWS)]
 

@@ -220,7 +220,7 @@ def test_random_start_is_behind_and_learns(
     teacher: Path, few: Path, reference: Path, tmp_path: Path, capfd: pytest.CaptureFixture
 ) -> None:
     out = tmp_path / "out"
-    command = pack_command(teacher, few, out, "--start=random", "--stages=grow,feed-forward")
+    command = pack_command(teacher, few, out, "--pack_start=random", "--stages=grow,feed-forward")
     assert call(command) == 0, capfd.readouterr().err
     for stage in ("grow 1", "grow 2"):
         losses = [trained(folder, stage)[0]["loss"] for folder in (reference, out)]
@@ -607,7 +607,7 @@ def wrong(
         ("--loss_weight_alpha=1e30", "--loss_weight_alpha"),
         ("--num_train_epochs=0", "--num_train_epochs"),
         ("--max_steps_per_stage=0", "--max_steps_per_stage"),
-        ("--start=nowhere", "--start"),
+        ("--pack_start=nowhere", "--pack_start"),
         ("--eval_extra_contexts=dev.json", "is for embedding models"),
         ("--embedding_weight=1", "is for embedding models"),
         ("--embedding_weight=-1", "--embedding_weight"),
@@ -632,8 +632,8 @@ def test_flags_of_stages_that_do_not_run(
     line = wrong("--stages=heads", "--embedding_weight=1")
     assert "--embedding_weight counts in the final stage" in line
     cfg = "--pack_cfg=num_hidden_layers:2,ff_iter_num:2,num_attention_heads:2,hidden_size:16"
-    line = wrong(f"--model_student={reference}", cfg, "--start=random")
-    assert f"--start: {reference} is packed" in line
+    line = wrong(f"--model_student={reference}", cfg, "--pack_start=random")
+    assert f"--pack_start: {reference} is packed" in line
     flags = ("--stages=embeddings", "--max_steps_per_stage=1")
     other = "--total_train_batch_size_for_tune=6"  # of the final stage
     assert call(pack_command(teacher, few, tmp_path / "heads", *flags, other)) == 0

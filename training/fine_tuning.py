@@ -391,7 +391,7 @@ def quantize(
         shutil.rmtree(f"{folder}.tmp", ignore_errors=True)
         save_quantized(quantized, f"{folder}.tmp")
         os.replace(f"{folder}.tmp", folder)
-    run.accelerator.wait_for_everyone()
+    run.wait_for(folder)
     quantized = load_model(folder, "--output_dir", task.auto_class, quiet=True).eval().to(device)
     hold_weight_range(quantized, config.weight_range)
     run.evaluate_once("calibrated", lambda: task.evaluation(quantized, fp32=True))

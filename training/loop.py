@@ -15,6 +15,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from cli import UserError, warn
+from training import machine
 from training.passes import COUNTS, Batches, LossFunction, StepGradient
 from training.progress import Progress
 from training.run import Run, summary
@@ -184,6 +185,7 @@ class Training:
         elif self.accelerator.num_processes > 1:
             for tensor in self.model.state_dict().values():
                 torch.distributed.broadcast(tensor, 0)
+            machine.part_generators(self.accelerator)
         run.forget_after(stage.name, self.step)
         self.progress = Progress(run, stage, self.step, self.total_steps, earlier)
         if stage.goes_back and earlier is None:
