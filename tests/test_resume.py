@@ -10,6 +10,7 @@ import resource
 import shlex
 import shutil
 import signal
+import sys
 import time
 from pathlib import Path
 
@@ -28,7 +29,7 @@ from calls import (
     states,
     wait_for,
 )
-from conftest import run, train_qa_command
+from conftest import ROOT, pack_command, run, train_qa_command
 from safetensors.torch import load_file, save_file
 
 from cli import UserError
@@ -514,3 +515,37 @@ def test_the_cards_command_is_the_command() -> None:
         "--no_cuda",
         "--stages=heads,final",
     ]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("script", ["train_qa", "pack_and_distill"])
+def test_a_cards_command_gives_the_same_files(
+    script: str, teacher: Path, few: Path, tmp_path: Path, capfd: pytest.CaptureFixture
+) -> None:
+    out, again = tmp_path / "first one", tmp_path / "again"
+    flags = ["--seed=0", "--save_minutes=0"]
+    if script == "train_qa":
+        made = train_qa_command(teacher, few, out, *flags, "--num_train_epochs=0.5")
+    else:
+        made = pack_command(teacher, few, out, *flags, "--stages=final", "--max_steps_per_stage=2")
+    assert call(made) == 0, capfd.readouterr().err
+    command = (out / "README.md").read_text().split("## Training\n```\n")[1].split("```")[0]
+    python, name, *words = shlex.split(command.replace("\\\n", " "))
+    assert (python, name) == ("python3", f"{script}.py")
+    assert f"--output_dir={out}" in words
+    words = [word for word in words if not word.startswith("--output_dir=")]
+    done = run([sys.executable, str(ROOT / name), *words, f"--output_dir={again}"])
+    assert done.returncode == 0, done.stderr
+    for file in ("model.safetensors", "model.onnx"):
+        assert (out / file).read_bytes() == (again / file).read_bytes(), file
+
+
+@pytest.mark.slow
+def test_a_card_does_not_tell_of_training_that_was_not(
+    tiny_bert: Path, few: Path, reference: Path, tmp_path: Path, capfd: pytest.CaptureFixture
+) -> None:
+    out = tmp_path / "out"
+    assert call(train_qa_command(tiny_bert, few, out, "--num_train_epochs=0")) == 0
+    card = (out / "README.md").read_text()
+    assert "fine-tuned on" not in card and "not trained on" in card
+    assert "fine-tuned on" in (reference / "README.md").read_text()

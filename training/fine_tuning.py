@@ -284,10 +284,17 @@ def deliver(job: Job, run: Run, student: PreTrainedModel, teacher: PreTrainedMod
         stages=names if job.quantized else (),
         kept={"kept": figures},
         more={"int8": quantizers.what_is_int8(student.cpu())} if job.quantized else {},
-        made="quantized to INT8 on" if job.quantized else "fine-tuned on",
+        made=_made(job),
         state_maps=job.state_maps if job.quantized else None,
     )
     results.deliver(run, task, job.tokenizer, delivery)
+
+
+def _made(job: Job) -> str:
+    """What became of the model on the training data, for its card."""
+    if job.settings and not is_quantized(job.args.model_student):
+        return "quantized to INT8 on"
+    return "fine-tuned on" if plan_stages(job.args) else "not trained on"
 
 
 # ------------------------------------------------------------------------------------------------
