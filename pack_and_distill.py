@@ -23,6 +23,7 @@ from bert.model_folder import (
     UNMERGED,
     check_model,
     check_teacher,
+    count_parameters,
     load_model,
     load_teacher,
     load_tokenizer,
@@ -460,23 +461,25 @@ def main() -> None:
     guide = in_half(teacher, accelerator)
     student = distill(run, task, student, guide, plan, cfg.num_attention_heads, args.keep).eval()
 
+    results.save(run, tokenizer, {UNMERGED: student, "": merge(student)})
     # In FP32, since folding maps away rounds otherwise.
-    unmerged = evaluation(student, fp32=True)
-    merged = merge(student)
-    figures = evaluation(merged.to(accelerator.device), fp32=True)
+    unmerged = evaluation(results.load(run, task, UNMERGED), fp32=True)
+    merged = results.load(run, task)
+    figures = evaluation(merged, fp32=True)
     run.evaluate_once("merged", lambda: figures)
     names = ("teacher", "packed", *(part.stage.name for part in plan))
     grown = grow_seconds(results.stage_table(run, names, {}))
     delivery = results.Delivery(
-        models={UNMERGED: student, "": merged},
         figures=figures,
+        parameters=count_parameters(merged),
         others=task.score_in_teacher_index(merged, teacher),
         stages=names,
         kept={"unmerged": unmerged, "merged": figures},
         more={"sizes": sizes, **grown},
         made=f"packed (`{args.pack_cfg}`) and distilled on",
     )
-    results.deliver(run, task, tokenizer, delivery)
+    del merged  # the export loads it anew
+    results.deliver(run, task, delivery)
     if grown:
         run.say(
             f"the grow stages took {grown['grow_seconds']:,.0f} s; with all layers running they"

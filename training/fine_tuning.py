@@ -27,6 +27,7 @@ from bert.model_folder import (
     AutoClass,
     check_model,
     check_teacher,
+    count_parameters,
     load_model,
     load_state_maps,
     load_teacher,
@@ -266,7 +267,7 @@ def select_trained(student: PreTrainedModel, stage: Stage, freeze_list: str) -> 
 
 
 def deliver(job: Job, run: Run, student: PreTrainedModel, teacher: PreTrainedModel | None) -> None:
-    """Evaluate what is delivered, in FP32 as the exported file computes; save, export, describe it.
+    """Save it; evaluate the folder, in FP32 as the exported file computes; export, describe it.
 
     A packed student that has learned hidden states is merged for that, and saved before it as well.
     """
@@ -274,20 +275,22 @@ def deliver(job: Job, run: Run, student: PreTrainedModel, teacher: PreTrainedMod
     if getattr(student.config, "merged", True) is False:
         models[UNMERGED], student = student, merge(student)
     models[""] = student
-    figures = task.evaluation(student.to(run.accelerator.device), fp32=True)
-    others = {} if teacher is None else task.score_in_teacher_index(student, teacher)
+    results.save(run, job.tokenizer, models, job.state_maps if job.quantized else None)
+    saved = results.load(run, task)
+    figures = task.evaluation(saved, fp32=True)
+    others = {} if teacher is None else task.score_in_teacher_index(saved, teacher)
     names = ("fp32", "calibrated", "ranges", "weights", "fine-tuning")
     delivery = results.Delivery(
-        models=models,
         figures=figures,
+        parameters=count_parameters(saved),
         others=others,
         stages=names if job.quantized else (),
         kept={"kept": figures},
-        more={"int8": quantizers.what_is_int8(student.cpu())} if job.quantized else {},
+        more={"int8": quantizers.what_is_int8(saved.cpu())} if job.quantized else {},
         made=_made(job),
-        state_maps=job.state_maps if job.quantized else None,
     )
-    results.deliver(run, task, job.tokenizer, delivery)
+    del saved  # the export loads it anew
+    results.deliver(run, task, delivery)
 
 
 def _made(job: Job) -> str:
