@@ -592,10 +592,10 @@ def test_figures_and_answers_are_those_of_the_saved_weights(
             flags = ("--stages=final", "--max_steps_per_stage=1", "--num_train_epochs=1")
             command = pack_command(teacher, few, out, *flags)
         assert call(command) == 0, capfd.readouterr().err
-    # The memory of what was trained is free for what is loaded.
-    assert all(parameter.is_meta for model in saved for parameter in model.parameters())
     assert call(train_qa_command(out, few, again, "--num_train_epochs=0")) == 0
     assert told(out) == told(again)
+    # The memory of what was trained was free for what was loaded.
+    assert all(parameter.is_meta for model in saved for parameter in model.parameters())
     assert f"{told(out)[0]:.2f}" in (out / "README.md").read_text()
 
 
