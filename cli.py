@@ -12,8 +12,11 @@ import os
 import signal
 import sys
 import textwrap
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NoReturn
+
+MAIN_PROCESS_SECONDS = 10.0  # that the main process has to tell an error before others tell it
 
 
 class UserError(Exception):
@@ -137,6 +140,25 @@ def tell(message: str) -> None:
         print(f"note: {message}", file=sys.stderr, flush=True)
 
 
+@contextlib.contextmanager
+def _main_process_first() -> Iterator[None]:
+    """Around a script: an error beside the main process waits before it is told.
+
+    If the main process has it too, or has caused it, that tells it and ends; then torchrun ends the
+    others, which say nothing. If not, an error of this process alone is told after all.
+    """
+    try:
+        yield
+    except Interrupted:
+        raise
+    except Exception:
+        if not is_main_process():
+            for number in (signal.SIGTERM, signal.SIGINT):
+                signal.signal(number, signal.SIG_DFL)
+            time.sleep(MAIN_PROCESS_SECONDS)
+        raise
+
+
 def run_main(main: Callable[[], None]) -> NoReturn:
     """Run a script's ``main``; turn mistakes and interruptions into one line and an exit code.
 
@@ -145,31 +167,29 @@ def run_main(main: Callable[[], None]) -> NoReturn:
     code = 0
     signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
-        main()
+        with _main_process_first():
+            main()
     except UserError as error:
         code = 2
-        if is_main_process():
-            print(f"error: {error}", file=sys.stderr, flush=True)
+        print(f"error: {error}", file=sys.stderr, flush=True)
     except BrokenPipeError:  # the reader of our output has gone, as `| head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except OSError as error:  # most often a full disk; UserErrors name the rest before it matters
         code = 2
-        if is_main_process():
-            where = f"{error.filename}: " if error.filename else ""
-            print(f"error: {where}{error.strerror or error}", file=sys.stderr, flush=True)
+        where = f"{error.filename}: " if error.filename else ""
+        print(f"error: {where}{error.strerror or error}", file=sys.stderr, flush=True)
     except RuntimeError as error:
         # torch's, by name: this module does without torch. Training has an answer of its own.
         if type(error).__name__ != "OutOfMemoryError":
             raise
         code = 2
-        if is_main_process():
-            print(
-                "error: the GPU's memory is full. A smaller --per_gpu_eval_batch_size takes less,"
-                " and so does closing what else runs there; the same command again goes on from"
-                " the last saved state",
-                file=sys.stderr,
-                flush=True,
-            )
+        print(
+            "error: the GPU's memory is full. A smaller --per_gpu_eval_batch_size takes less,"
+            " and so does closing what else runs there; the same command again goes on from"
+            " the last saved state",
+            file=sys.stderr,
+            flush=True,
+        )
     except Interrupted as stop:
         code = 128 + stop.signal_number
         if is_main_process():

@@ -24,6 +24,7 @@ from bert.model_folder import (
     UNMERGED,
     OpenedModel,
     check_teacher,
+    count_parameters,
     load_model,
     load_teacher,
     open_model,
@@ -102,7 +103,7 @@ def parse_arguments() -> argparse.Namespace:
         " place of the feed-forward, 0 keeps that; pack_emb: 1 shrinks the embedding tables to"
         " hidden_size, 0 keeps them; hidden_act: orig, or an activation of the Transformers"
         " library")  # fmt: skip
-    add("--start", choices=tuple(bert_pack.STARTS), default="teacher",
+    add("--pack_start", choices=tuple(bert_pack.STARTS), default="teacher",
         help="packed weights are first fitted to the teacher, or start at random")  # fmt: skip
     add = parser.group(TRAINING).add_argument
     add("--stages", type=stages, default=",".join(STAGES), metavar="STAGE,...",
@@ -353,8 +354,10 @@ def check_models(
     if not student.packed:
         bert_pack.check_pack_cfg(cfg, student.config)
         return student, teachers, found[0]
-    if args.start != "teacher":
-        raise UserError(f"--start: {args.model_student} is packed, its weights stay; leave it out")
+    if args.pack_start != "teacher":
+        raise UserError(
+            f"--pack_start: {args.model_student} is packed, its weights stay; leave it out"
+        )
     differing = [
         f"{key}:{value}, not {key}:{getattr(cfg, key)}"
         for key, value in (student.config.pack_cfg or {}).items()
@@ -436,7 +439,7 @@ def pack_student(
     if opened.packed:
         run.say(f"--model_student {args.model_student} is packed: distillation goes on")
         return model.to(device)
-    start = args.start if anew else "random"
+    start = args.pack_start if anew else "random"
     if start == "teacher":
         run.say(f"packing: fitting weights to the teacher's states on {SAMPLE_WINDOWS} windows")
     sample = (to_device(batch, device) for batch in task.sample(SAMPLE_WINDOWS))
@@ -578,23 +581,25 @@ def main() -> None:
     guides = [in_half(each, accelerator) for each in (teacher, *others)]
     student = distill(run, task, student, guides, plan, cfg.num_attention_heads).eval()
 
+    results.save(run, opened.tokenizer, {UNMERGED: student, "": merge(student)})
     # In FP32, since folding maps away rounds otherwise.
-    unmerged = evaluation(student, fp32=True)
-    merged = merge(student)
-    figures = evaluation(merged.to(accelerator.device), fp32=True)
+    unmerged = evaluation(results.load(run, task, UNMERGED), fp32=True)
+    merged = results.load(run, task)
+    figures = evaluation(merged, fp32=True)
     run.evaluate_once("merged", lambda: figures)
     names = ("teacher", "packed", *(part.stage.name for part in plan))
     grown = grow_seconds(results.stage_table(run, names, {}))
     delivery = results.Delivery(
-        models={UNMERGED: student, "": merged},
         figures=figures,
+        parameters=count_parameters(merged),
         others=task.score_in_teacher_index(merged, teacher),
         stages=names,
         kept={"unmerged": unmerged, "merged": figures},
         more={"sizes": sizes, **grown},
         made=f"packed (`{args.pack_cfg}`) and distilled on",
     )
-    results.deliver(run, task, opened.tokenizer, delivery)
+    del merged  # the export loads it anew
+    results.deliver(run, task, delivery)
     if grown:
         run.say(
             f"the grow stages took {grown['grow_seconds']:,.0f} s; with all layers running they"

@@ -24,7 +24,7 @@ from training.run import read_log
 ROOT = Path(__file__).resolve().parent.parent
 LEFT_OUT = 3  # steps
 SMALL = "--per_gpu_train_batch_size=8 --total_train_batch_size=16 --log_steps=1 --keep=last"
-PACK = "--total_train_batch_size_for_tune=16 --stages=final --start=random"
+PACK = "--total_train_batch_size_for_tune=16 --stages=final"
 SIZES = "num_hidden_layers:6,ff_iter_num:4,num_attention_heads:6,hidden_size:192"
 # {epochs}: those of the steps that are asked for; {reader}: what the first training leaves.
 TRAININGS = {

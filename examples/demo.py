@@ -7,6 +7,7 @@ command is printed before it runs, so that it can be copied and changed.
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import os
 import shlex
@@ -50,13 +51,23 @@ def demo_weights() -> str:
     return result.stdout.strip()
 
 
+def where_and_name(model: str) -> tuple[str, str]:
+    """--model as a command in the project's folder finds it, and an ending for output folders.
+
+    A relative folder is looked up where the user stands. The ending tells models of one base name
+    apart.
+    """
+    where = os.path.abspath(model) if os.path.exists(model) else model
+    told_apart = hashlib.sha256(where.encode()).hexdigest()[:8]
+    return where, f"-{os.path.basename(where)}-{told_apart}"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", help="another BERT: a folder or a hub name")
     parser.add_argument("--search", action="store_true", help="embeddings, not answers")
     args = parser.parse_args()
-    model = args.model or demo_weights()
-    name = f"-{os.path.basename(os.path.normpath(args.model))}" if args.model else ""
+    model, name = where_and_name(args.model) if args.model else (demo_weights(), "")
     step("examples/make_sample.py", f"--output_dir={DATA}")
     if args.search:
         search(model, name)

@@ -221,7 +221,7 @@ def test_random_start_is_behind_and_learns(
     teacher: Path, few: Path, reference: Path, tmp_path: Path, capfd: pytest.CaptureFixture
 ) -> None:
     out = tmp_path / "out"
-    command = pack_command(teacher, few, out, "--start=random", "--stages=grow,feed-forward")
+    command = pack_command(teacher, few, out, "--pack_start=random", "--stages=grow,feed-forward")
     assert call(command) == 0, capfd.readouterr().err
     for stage in ("grow 1", "grow 2"):
         losses = [trained(folder, stage)[0]["loss"] for folder in (reference, out)]
@@ -351,7 +351,7 @@ def test_passes_run_their_plan(
     out = tmp_path / "out"
     texts = tmp_path / "texts.txt"
     texts.write_text("The lake was dug by hand.\n\nIts water is clear and cold.\n")
-    flags = ("--passes=1.25", "--extra_pairs=1", f"--extra_texts={texts}", "--start=random")
+    flags = ("--passes=1.25", "--extra_pairs=1", f"--extra_texts={texts}", "--pack_start=random")
     command = pack_command(teacher, few, out, *flags)
     command = [flag for flag in command if not flag.startswith("--num_train_epochs")]
     command.append(f"--model_teacher={teacher},{teacher}")
@@ -517,6 +517,33 @@ def test_short_and_long_texts_are_no_divergence() -> None:
     assert any(divergence.found(loss) for loss in [2.4] * loop.RECENT_STEPS)
 
 
+@pytest.mark.parametrize("save_minutes", [0.0, 60.0])
+def test_a_slow_divergence_goes_back_however_often_states_are_saved(
+    save_minutes: float, tmp_path: Path, capfd: pytest.CaptureFixture
+) -> None:
+    """The loss grows by 2% a step until the run goes back, and falls from there on."""
+    seen: list[float] = []
+    grows = {"now": True}
+
+    def loss(model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        value = model(batch["x"])[:, 0].exp()
+        if seen and value.item() < seen[-1]:
+            grows["now"] = False
+        seen.append(value.item())
+        return {"error": 2 * value.detach() - value if grows["now"] else value}
+
+    model = torch.nn.Linear(1, 1)
+    with a_run(Accelerator(cpu=True), tmp_path, save_minutes) as running:
+        stage = loop.Stage("test", 1, 0.02, 1, 1, loop.constant_rate, goes_back=True)
+        loop.train(running, model, stage, Line(), loss)
+    assert "going back to step" in capfd.readouterr().err
+    log = records(tmp_path)
+    assert [r["step"] for r in log] == list(range(1, 61))
+    losses = [r["loss"] for r in log]
+    assert max(losses) < 2 * loop.DIVERGED * sum(losses[:20]) / 20
+    assert losses[-20:] == sorted(losses[-20:], reverse=True)
+
+
 def test_a_bad_newest_state_is_left_for_the_one_before_it(
     tmp_path: Path, capfd: pytest.CaptureFixture
 ) -> None:
@@ -660,7 +687,7 @@ def wrong(
         ("--loss_weight_alpha=1e30", "--loss_weight_alpha"),
         ("--num_train_epochs=0", "--num_train_epochs"),
         ("--max_steps_per_stage=0", "--max_steps_per_stage"),
-        ("--start=nowhere", "--start"),
+        ("--pack_start=nowhere", "--pack_start"),
         ("--eval_extra_contexts=dev.json", "is for embedding models"),
         ("--embedding_weight=1", "is for embedding models"),
         ("--embedding_weight=-1", "--embedding_weight"),
@@ -697,8 +724,8 @@ def test_flags_of_stages_that_do_not_run(
     line = wrong("--logits_weight=0", "--logits_temperature=2")
     assert "--logits_temperature does nothing with --logits_weight=0" in line
     cfg = "--pack_cfg=num_hidden_layers:2,ff_iter_num:2,num_attention_heads:2,hidden_size:16"
-    line = wrong(f"--model_student={reference}", cfg, "--start=random")
-    assert f"--start: {reference} is packed" in line
+    line = wrong(f"--model_student={reference}", cfg, "--pack_start=random")
+    assert f"--pack_start: {reference} is packed" in line
     flags = ("--stages=embeddings", "--max_steps_per_stage=1")
     other = "--total_train_batch_size_for_tune=6"  # of the final stage
     assert call(pack_command(teacher, few, tmp_path / "heads", *flags, other)) == 0

@@ -1,13 +1,18 @@
-"""Tests of the generated sample data and of the demo's article."""
+"""Tests of the generated sample data, of the demo's article and of the models it starts from."""
 
 import hashlib
 import json
+import os
+import shutil
+import subprocess
+import sys
 from itertools import pairwise
 from pathlib import Path
 
 import pytest
+from conftest import ROOT
 
-from examples import make_sample
+from examples import demo, make_sample
 
 EXAMPLES = Path(make_sample.__file__).parent
 # Figures of the demo can be compared with earlier ones only where the dev questions are the same.
@@ -152,3 +157,60 @@ def test_article_is_new(sample: dict[str, dict]) -> None:
     assert len(asked) == 5 and all(question.endswith("?") for question in asked)
     for data in sample.values():
         assert not any("Skerravoe" in paragraph["context"] for paragraph in paragraphs(data))
+
+
+# ------------------------------------------------------------------------------------------------
+# --model of the demo
+
+
+@pytest.fixture
+def started(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str]]:
+    """What the demo starts from, and the ending of its output folders."""
+    calls: list[tuple[str, str]] = []
+    monkeypatch.setattr(demo, "step", lambda *command: None)
+    monkeypatch.setattr(demo, "answer", lambda model, name: calls.append((model, name)))
+    return calls
+
+
+def test_a_relative_model_is_looked_up_where_the_user_stands(
+    started: list[tuple[str, str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "mine" / "bert").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    for model in ("mine/bert", "mine/bert/", "prajjwal1/bert-tiny"):
+        monkeypatch.setattr(sys, "argv", ["demo.py", f"--model={model}"])
+        demo.main()
+    folder = str(tmp_path / "mine" / "bert")
+    assert [model for model, _ in started] == [folder, folder, "prajjwal1/bert-tiny"]
+
+
+def test_models_of_one_base_name_have_output_folders_of_their_own(
+    started: list[tuple[str, str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    models = [str(tmp_path / name / "bert") for name in ("a", "b")]
+    for model in (*models, "one/bert", "another/bert"):
+        monkeypatch.setattr(sys, "argv", ["demo.py", f"--model={model}"])
+        demo.main()
+    names = [name for _, name in started]
+    assert len(set(names)) == 4 and all(name.startswith("-bert") for name in names)
+
+
+@pytest.mark.skipif(not shutil.which("make"), reason="there is no make")
+def test_make_demo_starts_where_the_user_stands(tmp_path: Path) -> None:
+    """With `make -C <the project>`; the interpreter tells where it is and what it was given."""
+    environment = tmp_path / "venv"
+    (environment / "bin").mkdir(parents=True)
+    for name in ("run", "demo"):  # newer than what they are made of
+        (environment / name).touch()
+    python = environment / "bin" / "python"
+    python.write_text('#!/bin/sh\npwd\nfor each in "$@"; do echo "$each"; done\n')
+    python.chmod(0o755)
+    user = tmp_path / "the user"
+    user.mkdir()
+    command = ["make", "-s", "-C", str(ROOT), f"VENV={environment}", "demo", "MODEL=my bert"]
+    done = subprocess.run(
+        command, capture_output=True, text=True, cwd=user, env={**os.environ, "PWD": str(user)}
+    )
+    assert done.returncode == 0, done.stderr
+    told = done.stdout.splitlines()
+    assert told == [str(user), str(ROOT / "examples" / "demo.py"), "--model=my bert"]

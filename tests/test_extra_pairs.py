@@ -177,7 +177,7 @@ def test_a_killed_run_goes_on_with_the_same_windows(
     texts.write_text(f"{WORDS}\n\n{WORDS} {WORDS}\n")
     outs = [tmp_path / name for name in ("whole", "killed")]
     flags = ("--stages=final", "--num_train_epochs=2", "--extra_pairs=0.5", "--save_minutes=0",
-             "--total_train_batch_size_for_tune=24", "--start=random",
+             "--total_train_batch_size_for_tune=24", "--pack_start=random",
              f"--extra_texts={texts}")  # fmt: skip
     commands = [pack_command(teacher, few, out, *flags) for out in outs]
     assert call(commands[0]) == 0, capfd.readouterr().err
@@ -230,7 +230,7 @@ def test_embeddings_take_no_flag_of_question_answering(
 def test_embeddings_ignore_the_default_weight_of_logits(
     embedder: Path, sample: Path, tmp_path: Path, capfd: pytest.CaptureFixture
 ) -> None:
-    flags = ("--stages=final", "--max_steps_per_stage=1", "--start=random")
+    flags = ("--stages=final", "--max_steps_per_stage=1", "--pack_start=random")
     assert call(pack_command(embedder, sample, tmp_path / "out", *flags)) == 0, (
         capfd.readouterr().err
     )

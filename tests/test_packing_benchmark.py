@@ -168,7 +168,7 @@ def test_a_run_of_it(
         model=str(teacher),
         squad_dev_data=str(few / "dev-v1.1.json"),
         pack_cfg="num_hidden_layers:1,num_attention_heads:2,hidden_size:16",
-        flags=f"{tiny} --start=random --max_steps_per_stage=2 --log_steps=1",
+        flags=f"{tiny} --pack_start=random --max_steps_per_stage=2 --log_steps=1",
     )
     (job,) = packing.make_jobs(args, data)
     configured(name)

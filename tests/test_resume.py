@@ -10,6 +10,7 @@ import resource
 import shlex
 import shutil
 import signal
+import sys
 import time
 from pathlib import Path
 
@@ -28,13 +29,14 @@ from calls import (
     states,
     wait_for,
 )
-from conftest import run, train_qa_command
+from conftest import ROOT, pack_command, run, train_qa_command
 from safetensors.torch import load_file, save_file
 
 from cli import UserError
 from training import loop, progress, results
 from training.passes import Batches
 from training.run import Run
+from training.states import States
 
 FLAGS = (
     "--dropout=0.1",  # so that the state of the random generators matters
@@ -514,3 +516,119 @@ def test_the_cards_command_is_the_command() -> None:
         "--no_cuda",
         "--stages=heads,final",
     ]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("script", ["train_qa", "pack_and_distill"])
+def test_a_cards_command_gives_the_same_files(
+    script: str, teacher: Path, few: Path, tmp_path: Path, capfd: pytest.CaptureFixture
+) -> None:
+    out, again = tmp_path / "first one", tmp_path / "again"
+    flags = ["--seed=0", "--save_minutes=0"]
+    if script == "train_qa":
+        made = train_qa_command(teacher, few, out, *flags, "--num_train_epochs=0.5")
+    else:
+        made = pack_command(teacher, few, out, *flags, "--stages=final", "--max_steps_per_stage=2")
+    assert call(made) == 0, capfd.readouterr().err
+    command = (out / "README.md").read_text().split("## Training\n```\n")[1].split("```")[0]
+    python, name, *words = shlex.split(command.replace("\\\n", " "))
+    assert (python, name) == ("python3", f"{script}.py")
+    assert f"--output_dir={out}" in words
+    words = [word for word in words if not word.startswith("--output_dir=")]
+    done = run([sys.executable, str(ROOT / name), *words, f"--output_dir={again}"])
+    assert done.returncode == 0, done.stderr
+    for file in ("model.safetensors", "model.onnx"):
+        assert (out / file).read_bytes() == (again / file).read_bytes(), file
+
+
+@pytest.mark.slow
+def test_a_card_does_not_tell_of_training_that_was_not(
+    tiny_bert: Path, few: Path, reference: Path, tmp_path: Path, capfd: pytest.CaptureFixture
+) -> None:
+    out = tmp_path / "out"
+    assert call(train_qa_command(tiny_bert, few, out, "--num_train_epochs=0")) == 0
+    card = (out / "README.md").read_text()
+    assert "fine-tuned on" not in card and "not trained on" in card
+    assert "fine-tuned on" in (reference / "README.md").read_text()
+
+
+# ------------------------------------------------------------------------------------------------
+# What is told is of the folder
+
+
+def told(folder: Path) -> tuple[float, float, str]:
+    """F1, exact match and the answers, as a folder tells them."""
+    figures = json.loads((folder / "metrics.json").read_text())
+    return figures["f1"], figures["exact_match"], (folder / "predictions.json").read_text()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("script", ["train_qa", "pack_and_distill"])
+def test_figures_and_answers_are_those_of_the_saved_weights(
+    script: str,
+    teacher: Path,
+    few: Path,
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Planted: other weights get into the folder than were trained."""
+    save_model, saved = results.save_model, []
+
+    def save_others(model: torch.nn.Module, *arguments: object) -> None:
+        saved.append(model)
+        with torch.no_grad():
+            model.qa_outputs.weight.neg_()
+        save_model(model, *arguments)
+        with torch.no_grad():
+            model.qa_outputs.weight.neg_()
+
+    out, again = tmp_path / "out", tmp_path / "again"
+    with monkeypatch.context() as patch:
+        patch.setattr(results, "save_model", save_others)
+        if script == "train_qa":
+            command = train_qa_command(teacher, few, out, "--num_train_epochs=0.3")
+        else:
+            flags = ("--stages=final", "--max_steps_per_stage=1", "--num_train_epochs=1")
+            command = pack_command(teacher, few, out, *flags)
+        assert call(command) == 0, capfd.readouterr().err
+    assert call(train_qa_command(out, few, again, "--num_train_epochs=0")) == 0
+    assert told(out) == told(again)
+    # The memory of what was trained was free for what was loaded.
+    assert all(parameter.is_meta for model in saved for parameter in model.parameters())
+    assert f"{told(out)[0]:.2f}" in (out / "README.md").read_text()
+
+
+@pytest.mark.slow
+def test_the_best_weights_have_their_own_figures_if_the_last_state_is_not_saved(
+    teacher: Path,
+    few: Path,
+    sample: Path,
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    save_state, keep_if_best = Accelerator.save_state, States.keep_if_best
+    scores = iter([9.0, 8.0])  # so that the best is not the last
+
+    def full(self: Accelerator, folder: str) -> None:
+        if len(states(out)):
+            raise OSError("the disk is full")
+        save_state(self, folder)
+
+    def keep(self: States, model: torch.nn.Module, stage: str, step: int, score: float) -> None:
+        keep_if_best(self, model, stage, step, next(scores))
+
+    out, again = tmp_path / "out", tmp_path / "again"
+    dev = f"--squad_dev_data={sample / 'dev-v1.1.json'}"  # of questions enough to tell F1 apart
+    flags = (dev, "--num_train_epochs=2", "--learning_rate=3e-3", "--total_train_batch_size=8")
+    with monkeypatch.context() as patch:
+        patch.setattr(Accelerator, "save_state", full)
+        patch.setattr(States, "keep_if_best", keep)
+        assert call(train_qa_command(teacher, few, out, *flags)) == 0
+    assert "the state at step 16 could not be saved" in capfd.readouterr().err
+    evaluated = [r for r in records(out) if "evaluation" in r]
+    assert call(train_qa_command(out, few, again, dev, "--num_train_epochs=0")) == 0
+    assert told(out) == told(again)
+    assert told(out)[:2] == (evaluated[0]["f1"], evaluated[0]["exact_match"])
+    assert evaluated[0]["f1"] != evaluated[1]["f1"]

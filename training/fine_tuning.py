@@ -27,6 +27,7 @@ from bert.model_folder import (
     AutoClass,
     OpenedModel,
     check_teacher,
+    count_parameters,
     load_model,
     load_teacher,
     open_model,
@@ -251,7 +252,7 @@ def select_trained(student: PreTrainedModel, stage: Stage, freeze_list: str) -> 
 
 
 def deliver(job: Job, run: Run, student: PreTrainedModel, teacher: PreTrainedModel | None) -> None:
-    """Evaluate what is delivered, in FP32 as the exported file computes; save, export, describe it.
+    """Save it; evaluate the folder, in FP32 as the exported file computes; export, describe it.
 
     A packed student that has learned hidden states is merged for that, and saved before it as well.
     """
@@ -259,20 +260,30 @@ def deliver(job: Job, run: Run, student: PreTrainedModel, teacher: PreTrainedMod
     if getattr(student.config, "merged", True) is False:
         models[UNMERGED], student = student, merge(student)
     models[""] = student
-    figures = task.evaluation(student.to(run.accelerator.device), fp32=True)
-    others = {} if teacher is None else task.score_in_teacher_index(student, teacher)
+    state_maps = job.student.state_maps if job.quantized else None
+    results.save(run, job.student.tokenizer, models, state_maps)
+    saved = results.load(run, task)
+    figures = task.evaluation(saved, fp32=True)
+    others = {} if teacher is None else task.score_in_teacher_index(saved, teacher)
     names = ("fp32", "calibrated", "ranges", "weights", "fine-tuning")
     delivery = results.Delivery(
-        models=models,
         figures=figures,
+        parameters=count_parameters(saved),
         others=others,
         stages=names if job.quantized else (),
         kept={"kept": figures},
-        more={"int8": quantizers.what_is_int8(student.cpu())} if job.quantized else {},
-        made="quantized to INT8 on" if job.quantized else "fine-tuned on",
-        state_maps=job.student.state_maps if job.quantized else None,
+        more={"int8": quantizers.what_is_int8(saved.cpu())} if job.quantized else {},
+        made=_made(job),
     )
-    results.deliver(run, task, job.student.tokenizer, delivery)
+    del saved  # the export loads it anew
+    results.deliver(run, task, delivery)
+
+
+def _made(job: Job) -> str:
+    """What became of the model on the training data, for its card."""
+    if job.settings and not job.student.quantized:
+        return "quantized to INT8 on"
+    return "fine-tuned on" if plan_stages(job.args) else "not trained on"
 
 
 # ------------------------------------------------------------------------------------------------
@@ -374,7 +385,7 @@ def quantize(run: Run, model: PreTrainedModel, config: NncfConfig, job: Job) -> 
         shutil.rmtree(f"{folder}.tmp", ignore_errors=True)
         save_quantized(quantized, f"{folder}.tmp")
         os.replace(f"{folder}.tmp", folder)
-    run.accelerator.wait_for_everyone()
+    run.wait_for(folder)
     found = replace(job.student, flag="--output_dir", folder=folder, local=True, quantized=True)
     quantized = load_model(found, task.auto_class, quiet=True).eval().to(device)
     hold_weight_range(quantized, config.weight_range)

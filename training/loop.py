@@ -15,6 +15,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from cli import UserError, warn
+from training import machine
 from training.passes import COUNTS, Batches, LossFunction, StepGradient
 from training.progress import Progress
 from training.run import Run, summary
@@ -94,8 +95,8 @@ class Divergence:
 
     Attributes:
         recent: losses of the last RECENT_STEPS steps at most.
-        good: their mean when the last state was saved; before there is one of so many steps, the
-            first such mean of the stage.
+        good: the lowest of their means at the states saved so far; before the first, the first
+            mean of the stage. It never rises: else a slow divergence would raise it at every save.
         factor: of the learning rate, halved at each return.
     """
 
@@ -124,9 +125,10 @@ class Divergence:
         return {"recent": self.recent, "good": self.good, "factor": self.factor}
 
     def mark_good(self) -> None:
-        """Take the present state as the one to compare with from now on."""
+        """Compare with the present state from now on, if none before it was better."""
         if len(self.recent) == RECENT_STEPS:
-            self.good = sum(self.recent) / RECENT_STEPS
+            mean = sum(self.recent) / RECENT_STEPS
+            self.good = mean if self.good is None else min(self.good, mean)
 
 
 class Training:
@@ -183,6 +185,7 @@ class Training:
         elif self.accelerator.num_processes > 1:
             for tensor in self.model.state_dict().values():
                 torch.distributed.broadcast(tensor, 0)
+            machine.part_generators(self.accelerator)
         run.forget_after(stage.name, self.step)
         self.progress = Progress(run, stage, self.step, self.total_steps, earlier)
         if stage.goes_back and earlier is None:
@@ -306,7 +309,10 @@ class Training:
         )
         then = position["divergence"]
         good = good if then["good"] is None else then["good"]
-        self.divergence = Divergence(recent=then["recent"], good=good, factor=factor)
+        # What led here is forgiven: else the next step alone would be judged by it.
+        most = math.inf if good is None else good
+        recent = [min(loss, most) for loss in then["recent"]]
+        self.divergence = Divergence(recent=recent, good=good, factor=factor)
         run.states.restore()
         self.step = position["step"]
         run.forget_after(stage.name, self.step)

@@ -22,6 +22,8 @@ from transformers import PreTrainedModel
 from cli import UserError
 from deploy.cpu import this_cpu
 
+LAUNCH = os.path.join(os.path.dirname(os.path.abspath(__file__)), "launch.py")
+SHUTDOWN_SECONDS = 600  # that a signalled run has, to end a step and save; torchrun's default is 30
 PRECISIONS = ("auto", "fp32", "bf16", "fp16")
 
 
@@ -47,25 +49,32 @@ def pick_precision(precision: str, no_cuda: bool) -> str:
     return {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}[precision]
 
 
+def launched() -> bool:
+    """Whether torchrun, accelerate or the like has started this process: then so many it is."""
+    # `accelerate launch --num_processes=1` sets no WORLD_SIZE.
+    return "WORLD_SIZE" in os.environ or "ACCELERATE_MIXED_PRECISION" in os.environ
+
+
 def process_count(no_cuda: bool) -> int:
     """Processes that this run has, or will have once `use_all_gpus` has launched them."""
-    if "WORLD_SIZE" in os.environ:
-        return int(os.environ["WORLD_SIZE"])
+    if launched():
+        return int(os.environ.get("WORLD_SIZE", "1"))
     return 1 if no_cuda else max(1, torch.cuda.device_count())
 
 
 def use_all_gpus(no_cuda: bool) -> None:
     """Start this script again with a process for each GPU, if there are several and none launched.
 
-    Does not return in that case: torchrun takes the place of this process, so that signals and
+    Does not return in that case: `launch.py` takes the place of this process, so that signals and
     the exit code are its own.
     """
     count = process_count(no_cuda)
-    if "WORLD_SIZE" in os.environ or count == 1:
+    if launched() or count == 1:
         return
     print(f"using {count} GPUs", flush=True)
-    launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={count}"]
-    os.execv(sys.executable, [sys.executable, *launch, *sys.argv])
+    how = ["--standalone", f"--nproc_per_node={count}", f"--shutdown-timeout={SHUTDOWN_SECONDS}"]
+    # -P: the modules beside launch.py are none of its own.
+    os.execv(sys.executable, [sys.executable, "-P", LAUNCH, *how, "--", *sys.argv])
 
 
 def make_accelerator(precision: str, no_cuda: bool, seed: int) -> Accelerator:
@@ -77,12 +86,21 @@ def make_accelerator(precision: str, no_cuda: bool, seed: int) -> Accelerator:
         torch.use_deterministic_algorithms(True, warn_only=True)
         deterministic: Any = torch.utils.deterministic  # a class takes the module's place
         deterministic.fill_uninitialized_memory = False
-    accelerator = Accelerator(mixed_precision=mixed_precision, cpu=no_cuda)
+    # Without being told so, several processes on a machine without GPUs would not know each other.
+    cpu = no_cuda or not torch.cuda.is_available()
+    accelerator = Accelerator(mixed_precision=mixed_precision, cpu=cpu)
     set_seed(seed)
     # Denormal numbers slow a CPU down a hundredfold and change no figure.
     torch.set_flush_denormal(True)
     _keep_freed_memory()
     return accelerator
+
+
+def part_generators(accelerator: Accelerator) -> None:
+    """Give each process random numbers of its own from here on: its dropout is not the others'."""
+    if accelerator.num_processes > 1:
+        # Drawn, so that a later stage does not begin with the numbers of one before it.
+        torch.manual_seed(int(torch.randint(2**62, ())) + accelerator.process_index)
 
 
 def _keep_freed_memory() -> None:

@@ -19,8 +19,8 @@ from huggingface_hub import ModelCard, ModelCardData
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from bert.model_folder import AutoClass, count_parameters, save_model, save_state_maps
-from bert.packed import PackedBertConfig
+from bert.attention import fuse_attention
+from bert.model_folder import AutoClass, load_model, open_model, save_model, save_state_maps
 from deploy import onnx_file
 from deploy.cpu import this_cpu
 from deploy.onnx_check import Check
@@ -77,33 +77,59 @@ class Deliverable(Protocol):
 
 @dataclass(frozen=True)
 class Delivery:
-    """What a run has come to.
+    """What a run has come to, of the models that `load` gives.
 
     Attributes:
-        models: what is saved, by folder in the output folder; "" is what is deployed.
-        figures: of that model, in FP32.
+        figures: of what is deployed, in FP32.
+        parameters: of what is deployed.
         others: further figures, by what they are of.
         stages: of the run, in the table of what each has come to; empty for no table.
         kept: figures of what is left of them, by name.
         more: further entries of metrics.json.
         made: what became of the model, for its card, e.g. "fine-tuned on".
-        state_maps: of a merged model that was taught, or None.
     """
 
-    models: dict[str, PreTrainedModel]
     figures: dict[str, float]
+    parameters: int
     others: dict[str, dict[str, float]]
     stages: Sequence[str]
     kept: dict[str, dict[str, float]]
     more: dict[str, object]
     made: str
-    state_maps: nn.ModuleList | None = None
 
 
-def deliver(
-    run: Run, task: Deliverable, tokenizer: PreTrainedTokenizerFast, result: Delivery
+def save(
+    run: Run,
+    tokenizer: PreTrainedTokenizerFast,
+    models: dict[str, PreTrainedModel],
+    state_maps: nn.ModuleList | None = None,
 ) -> None:
-    """Save, export, check and describe what a run has come to, and end the run.
+    """Save what a run has trained, and give its memory back: what is told comes from `load`.
+
+    Args:
+        models: by folder in the output folder; "" is what is deployed. Empty from here on.
+        state_maps: of a merged model that was taught, or None.
+    """
+    if run.main:
+        with run.writing_results():
+            for name, model in models.items():
+                save_model(model.cpu(), tokenizer, os.path.join(run.output_dir, name))
+            if state_maps is not None:
+                save_state_maps(state_maps, run.output_dir)
+    run.accelerator.wait_for_everyone()
+    for model in models.values():
+        model.to_empty(device="meta")
+
+
+def load(run: Run, task: Deliverable, name: str = "") -> PreTrainedModel:
+    """A model that `save` has saved, as a user loads it, ready to be evaluated."""
+    folder = os.path.join(run.output_dir, name)
+    model = load_model(open_model(folder, "--output_dir"), task.auto_class, quiet=True)
+    return fuse_attention(model).eval().to(run.accelerator.device)
+
+
+def deliver(run: Run, task: Deliverable, result: Delivery) -> None:
+    """Export, check and describe what `save` has saved, and end the run.
 
     Raises:
         UserError: the exported file has not passed its check; all else is written by then.
@@ -111,10 +137,6 @@ def deliver(
     folder = run.output_dir
     if run.main:
         with run.writing_results():
-            for name, model in result.models.items():
-                save_model(model.cpu(), tokenizer, os.path.join(folder, name))
-            if result.state_maps is not None:
-                save_state_maps(result.state_maps, folder)
             task.write_answers()
             check = task.export()
             run.stop_if_asked()
@@ -123,7 +145,7 @@ def deliver(
                 **result.figures,
                 **describe_run(run),
                 "counts": task.counts(),
-                "parameters": count_parameters(result.models[""]),
+                "parameters": result.parameters,
                 **onnx_file.describe_check(check, folder),
                 **result.others,
                 **result.more,
@@ -305,7 +327,7 @@ def write_card(
         name=os.path.basename(os.path.abspath(folder)),
         task=part,
         auto_class=task.auto_class,
-        packed=isinstance(result.models[""].config, PackedBertConfig),
+        packed=open_model(folder, "--output_dir").packed,
         made=result.made,
         train_file=os.path.basename(task.args.squad_train_data),
         script=script,

@@ -26,6 +26,7 @@ from cli import Interrupted, UserError, warn
 from training.states import States, read_json, write_json
 
 CHECKPOINTS = "checkpoints"
+WAIT_SECONDS = 0.1  # between looks at whether the main process has written something
 
 
 # Arguments that may change between the start of a run and its continuation.
@@ -209,6 +210,18 @@ class Run:
         """
         if self.stop_signal:
             self.interrupt(self.stop_signal, "stopped between steps; the last saved state stays")
+
+    def wait_for(self, path: str) -> None:
+        """Wait until the main process has written something that takes it long.
+
+        A barrier would end the run after a while: process groups have a time limit.
+
+        Raises:
+            Interrupted: Ctrl-C or SIGTERM came.
+        """
+        while not os.path.exists(path):
+            self.stop_if_asked()
+            time.sleep(WAIT_SECONDS)
 
     def interrupt(self, number: int, what: str) -> NoReturn:
         """Stop the run because of a signal, telling what became of its state."""
