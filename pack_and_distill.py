@@ -592,6 +592,7 @@ def main() -> None:
     delivery = results.Delivery(
         figures=figures,
         parameters=count_parameters(merged),
+        packed=True,
         others=task.score_in_teacher_index(merged, teacher),
         stages=names,
         kept={"unmerged": unmerged, "merged": figures},

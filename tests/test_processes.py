@@ -236,8 +236,16 @@ def test_every_flag_reaches_the_script_under_every_start(
     script: str, executed: list[tuple[str, list[str]]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A launcher takes a flag that begins one of its own for an abbreviation of that."""
-    monkeypatch.setattr(ArgumentParser, "parse_args", lambda self: self)
-    parser = importlib.import_module(script).parse_arguments()
+    parsers: list[ArgumentParser] = []
+
+    def end(parser: ArgumentParser) -> None:
+        parsers.append(parser)
+        raise SystemExit
+
+    monkeypatch.setattr(ArgumentParser, "parse_args", end)
+    with pytest.raises(SystemExit):
+        importlib.import_module(script).parse_arguments()
+    (parser,) = parsers
     flags = [
         option if action.nargs == 0 else f"{option}=1"
         for action in parser._actions
@@ -459,10 +467,11 @@ class Task:
     auto_class, best_by = None, "f1"
     calibration = staticmethod(lambda count: [])
 
-for name in ("fuse_attention", "load_model", "hold_weight_range"):
+for name in ("fuse_attention", "load_model", "hold_weight_range", "replace"):
     setattr(fine_tuning, name, lambda *_, **__: model)
 fine_tuning.calibrate, fine_tuning.save_quantized = calibrate, save_quantized
-fine_tuning.quantize(run, model, argparse.Namespace(subset_size=1, weight_range=None), Task)
+config = argparse.Namespace(subset_size=1, weight_range=None)
+fine_tuning.quantize(run, model, config, argparse.Namespace(task=Task, student=None))
 """
 
 

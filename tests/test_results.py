@@ -60,9 +60,8 @@ def card(tmp_path: Path, config: Any, auto_class: Any, **metrics: Any) -> str:
         auto_class=auto_class,
         card=lambda figures: part,
     )
-    result = SimpleNamespace(
-        models={"": SimpleNamespace(config=config)}, figures={}, made="fine-tuned on"
-    )
+    packed = isinstance(config, PackedBertConfig)
+    result = SimpleNamespace(packed=packed, figures={}, made="fine-tuned on")
     told = {
         "arguments": {"max_seq_length_c": 384, "model_student": "some/bert"},
         "parameters": 1_500_000,

@@ -269,6 +269,7 @@ def deliver(job: Job, run: Run, student: PreTrainedModel, teacher: PreTrainedMod
     delivery = results.Delivery(
         figures=figures,
         parameters=count_parameters(saved),
+        packed=job.student.packed,
         others=others,
         stages=names if job.quantized else (),
         kept={"kept": figures},

@@ -81,7 +81,7 @@ class Delivery:
 
     Attributes:
         figures: of what is deployed, in FP32.
-        parameters: of what is deployed.
+        parameters, packed: of what is deployed.
         others: further figures, by what they are of.
         stages: of the run, in the table of what each has come to; empty for no table.
         kept: figures of what is left of them, by name.
@@ -91,6 +91,7 @@ class Delivery:
 
     figures: dict[str, float]
     parameters: int
+    packed: bool
     others: dict[str, dict[str, float]]
     stages: Sequence[str]
     kept: dict[str, dict[str, float]]
@@ -327,7 +328,7 @@ def write_card(
         name=os.path.basename(os.path.abspath(folder)),
         task=part,
         auto_class=task.auto_class,
-        packed=open_model(folder, "--output_dir").packed,
+        packed=result.packed,
         made=result.made,
         train_file=os.path.basename(task.args.squad_train_data),
         script=script,
