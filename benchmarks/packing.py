@@ -173,15 +173,14 @@ def subset(path: str, questions: int | None, folder: Path) -> str:
     return str(target)
 
 
-@dataclass
+@dataclass(frozen=True)
 class Job:
-    """A run: its configuration and seed, its folder, its command, its process once it runs."""
+    """A run: its configuration and seed, its folder, its command."""
 
     name: str
     seed: str
     folder: Path
     command: list[str]
-    process: subprocess.Popen[bytes] | None = None
 
 
 def make_jobs(args: argparse.Namespace, train: str) -> list[Job]:
@@ -208,15 +207,13 @@ def make_jobs(args: argparse.Namespace, train: str) -> list[Job]:
     return jobs
 
 
-def start(job: Job, jobs: int) -> None:
+def start(job: Job, jobs: int) -> subprocess.Popen[bytes]:
     """Start a run; its share of the cores, and its output in a file beside its folder."""
     threads = str(max(1, (os.cpu_count() or 1) // jobs))
     environment = {**os.environ, "OMP_NUM_THREADS": threads, "RAYON_NUM_THREADS": threads}
     print(f"{job.name}, seed {job.seed}: {shlex.join(job.command[3:])}", flush=True)
     with open(f"{job.folder}.log", "ab") as log:
-        job.process = subprocess.Popen(
-            job.command, cwd=ROOT, env=environment, stdout=log, stderr=log
-        )
+        return subprocess.Popen(job.command, cwd=ROOT, env=environment, stdout=log, stderr=log)
 
 
 def figures(folder: Path) -> dict[str, Any]:
@@ -246,25 +243,37 @@ def run_all(args: argparse.Namespace, jobs: list[Job], rows: dict[str, Any], pat
     """Run what `rows` lacks, --jobs at a time, and write them to `path` after each."""
     began = time.monotonic()
     waiting = [job for job in jobs if job.seed not in rows.get(job.name, {})]
-    going: list[Job] = []
-    while waiting or going:
-        late = time.monotonic() - began > 60 * args.minutes
-        while waiting and len(going) < args.jobs and not late:
-            going.append(waiting.pop(0))
-            start(going[-1], args.jobs)
-        if late and not going:
-            print(f"{len(waiting)} runs are left; the same command goes on", flush=True)
-            return
-        time.sleep(POLL_SECONDS)
-        for job in [job for job in going if job.process and job.process.poll() is not None]:
-            going.remove(job)
-            assert job.process is not None
-            if job.process.returncode:
-                print(f"{job.name}, seed {job.seed}: FAILED, see {job.folder}.log", flush=True)
-                continue
-            row = rows.setdefault(job.name, {})[job.seed] = figures(job.folder)
-            path.write_text(json.dumps(rows, indent=1), encoding="utf-8")
-            print(f"{job.name}, seed {job.seed}: F1 {row['f1']:.2f}", flush=True)
+    going: list[tuple[Job, subprocess.Popen[bytes]]] = []
+    try:
+        while waiting or going:
+            late = time.monotonic() - began > 60 * args.minutes
+            while waiting and len(going) < args.jobs and not late:
+                job = waiting.pop(0)
+                going.append((job, start(job, args.jobs)))
+            if late and not going:
+                print(f"{len(waiting)} runs are left; the same command goes on", flush=True)
+                return
+            time.sleep(POLL_SECONDS)
+            for job, process in [each for each in going if each[1].poll() is not None]:
+                going.remove((job, process))
+                take_in(job, process.returncode, rows, path)
+    finally:
+        for _, process in going:  # each saves its state
+            process.terminate()
+        for _, process in going:
+            process.wait()
+
+
+def take_in(job: Job, code: int, rows: dict[str, Any], path: Path) -> None:
+    """Write down what a run has come to; one that failed is run again by the same command."""
+    if code:
+        print(f"{job.name}, seed {job.seed}: FAILED, see {job.folder}.log", flush=True)
+        return
+    row = rows.setdefault(job.name, {})[job.seed] = figures(job.folder)
+    partly = path.with_suffix(".part")  # a kill leaves the old file or the new one
+    partly.write_text(json.dumps(rows, indent=1), encoding="utf-8")
+    partly.replace(path)
+    print(f"{job.name}, seed {job.seed}: F1 {row['f1']:.2f}", flush=True)
 
 
 # ------------------------------------------------------------------------------------------------

@@ -370,11 +370,11 @@ def soft_cross_entropy(student: Tensor, teacher: Tensor) -> Tensor:
 class LogitsLoss:
     """How far start and end are from the teachers', as `logits` [B], beside the error of states.
 
-    weight x T^2 x (H(p, q) - H(p)), mean of start and end. p and q are the softmax of the teachers'
-    and of the student's logits divided by T, over the tokens of a window; H(p, q) is the soft
-    cross-entropy (Hinton et al., 2015; the gradient shrinks with T^2, which the factor makes up
-    for, their section 2). H(p) has no gradient: without it, the loss is 0 where both agree, and
-    the loop sees a divergence as well at a high T. Several teachers' logits are averaged.
+    weight x T^2 x (H(p, q) - H(p)), mean of start and end. p is the softmax of the teachers' logits
+    over T, q that of the student's, over the tokens of a window. H(p, q) is their soft
+    cross-entropy (Hinton et al., 2015); its gradient falls with 1/T^2, and the factor T^2 undoes
+    that (their section 2). H(p), p's entropy, has no gradient: less it, the loss is 0 where both
+    agree, so the loop sees a divergence at a high T too. Several teachers' logits are averaged.
     """
 
     def __init__(

@@ -83,9 +83,9 @@ def test_what_has_run_is_not_run_again(tmp_path: Path, monkeypatch: pytest.Monke
     ran: list[tuple[str, str]] = []
     fails = {("states alone", "2")}
 
-    def start(job: packing.Job, jobs: int) -> None:
+    def start(job: packing.Job, jobs: int) -> Process:
         ran.append((job.name, job.seed))
-        job.process = Process(int((job.name, job.seed) in fails))
+        return Process(int((job.name, job.seed) in fails))
 
     monkeypatch.setattr(packing, "POLL_SECONDS", 0.0)
     monkeypatch.setattr(packing, "start", start)
