@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from calls import first_questions, last_step, records, started, state_step, states, wait_for
-from conftest import run, train_qa_command
+from conftest import command_of, run
 from safetensors.torch import load_file
 
 from training import machine
@@ -73,7 +73,7 @@ def data(
 def alone(data: Path, tiny_bert: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The output folder of a run in one process."""
     out = tmp_path_factory.mktemp("alone") / "out"
-    done = run(train_qa_command(tiny_bert, data, out, *FLAGS))
+    done = run(command_of("train_qa", tiny_bert, data, out, *FLAGS))
     assert done.returncode == 0, done.stderr
     return out
 
@@ -126,7 +126,7 @@ def test_several_processes_are_as_one(
 ) -> None:
     """Three do not divide a step of 16 windows: one of them takes more than the others."""
     out = tmp_path / "out"
-    done = run(in_several(train_qa_command(tiny_bert, data, out, *FLAGS), count))
+    done = run(in_several(command_of("train_qa", tiny_bert, data, out, *FLAGS), count))
     assert done.returncode == 0, done.stderr
     assert f"on {count} x cpu" in done.stdout
     assert done.stdout.count("after epoch 1:") == 1
@@ -139,7 +139,7 @@ def test_torchrun_is_stopped_and_goes_on(
     data: Path, alone: Path, tiny_bert: Path, tmp_path: Path
 ) -> None:
     out = tmp_path / "out"
-    command = in_several(train_qa_command(tiny_bert, data, out, *FLAGS))
+    command = in_several(command_of("train_qa", tiny_bert, data, out, *FLAGS))
     with started(command) as process:
         wait_for(process, lambda: last_step(out) >= 1)
         os.kill(process.pid, signal.SIGTERM)
