@@ -19,7 +19,7 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from bert.model_folder import count_parameters, save_model, save_state_maps
-from deploy import onnx_file
+from deploy import onnx_file, timing
 from deploy.cpu import this_cpu
 from deploy.onnx_check import Check
 from training.run import Run, read_log, summary
@@ -54,6 +54,7 @@ class Metrics(TypedDict, total=False):
     precision: str
     int8: object
     onnx_check: OnnxFigures
+    deployed: dict[str, object] | None
 
 
 class Deliverable(Protocol):
@@ -129,6 +130,8 @@ def deliver(
             metrics = cast(Metrics, entries)  # and figures of any name
             draw_curves(folder, task.score_names)
             task.write_card(metrics, os.path.basename(sys.argv[0]), result.made)
+            student, length = task.args.model_student, task.args.max_seq_length_c
+            metrics["deployed"] = timing.deliver(folder, student, length)  # and in the card
             run.finish(metrics)
             if result.stages:
                 show_table(table, task.score_names)
