@@ -30,7 +30,7 @@ FLAGS = {
 }
 SECONDS = 60.0  # that timing may take at the end of a stage, with loading
 ROUNDS = 10
-TURN, CALLS = 0.2, 10  # seconds and calls of a turn, whichever is less
+TURN, CALLS = 0.2, 5  # seconds and calls of a turn, whichever is less
 REST = 0.1  # seconds before a turn: threads of the runtime that ran before may wait busily
 
 Run = Callable[[], object]

@@ -44,6 +44,7 @@ def pytest_collection_finish() -> None:
     import torch
 
     torch.set_num_threads(1)  # of tiny models, threads only wait for one another
+    fork_server.time_in_one_runtime()
     gc.collect()
     gc.freeze()  # else each run in this process, which collects, goes through the libraries again
 
