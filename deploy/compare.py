@@ -141,6 +141,7 @@ def draw(rows: Sequence[Row], length: int, path: str) -> None:
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt  # for the backend that is chosen by now
+    from matplotlib import ticker  # as matplotlib
 
     keys = [key for key in ("f1", "top_1") if any(key in row.scores for row in rows)]
     figure, panels = plt.subplots(
@@ -162,7 +163,10 @@ def draw(rows: Sequence[Row], length: int, path: str) -> None:
         for way, marker in MARKERS.items():
             axes.plot([], [], marker, color="grey", label=way)
         axes.set(xscale="log", xlabel=f"ms for {length} tokens", ylabel=f"{SCORES[key]} on dev, %")
-        axes.set_title(f"{this_cpu()}", fontsize=9)
+        axes.xaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 3, 5)))
+        axes.xaxis.set_major_formatter("{x:g}")
+        axes.xaxis.set_minor_formatter(ticker.NullFormatter())
+        axes.set_title(str(this_cpu()), fontsize=9)
         axes.margins(x=0.1, y=0.2)
         axes.grid(alpha=0.3, which="both")
         axes.legend(loc="lower right")
