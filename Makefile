@@ -35,9 +35,8 @@ lint: $(VENV)/dev  ## check style, format and types
 	$(BIN)/mypy
 
 bench: $(VENV)/demo  ## training speed against transformers.Trainer; needs SQUAD=<folder>
-	$(if $(SQUAD),,$(error give the folder of train-v1.1.json and dev-v1.1.json: make bench SQUAD=...))
+	$(if $(SQUAD),,$(error give the folder of train-v1.1.json: make bench SQUAD=...))
 	$(BIN)/python -m benchmarks.train_speed --squad_train_data=$(SQUAD)/train-v1.1.json \
-	  --squad_dev_data=$(SQUAD)/dev-v1.1.json \
 	  --model=$(or $(MODEL),$$($(BIN)/python examples/demo_weights.py))
 
 clean:  ## remove what these targets have made

@@ -39,7 +39,7 @@ from bert.packed import (
     PackedBertPreTrainedModel,
     PackedLayer,
 )
-from cli import UserError, key_values, one_of, whole
+from cli import UserError, key_values, number, one_of
 
 # ------------------------------------------------------------------------------------------------
 # The configuration
@@ -77,10 +77,10 @@ def activation(text: str) -> str:
 
 
 PACK_KINDS: dict[str, Callable[[str], Any]] = {
-    "num_hidden_layers": whole(1),
-    "ff_iter_num": whole(0, 64),
-    "num_attention_heads": whole(1),
-    "hidden_size": whole(2),
+    "num_hidden_layers": number(int, 1, 999_999),
+    "ff_iter_num": number(int, 0, 64),
+    "num_attention_heads": number(int, 1, 999_999),
+    "hidden_size": number(int, 2, 999_999),
     "pack_emb": one_of(0, 1),
     "hidden_act": activation,
 }

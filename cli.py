@@ -204,7 +204,10 @@ def run_main(main: Callable[[], None]) -> NoReturn:
 def number(
     kind: type, low: float, high: float = float("inf"), low_open: bool = False
 ) -> Callable[[str], Any]:
-    """An argparse type: a finite number of `kind` in [low, high], or (low, high] if low_open."""
+    """A finite number of `kind` in [low, high], or (low, high] if low_open.
+
+    For argparse's `type` and as a kind for `key_values`.
+    """
     name = {int: "a whole number", float: "a number"}[kind]
     bound = f"over {low:g}" if low_open else f"of at least {low:g}"
     limits = f"{name} {bound}" + ("" if high == float("inf") else f" and at most {high:g}")
@@ -216,7 +219,7 @@ def number(
             value = float("nan")
         above = value > low if low_open else value >= low
         if not (above and value <= high) or value == float("inf"):
-            raise argparse.ArgumentTypeError(f"{text!r} is not {limits}")
+            raise argparse.ArgumentTypeError(f"{text[:20]!r} is not {limits}")
         return value
 
     return parse
@@ -233,8 +236,8 @@ def key_values(text: str, flag: str, kinds: dict[str, Callable[[str], Any]]) -> 
     """The values of a flag's "key:value,key:value".
 
     Args:
-        kinds: for each key that there is, the function from a text to its value. It raises a
-            ValueError that says what the text should be.
+        kinds: for each key that there is, the function from a text to its value: `number`, or one
+            that raises a ValueError that says what the text should be.
 
     Raises:
         UserError: a key that is not known or given twice; a value that is not of its kind.
@@ -251,20 +254,9 @@ def key_values(text: str, flag: str, kinds: dict[str, Callable[[str], Any]]) -> 
             values[key] = kinds[key](value)
         except ValueError as error:
             raise UserError(f"{flag}: {key}:{value[:20]} is not {error}") from None
+        except argparse.ArgumentTypeError as error:  # which names the value: of `number`
+            raise UserError(f"{flag}: {key}:{error}") from None
     return values
-
-
-def whole(low: int, high: int | None = None) -> Callable[[str], int]:
-    """A kind for `key_values`: a whole number of six digits at most, in [low, high]."""
-    limits = f"a whole number of at least {low}" + ("" if high is None else f" and at most {high}")
-
-    def parse(text: str) -> int:
-        digits = text.isascii() and text.isdigit() and len(text) <= 6
-        if not digits or not low <= int(text) <= (high or int(text)):
-            raise ValueError(limits)
-        return int(text)
-
-    return parse
 
 
 def one_of(*values: Any) -> Callable[[str], Any]:

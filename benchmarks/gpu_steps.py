@@ -74,7 +74,7 @@ def measure_fine_tuning(bench: Bench, profile: str | None = "fine_tuning") -> di
     """QA 1: windows of 384 tokens, embeddings frozen, 48 a step."""
     sizes = bench.sizes
     batches = RandomBatches(sizes, sizes.warm_up + sizes.steps + 1, 48)
-    with timing_run(bench) as run:
+    with timing_run(bench.precision, bench.device == "cpu") as run:
         loss = QaLoss(run, None, 0.0, 0.0)
         operations = work_of_bert(sizes, 6)
         return timed(bench, run, bench.student(), batches, loss, 48, 2, operations, profile)
@@ -161,7 +161,7 @@ def measure_trainer(bench: Bench, compiled: bool = False) -> dict[str, Any]:
     our_seconds = their_seconds = 0.0
     size, rounds = 48, 1 if compiled or bench.args.dry_run else 2
     for _ in range(rounds):
-        with timing_run(bench) as run:
+        with timing_run(bench.precision, bench.device == "cpu") as run:
             loss = QaLoss(run, None, 0.0, 0.0)
             figures = timed(bench, run, ours, batches, loss, 48, 2)
             our_seconds += figures["seconds_a_step"] * sizes.steps
@@ -206,7 +206,7 @@ def measure_distillation(bench: Bench) -> dict[str, Any]:
         + work(sizes, 4, embedding_maps)
     )
     batches = RandomBatches(sizes, sizes.warm_up + sizes.steps + 1, 64)
-    with timing_run(bench) as run:
+    with timing_run(bench.precision, bench.device == "cpu") as run:
         loss = StateLoss(run, teacher, layers, weights)
         return timed(bench, run, student, batches, loss, 64, 4, operations, profile="distillation")
 
@@ -234,12 +234,12 @@ def measure_int8(bench: Bench) -> dict[str, Any]:
         freeze(model, "none")
         set_dropout(fuse_attention(model), 0.0)
     figures = {}
-    with timing_run(bench) as run:
+    with timing_run(bench.precision, bench.device == "cpu") as run:
         loss = QaLoss(run, teacher, 1.0, 0.02, maps)
         taught_figures = timed(bench, run, quantized, batches, loss, 32, 8, taught, profile="int8")
         figures |= {f"with_teacher_{name}": each for name, each in taught_figures.items()}
     for name, model in (("alone", quantized), ("without_quantizers", plain)):
-        with timing_run(bench) as run:
+        with timing_run(bench.precision, bench.device == "cpu") as run:
             loss = QaLoss(run, None, 0.0, 0.0)
             alone = timed(bench, run, model, batches, loss, 32, 8, own)
         figures |= {f"{name}_{key}": each for key, each in alone.items()}
@@ -267,7 +267,7 @@ def measure_embeddings(bench: Bench) -> dict[str, Any]:
     for name, teacher in (("", None), ("with_teacher_", bench.teacher(BertForEmbedding))):
         model = fuse_attention(bench.make(BertForEmbedding, bench.config()))
         freeze(model, "embeddings")
-        with timing_run(bench) as run:
+        with timing_run(bench.precision, bench.device == "cpu") as run:
             mining = HardNegatives(run, pairs, sizes.mined, 8, 32, 1.0, 0, cfg)
             batches = PairBatches(pairs, mining, count, 0)
             loss = EmbeddingLoss(run, teacher, cfg, 0.02)

@@ -191,12 +191,12 @@ class TimingRun(Run):
 
 
 @contextlib.contextmanager
-def timing_run(bench: Bench) -> Iterator[TimingRun]:
+def timing_run(precision: str, no_cuda: bool, seed: int = 0) -> Iterator[TimingRun]:
     """A run in a folder that does not stay."""
     # Accelerators share their precision through class attributes, and the Trainer sets its own.
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
-    accelerator = make_accelerator(bench.precision, bench.device == "cpu", seed=0)
+    accelerator = make_accelerator(precision, no_cuda, seed)
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     with tempfile.TemporaryDirectory() as folder:
         run = TimingRun(accelerator, folder, {}, "new", 1e9, 1, "none")

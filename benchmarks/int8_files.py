@@ -13,10 +13,9 @@ no two programs add in the same order.
 
 from __future__ import annotations
 
+import functools
 import json
 import os
-import statistics
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -24,11 +23,10 @@ import numpy as np
 
 import squad_utils
 from cli import ArgumentParser, UserError, number, run_main
+from deploy import timing
 from tasks.squad_scores import exact_match, load_scorer
 
-# Seconds before each timing: threads of the runtime that ran before wait busily for a while.
-REST = 0.2
-RUNS = 20  # in a timing
+RUNS = 20  # of a file in a round
 MOVED = 1e-6  # relative change of LayerNorm's gains; FP32 resolves 1.2e-7
 
 Infer = Callable[[dict[str, np.ndarray]], tuple[np.ndarray, np.ndarray]]
@@ -145,18 +143,15 @@ def main() -> None:
         rows[f"{name}, {runtime}"] = row
         print(f"{name}, {runtime}: {row}", flush=True)
 
-    times: dict[tuple[str, str], list[float]] = {key: [] for key in runs}
-    for _ in range(args.rounds + 1):
-        for key, run in runs.items():
-            time.sleep(REST)
-            run(feeds[0])
-            began = time.perf_counter()
-            for _ in range(RUNS):
-                run(feeds[0])
-            times[key].append((time.perf_counter() - began) / RUNS * 1000)
-    for (name, runtime), each in times.items():
+    taken = timing.milliseconds(
+        {key: functools.partial(run, feeds[0]) for key, run in runs.items()},
+        args.rounds,
+        turn=float("inf"),
+        calls=RUNS,
+    )
+    for (name, runtime), each in taken.items():
         row = rows[f"{name}, {runtime}"]
-        row["milliseconds"] = statistics.median(each[1:])
+        row["milliseconds"] = each
         size = os.path.getsize(files[name])
         weights = os.path.splitext(files[name])[0] + ".bin"
         beside = os.path.getsize(weights) if files[name].endswith(".xml") else 0

@@ -12,26 +12,16 @@ from __future__ import annotations
 
 import json
 import os
-import statistics
 import tempfile
-import time
-from collections.abc import Callable
 
 import numpy as np
 
 from cli import ArgumentParser, UserError, number, run_main
+from deploy import timing
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
 LENGTH = 384
-# Seconds before each timing: threads of the runtime that ran before wait busily for a while.
-REST = 0.2
-# Name of a column -> runtime and OpenVINO's INFERENCE_PRECISION_HINT (None: the default).
-COLUMNS = {
-    "OpenVINO f32": ("openvino", "f32"),
-    "OpenVINO default": ("openvino", None),
-    "ONNX Runtime": ("onnxruntime", None),
-}
 
 
 def inputs() -> dict[str, np.ndarray]:
@@ -44,23 +34,6 @@ def inputs() -> dict[str, np.ndarray]:
         "token_type_ids": (np.arange(LENGTH)[None] > 20) * row,
         "position_ids": np.arange(LENGTH)[None] * row,
     }
-
-
-def compiled(path: str, runtime: str, precision: str | None) -> Callable[[], object]:
-    """A function that runs the model once."""
-    feed = inputs()
-    if runtime == "openvino":
-        import openvino
-
-        config = {"PERFORMANCE_HINT": "LATENCY"}
-        if precision:
-            config["INFERENCE_PRECISION_HINT"] = precision
-        request = openvino.Core().compile_model(path, "CPU", config).create_infer_request()
-        return lambda: request.infer(feed)
-    import onnxruntime
-
-    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
-    return lambda: session.run(None, feed)
 
 
 def export_random(folder: str) -> dict[str, str]:
@@ -112,36 +85,23 @@ def export_random(folder: str) -> dict[str, str]:
 
 
 def measure(paths: dict[str, str], rounds: int, seconds: float) -> dict[str, dict[str, float]]:
-    """Median milliseconds of each model in each column."""
+    """Median milliseconds of each model in each way to run it."""
     runs = {
-        (name, column): compiled(path, *COLUMNS[column])
+        (name, way): timing.compiled(path, way, LENGTH)
         for name, path in paths.items()
-        for column in COLUMNS
+        for way in timing.WAYS
     }
-    times: dict[tuple[str, str], list[float]] = {key: [] for key in runs}
-    for round_number in range(rounds + 1):
-        for key, run in runs.items():
-            time.sleep(REST)
-            run()
-            began, count = time.perf_counter(), 0
-            while time.perf_counter() - began < seconds:
-                run()
-                count += 1
-            if round_number:  # the first is a warm-up
-                times[key].append((time.perf_counter() - began) / count * 1000)
-    return {
-        name: {column: statistics.median(times[name, column]) for column in COLUMNS}
-        for name in paths
-    }
+    found = timing.milliseconds(runs, rounds, turn=seconds, calls=10**6)
+    return {name: {way: found[name, way] for way in timing.WAYS} for name in paths}
 
 
 def show(results: dict[str, dict[str, float]]) -> None:
     """Print the table; the factor is over the first model of a pair at f32 in OpenVINO."""
-    print(f"\n{'ms, 1 x 384':22}" + "".join(f"{column:>26}" for column in COLUMNS))
+    print(f"\n{'ms, 1 x 384':22}" + "".join(f"{column:>26}" for column in timing.WAYS))
     for name, row in results.items():
         first = results[next(iter(results)) if "BERT-large" not in name else "BERT-large"]
         cells = []
-        for column in COLUMNS:
+        for column in timing.WAYS:
             same, f32 = first[column] / row[column], first["OpenVINO f32"] / row[column]
             cells.append(f"{row[column]:10.2f} {same:6.2f}x {f32:6.2f}x")
         print(f"{name:22}" + "".join(f"{cell:>26}" for cell in cells))

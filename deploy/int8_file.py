@@ -93,7 +93,7 @@ def with_float_weights(model: onnx.ModelProto) -> onnx.ModelProto:
     """
     result = onnx.ModelProto()
     result.CopyFrom(model)
-    values = _constants(result)
+    values = constants(result.graph)
     for node in [each for each in result.graph.node if each.op_type == "DequantizeLinear"]:
         if all(name in values for name in node.input):
             feed = {name: numpy_helper.to_array(values[name]) for name in node.input}
@@ -105,15 +105,15 @@ def with_float_weights(model: onnx.ModelProto) -> onnx.ModelProto:
     return result
 
 
-def _constants(model: onnx.ModelProto) -> dict[str, onnx.TensorProto]:
+def constants(graph: onnx.GraphProto) -> dict[str, onnx.TensorProto]:
     """Constants by name, in all ways that exporters write: initializers, Constant, Identity."""
-    constants = {tensor.name: tensor for tensor in model.graph.initializer}
-    for node in model.graph.node:
+    found = {tensor.name: tensor for tensor in graph.initializer}
+    for node in graph.node:
         if node.op_type == "Constant":
-            constants[node.output[0]] = node.attribute[0].t
-        elif node.op_type == "Identity" and node.input[0] in constants:
-            constants[node.output[0]] = constants[node.input[0]]
-    return constants
+            found[node.output[0]] = node.attribute[0].t
+        elif node.op_type == "Identity" and node.input[0] in found:
+            found[node.output[0]] = found[node.input[0]]
+    return found
 
 
 @dataclass(frozen=True)
@@ -127,12 +127,12 @@ class _Factor:
 
 def _products(model: onnx.ModelProto) -> Iterator[tuple[_Factor | None, _Factor | None]]:
     """The two factors of every MatMul and Gemm; None for a factor in floating point."""
-    constants = _constants(model)
+    values = constants(model.graph)
     makers = {name: node for node in model.graph.node for name in node.output}
 
     def constant(name: str) -> np.ndarray | None:
         """A constant's value."""
-        return numpy_helper.to_array(constants[name]) if name in constants else None
+        return numpy_helper.to_array(values[name]) if name in values else None
 
     def largest(quantize: onnx.NodeProto | None) -> int:
         """The largest integer that a QuantizeLinear gives, by the limits of a Clip before it."""
@@ -149,7 +149,7 @@ def _products(model: onnx.ModelProto) -> Iterator[tuple[_Factor | None, _Factor 
         """What the input `name` holds; the product sums over its axis `sums_over`."""
         moves: list[onnx.NodeProto] = []
         dequantized = False
-        while name not in constants and (maker := makers.get(name)) is not None:
+        while name not in values and (maker := makers.get(name)) is not None:
             if maker.op_type == "DequantizeLinear":
                 dequantized = True
             elif maker.op_type in MOVES:
@@ -159,10 +159,10 @@ def _products(model: onnx.ModelProto) -> Iterator[tuple[_Factor | None, _Factor 
             name = maker.input[0]
         if not dequantized:
             return None
-        if name not in constants:
+        if name not in values:
             return _Factor(None, largest(maker))
-        weight = numpy_helper.to_array(constants[name]).astype(np.int32)
-        if constants[name].data_type == onnx.TensorProto.UINT8:
+        weight = numpy_helper.to_array(values[name]).astype(np.int32)
+        if values[name].data_type == onnx.TensorProto.UINT8:
             weight -= 128  # the same weights as INT8, of another zero point
         for move in reversed(moves):
             if move.op_type == "Transpose":

@@ -21,9 +21,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from cli import UserError, warn
-from deploy import onnx_check
+from deploy import int8_file, onnx_check
 from deploy.cpu import this_cpu
-from deploy.int8_file import PAIR_LIMIT
 from deploy.onnx_check import Check
 from squad_utils import INPUTS
 
@@ -166,7 +165,7 @@ def require(check: Check, output_dir: str) -> None:
 
 def _remedy(runtime: str, check: Check) -> str:
     """What helps where a runtime strays."""
-    if (check.largest_pair or 0) > PAIR_LIMIT:
+    if (check.largest_pair or 0) > int8_file.PAIR_LIMIT:
         return "quantize with weight_range pairs, or run it in ONNX Runtime without integer kernels"
     if runtime == "OpenVINO" and this_cpu().has_bf16:
         return "INFERENCE_PRECISION_HINT=f32 keeps it from computing in bf16"
@@ -211,32 +210,20 @@ def _store_int8(graph: onnx.GraphProto) -> None:
     goes into the weight as well. Rows of an embedding table are looked up before they become
     floating point, so that not all of the table does at every run.
     """
-    tensors = {tensor.name: tensor for tensor in graph.initializer}
-    producers = {name: node for node in graph.node for name in node.output}
+    constants = int8_file.constants(graph)
     consumers: dict[str, list[onnx.NodeProto]] = {}
     for node in graph.node:
         for name in node.input:
             consumers.setdefault(name, []).append(node)
 
-    def value(name: str) -> np.ndarray | None:
-        """A constant's value, however the exporter has written it."""
-        if name in tensors:
-            return onnx.numpy_helper.to_array(tensors[name])
-        node = producers.get(name)
-        if node is not None and node.op_type == "Identity":
-            return value(node.input[0])
-        if node is not None and node.op_type == "Constant":
-            return onnx.numpy_helper.to_array(node.attribute[0].t)
-        return None
-
     removed: set[str] = set()  # outputs of nodes that are not needed any more
     replaced: dict[str, list[onnx.NodeProto]] = {}  # what takes the place of the node of an output
     for quantize in [node for node in graph.node if node.op_type == "QuantizeLinear"]:
-        weight = value(quantize.input[0])
-        if weight is None:
+        if quantize.input[0] not in constants:
             continue
-        scale, zero_point = value(quantize.input[1]), value(quantize.input[2])
-        assert scale is not None and zero_point is not None  # a quantizer's are constants
+        weight, scale, zero_point = (
+            onnx.numpy_helper.to_array(constants[name]) for name in quantize.input
+        )
         axis = next((a.i for a in quantize.attribute if a.name == "axis"), 1)
         shape = [1] * weight.ndim
         if scale.ndim:

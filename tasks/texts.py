@@ -146,12 +146,12 @@ def split_passes(lengths: np.ndarray, least: int, accelerator: Accelerator) -> l
     Returns:
         places in `lengths`, int64, of each pass.
     """
-    padded = -(-lengths // 8) * 8
+    padded = [squad_utils.padded(length) for length in lengths.tolist()]
     limit = 0
     if accelerator.device.type != "cpu":
-        limit = min(PASS_TOKENS, -(-int(padded.sum()) // accelerator.num_processes))
+        limit = min(PASS_TOKENS, -(-sum(padded) // accelerator.num_processes))
     ends, begin, longest = [], 0, 0
-    for i, length in enumerate(padded.tolist()):
+    for i, length in enumerate(padded):
         longest = max(longest, length)
         if i - begin >= least and (i + 1 - begin) * longest > limit:
             ends.append(i)

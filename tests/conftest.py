@@ -44,6 +44,7 @@ def pytest_collection_finish() -> None:
     import torch
 
     torch.set_num_threads(1)  # of tiny models, threads only wait for one another
+    fork_server.time_in_one_runtime()
     gc.collect()
     gc.freeze()  # else each run in this process, which collects, goes through the libraries again
 
@@ -133,79 +134,50 @@ def base(teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def pack_command(model: Path, data: Path, output_dir: Path, *flags: str) -> list[str]:
-    """A short pack_and_distill.py run of the tiny BERT, in FP32; later flags override these."""
-    return [
-        sys.executable,
-        str(ROOT / "pack_and_distill.py"),
-        f"--model_student={model}",
-        f"--model_teacher={model}",
-        f"--output_dir={output_dir}",
-        f"--squad_train_data={data / 'train-v1.1.json'}",
-        f"--squad_dev_data={data / 'dev-v1.1.json'}",
-        "--pack_cfg=num_hidden_layers:2,ff_iter_num:2,num_attention_heads:2,hidden_size:16,"
-        "pack_emb:1,hidden_act:orig",
-        "--learning_rate=1e-3",
-        "--learning_rate_for_tune=2e-3",
-        "--num_train_epochs=1",
-        "--max_seq_length_q=24",
-        "--max_seq_length_c=160",
-        "--doc_stride=64",
-        "--per_gpu_train_batch_size=4",
-        "--total_train_batch_size=4",
-        "--total_train_batch_size_for_tune=8",
-        "--no_cuda",
-        "--precision=fp32",
-        "--log_steps=1",
-        *flags,
-    ]
-
-
-def train_qa_command(model: Path, data: Path, output_dir: Path, *flags: str) -> list[str]:
-    """A short train_qa.py run on the CPU in FP32; later flags override these."""
-    return [
-        sys.executable,
-        str(ROOT / "train_qa.py"),
-        f"--model_student={model}",
-        f"--output_dir={output_dir}",
-        f"--squad_train_data={data / 'train-v1.1.json'}",
-        f"--squad_dev_data={data / 'dev-v1.1.json'}",
-        "--learning_rate=1e-3",
-        "--num_train_epochs=1",
-        "--max_seq_length_q=24",
-        "--max_seq_length_c=160",
-        "--doc_stride=64",
-        "--per_gpu_train_batch_size=4",
-        "--total_train_batch_size=16",
-        "--no_cuda",
-        "--precision=fp32",
-        "--log_steps=1",
-        *flags,
-    ]
-
-
-def emb_command(model: Path, data: Path, out: Path, *flags: str) -> list[str]:
-    """A short train_qcemb.py run on the CPU in FP32; later flags override these."""
-    return [
-        sys.executable,
-        str(ROOT / "train_qcemb.py"),
-        f"--model_student={model}",
-        f"--output_dir={out}",
-        f"--squad_train_data={data / 'train-v1.1.json'}",
-        f"--squad_dev_data={data / 'dev-v1.1.json'}",
-        "--learning_rate=1e-3",
-        "--num_train_epochs=1",
+# Flags of a short run of the tiny BERT on the CPU, in FP32; for all scripts, and for each.
+FLAGS = (
+    "--learning_rate=1e-3",
+    "--num_train_epochs=1",
+    "--max_seq_length_q=24",
+    "--max_seq_length_c=160",
+    "--per_gpu_train_batch_size=4",
+    "--no_cuda",
+    "--precision=fp32",
+    "--log_steps=1",
+)
+FLAGS_OF = {
+    "train_qa": ("--doc_stride=64", "--total_train_batch_size=16"),
+    "train_qcemb": (
+        "--doc_stride=32",
+        "--total_train_batch_size=8",
         "--hnm_num=4",
         "--hnm_batch_size=2",
         "--hnm_hist_num=3",
-        "--max_seq_length_q=24",
-        "--max_seq_length_c=160",
-        "--doc_stride=32",
-        "--per_gpu_train_batch_size=4",
-        "--total_train_batch_size=8",
-        "--no_cuda",
-        "--precision=fp32",
-        "--log_steps=1",
+    ),
+    "pack_and_distill": (
+        "--doc_stride=64",
+        "--total_train_batch_size=4",
+        "--total_train_batch_size_for_tune=8",
+        "--learning_rate_for_tune=2e-3",
+        "--pack_cfg=num_hidden_layers:2,ff_iter_num:2,num_attention_heads:2,hidden_size:16,"
+        "pack_emb:1,hidden_act:orig",
+    ),
+}
+
+
+def command_of(script: str, model: Path, data: Path, output_dir: Path, *flags: str) -> list[str]:
+    """A short run of a script, with the model as teacher where it packs; later flags override."""
+    teacher = [f"--model_teacher={model}"] if script == "pack_and_distill" else []
+    return [
+        sys.executable,
+        str(ROOT / f"{script}.py"),
+        f"--model_student={model}",
+        *teacher,
+        f"--output_dir={output_dir}",
+        f"--squad_train_data={data / 'train-v1.1.json'}",
+        f"--squad_dev_data={data / 'dev-v1.1.json'}",
+        *FLAGS,
+        *FLAGS_OF[script],
         *flags,
     ]
 

@@ -14,7 +14,7 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState, GradientState
 from calls import call, last_step, records, state_step, states
-from conftest import emb_command, pack_command, train_qa_command
+from conftest import command_of
 from safetensors.torch import load_file
 
 pytestmark = [
@@ -102,7 +102,9 @@ def test_question_answering_ends_with_a_checked_file(
         pytest.skip("this GPU has no bf16 arithmetic")
     out = tmp_path / "out"
     flags = (f"--precision={precision}", "--num_train_epochs=1")
-    assert go(on_gpu(train_qa_command(tiny_bert, few, out, *flags))) == 0, capfd.readouterr().err
+    assert go(on_gpu(command_of("train_qa", tiny_bert, few, out, *flags))) == 0, (
+        capfd.readouterr().err
+    )
     check(out, precision=precision)
 
 
@@ -110,7 +112,7 @@ def test_packed_and_quantized_models_end_with_checked_files(
     teacher: Path, few: Path, settings: Path, tmp_path: Path, capfd: pytest.CaptureFixture
 ) -> None:
     packed, quantized = tmp_path / "packed", tmp_path / "quantized"
-    command = pack_command(teacher, few, packed, "--max_steps_per_stage=2")
+    command = command_of("pack_and_distill", teacher, few, packed, "--max_steps_per_stage=2")
     assert go(on_gpu(command)) == 0, capfd.readouterr().err
     check(packed)
     flags = (
@@ -121,7 +123,7 @@ def test_packed_and_quantized_models_end_with_checked_files(
         "--num_train_epochs=0.5",
         "--keep=last",
     )
-    command = train_qa_command(packed, few, quantized, *flags)
+    command = command_of("train_qa", packed, few, quantized, *flags)
     assert go(on_gpu(command)) == 0, capfd.readouterr().err
     check(quantized)
     assert {record["stage"] for record in records(quantized)} >= {"ranges", "weights"}
@@ -132,7 +134,9 @@ def test_embeddings_end_with_a_checked_file(
 ) -> None:
     out = tmp_path / "out"
     flags = ("--loss_cfg=triplet_num:1,in_batch:1", "--num_train_epochs=0.3")
-    assert go(on_gpu(emb_command(base, sample, out, *flags))) == 0, capfd.readouterr().err
+    assert go(on_gpu(command_of("train_qcemb", base, sample, out, *flags))) == 0, (
+        capfd.readouterr().err
+    )
     check(out)
 
 
@@ -152,7 +156,7 @@ def test_losses_of_the_first_steps_are_those_of_the_cpu(
     found = []
     for device in ("cuda", "cpu"):
         out = tmp_path / device
-        command = train_qa_command(teacher, few, out, *flags)
+        command = command_of("train_qa", teacher, few, out, *flags)
         command = on_gpu(command) if device == "cuda" else command
         assert go(command) == 0, capfd.readouterr().err
         check(out, device)
@@ -174,8 +178,8 @@ def test_stopped_on_the_gpu_it_ends_as_if_it_had_not_been(
     capfd: pytest.CaptureFixture,
 ) -> None:
     whole, out = tmp_path / "whole", tmp_path / "out"
-    assert go(on_gpu(train_qa_command(tiny_bert, few, whole, *RESUMED, *flags))) == 0
-    command = on_gpu(train_qa_command(tiny_bert, few, out, *RESUMED, *flags))
+    assert go(on_gpu(command_of("train_qa", tiny_bert, few, whole, *RESUMED, *flags))) == 0
+    command = on_gpu(command_of("train_qa", tiny_bert, few, out, *RESUMED, *flags))
     stop(command, out)
     saved = state_step(out)
     assert 3 <= saved < len(losses(whole))
@@ -193,7 +197,7 @@ def test_stopped_on_one_device_it_goes_on_on_the_other(
     first: str, then: str, tiny_bert: Path, few: Path, tmp_path: Path, capfd: pytest.CaptureFixture
 ) -> None:
     out = tmp_path / "out"
-    command = train_qa_command(tiny_bert, few, out, *RESUMED)
+    command = command_of("train_qa", tiny_bert, few, out, *RESUMED)
     commands = {"cpu": command, "cuda": on_gpu(command)}
     stop(commands[first], out)
     saved = state_step(out)

@@ -29,7 +29,7 @@ from calls import (
     states,
     wait_for,
 )
-from conftest import ROOT, pack_command, run, train_qa_command
+from conftest import ROOT, command_of, run
 from safetensors.torch import load_file
 from transformers import AutoModelForQuestionAnswering, BertForQuestionAnswering, BertModel
 
@@ -49,7 +49,9 @@ PLAN = ["embeddings", "grow 1", "grow 2", "feed-forward", "heads", "final"]
 def reference(teacher: Path, few: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The output folder of a run that nothing stops."""
     folder = tmp_path_factory.mktemp("reference") / "out"
-    done = run(pack_command(teacher, few, folder), fresh=True)  # no other run of it is
+    done = run(
+        command_of("pack_and_distill", teacher, few, folder), fresh=True
+    )  # no other run of it is
     assert done.returncode == 0, done.stderr
     (folder.parent / "stdout").write_text(done.stdout)
     return folder
@@ -162,7 +164,7 @@ def test_scripts_load_the_folder(
         "taught": ("--supervision_weight=0.1", f"--model_teacher={teacher}"),
     }.items():
         out = tmp_path / name
-        command = train_qa_command(reference, few, out, "--num_train_epochs=0.2", *flags)
+        command = command_of("train_qa", reference, few, out, "--num_train_epochs=0.2", *flags)
         assert call(command) == 0, capfd.readouterr().err
         model = AutoModelForQuestionAnswering.from_pretrained(out)
         assert model.config.merged
@@ -197,7 +199,9 @@ def test_distillation_goes_on(
 ) -> None:
     out = tmp_path / "out"
     flags = (f"--model_student={reference}", "--stages=final", "--max_steps_per_stage=2")
-    assert call(pack_command(teacher, few, out, *flags)) == 0, capfd.readouterr().err
+    assert call(command_of("pack_and_distill", teacher, few, out, *flags)) == 0, (
+        capfd.readouterr().err
+    )
     stdout = capfd.readouterr().out
     assert "is packed: distillation goes on" in stdout
     packed = next(r for r in records(out) if r["stage"] == "packed")
@@ -211,7 +215,9 @@ def test_heads_go_at_once_where_no_stage_is_for_it(
     teacher: Path, few: Path, tmp_path: Path, capfd: pytest.CaptureFixture
 ) -> None:
     out = tmp_path / "out"
-    command = pack_command(teacher, few, out, "--stages=feed-forward", "--max_steps_per_stage=2")
+    command = command_of(
+        "pack_and_distill", teacher, few, out, "--stages=feed-forward", "--max_steps_per_stage=2"
+    )
     assert call(command) == 0, capfd.readouterr().err
     assert "measuring the importance of heads" in capfd.readouterr().out
     assert json.loads((out / "config.json").read_text())["num_attention_heads"] == 2
@@ -221,7 +227,9 @@ def test_random_start_is_behind_and_learns(
     teacher: Path, few: Path, reference: Path, tmp_path: Path, capfd: pytest.CaptureFixture
 ) -> None:
     out = tmp_path / "out"
-    command = pack_command(teacher, few, out, "--pack_start=random", "--stages=grow,feed-forward")
+    command = command_of(
+        "pack_and_distill", teacher, few, out, "--pack_start=random", "--stages=grow,feed-forward"
+    )
     assert call(command) == 0, capfd.readouterr().err
     for stage in ("grow 1", "grow 2"):
         losses = [trained(folder, stage)[0]["loss"] for folder in (reference, out)]
@@ -236,8 +244,13 @@ def test_pack_emb_0_and_other_shapes(
 ) -> None:
     out = tmp_path / "out"
     cfg = "--pack_cfg=num_hidden_layers:1,ff_iter_num:0,num_attention_heads:4,hidden_size:8,"
-    command = pack_command(
-        teacher, few, out, cfg + "pack_emb:0,hidden_act:relu", "--max_steps_per_stage=1"
+    command = command_of(
+        "pack_and_distill",
+        teacher,
+        few,
+        out,
+        cfg + "pack_emb:0,hidden_act:relu",
+        "--max_steps_per_stage=1",
     )
     assert call(command) == 0, capfd.readouterr().err
     rows = {row["stage"]: row for row in metrics(out)["stages"]}
@@ -299,7 +312,7 @@ def test_final_stage_weights_states() -> None:
 
 
 def arguments(monkeypatch: pytest.MonkeyPatch, *flags: str) -> argparse.Namespace:
-    command = pack_command(Path("model"), Path("data"), Path("out"), *flags)
+    command = command_of("pack_and_distill", Path("model"), Path("data"), Path("out"), *flags)
     kept = ("--num_train_epochs", "--total_train_batch_size_for_tune", "--learning_rate_for_tune")
     monkeypatch.setattr(sys, "argv", [c for c in command[1:] if not c.startswith(kept)])
     return pack_and_distill.parse_arguments()
@@ -352,7 +365,7 @@ def test_passes_run_their_plan(
     texts = tmp_path / "texts.txt"
     texts.write_text("The lake was dug by hand.\n\nIts water is clear and cold.\n")
     flags = ("--passes=1.25", "--extra_pairs=1", f"--extra_texts={texts}", "--pack_start=random")
-    command = pack_command(teacher, few, out, *flags)
+    command = command_of("pack_and_distill", teacher, few, out, *flags)
     command = [flag for flag in command if not flag.startswith("--num_train_epochs")]
     command.append(f"--model_teacher={teacher},{teacher}")
     assert call(command) == 0, capfd.readouterr().err
@@ -397,7 +410,7 @@ def test_heads_go_by_importance_without_their_stage(
 
     monkeypatch.setattr(bert_pack.HeadImportance, "most_important", spy)
     flags = (f"--stages={stages}", "--max_steps_per_stage=1")
-    assert call(pack_command(teacher, few, tmp_path / "out", *flags)) == 0
+    assert call(command_of("pack_and_distill", teacher, few, tmp_path / "out", *flags)) == 0
     assert seen and (seen[0] > 0).all()
 
 
@@ -410,7 +423,7 @@ def test_head_is_that_of_the_teacher(teacher: Path, few: Path, tmp_path: Path) -
     model.save_pretrained(other)
     out = tmp_path / "out"
     flags = (f"--model_teacher={other}", "--stages=final", "--max_steps_per_stage=1")
-    assert call(pack_command(teacher, few, out, *flags)) == 0
+    assert call(command_of("pack_and_distill", teacher, few, out, *flags)) == 0
     weights = load_file(out / "unmerged" / "model.safetensors")
     assert torch.equal(weights["qa_outputs.weight"], model.qa_outputs.weight)
 
@@ -602,7 +615,7 @@ def test_killed_in_every_stage(
     teacher: Path, few: Path, reference: Path, tmp_path: Path, capfd: pytest.CaptureFixture
 ) -> None:
     out = tmp_path / "out"
-    command = pack_command(teacher, few, out, "--save_minutes=0")
+    command = command_of("pack_and_distill", teacher, few, out, "--save_minutes=0")
     for stage in ("embeddings", "grow 2", "feed-forward", "heads", "final"):
         with started(command) as process:
             wait_for(process, lambda stage=stage: newest_stage(out) == stage)
@@ -624,7 +637,7 @@ def test_stopped_at_a_stage_border(
 ) -> None:
     # The newest state is the last of the stage before the heads are removed.
     out = tmp_path / "out"
-    command = pack_command(teacher, few, out, "--save_minutes=60")
+    command = command_of("pack_and_distill", teacher, few, out, "--save_minutes=60")
     with started(command) as process:
         wait_for(process, lambda: newest_stage(out) == "heads")
         os.kill(process.pid, signal.SIGKILL)
@@ -642,9 +655,9 @@ def test_stopped_at_a_stage_border(
 def test_two_processes_are_as_one(teacher: Path, few: Path, tmp_path: Path) -> None:
     flags = ("--per_gpu_train_batch_size=2", "--num_train_epochs=0.5", "--learning_rate=3e-4")
     outs = [tmp_path / name for name in ("one", "two")]
-    done = run(pack_command(teacher, few, outs[0], *flags))
+    done = run(command_of("pack_and_distill", teacher, few, outs[0], *flags))
     assert done.returncode == 0, done.stderr
-    run_in_two(pack_command(teacher, few, outs[1], *flags))
+    run_in_two(command_of("pack_and_distill", teacher, few, outs[1], *flags))
     one, two = map(records, outs)
     assert [(r["stage"], r["step"]) for r in one] == [(r["stage"], r["step"]) for r in two]
     for mine, theirs in zip(one, two, strict=True):
@@ -666,7 +679,7 @@ def wrong(
     def check(*flags: str) -> str:
         out = tmp_path / "out"
         capfd.readouterr()
-        assert call(pack_command(teacher, few, out, *flags)) == 2
+        assert call(command_of("pack_and_distill", teacher, few, out, *flags)) == 2
         assert states(out) == []
         return error_line(capfd.readouterr().err)
 
@@ -728,7 +741,9 @@ def test_flags_of_stages_that_do_not_run(
     assert f"--pack_start: {reference} is packed" in line
     flags = ("--stages=embeddings", "--max_steps_per_stage=1")
     other = "--total_train_batch_size_for_tune=6"  # of the final stage
-    assert call(pack_command(teacher, few, tmp_path / "heads", *flags, other)) == 0
+    assert (
+        call(command_of("pack_and_distill", teacher, few, tmp_path / "heads", *flags, other)) == 0
+    )
 
 
 def test_model_inside_the_output_folder(

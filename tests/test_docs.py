@@ -65,7 +65,7 @@ def test_links_lead_to_files_and_headings(page: Path) -> None:
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_flags_and_benchmarks_of_a_page_exist(page: Path) -> None:
     sources = "".join(path.read_text(encoding="utf-8") for path in ROOT.glob("*.py"))
-    for folder in ("training", "benchmarks", "examples"):
+    for folder in ("training", "deploy", "benchmarks", "examples"):
         sources += "".join(p.read_text(encoding="utf-8") for p in (ROOT / folder).glob("*.py"))
     text = page.read_text(encoding="utf-8")
     for flag in set(re.findall(r"(?<![\w-])--[a-z][a-z0-9_]+", text)) - OTHERS_FLAGS:

@@ -26,7 +26,7 @@ from calls import (
     states,
     wait_for,
 )
-from conftest import emb_command, pack_command, run
+from conftest import command_of, run
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoTokenizer, BertModel
@@ -61,7 +61,7 @@ def settings(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def tuned(base: Path, sample: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The output folder of fine-tuning."""
     folder = tmp_path_factory.mktemp("tuned") / "out"
-    assert call(emb_command(base, sample, folder, "--num_train_epochs=2")) == 0
+    assert call(command_of("train_qcemb", base, sample, folder, "--num_train_epochs=2")) == 0
     return folder
 
 
@@ -70,7 +70,7 @@ def packed(tuned: Path, sample: Path, tmp_path_factory: pytest.TempPathFactory) 
     """The output folder of packing."""
     folder = tmp_path_factory.mktemp("packed") / "out"
     flags = ("--max_steps_per_stage=2", "--log_steps=1", "--embedding_weight=10")
-    assert call(pack_command(tuned, sample, folder, *flags)) == 0
+    assert call(command_of("pack_and_distill", tuned, sample, folder, *flags)) == 0
     return folder
 
 
@@ -82,7 +82,7 @@ def quantized(
     folder = tmp_path_factory.mktemp("quantized") / "out"
     flags = (f"--nncf_config={settings}", "--supervision_weight=0.02", f"--model_teacher={tuned}",
              "--loss_cfg=triplet_num:2,emb_loss:L2", "--num_train_epochs=0.5")  # fmt: skip
-    assert call(emb_command(packed, sample, folder, *flags)) == 0
+    assert call(command_of("train_qcemb", packed, sample, folder, *flags)) == 0
     return folder
 
 
@@ -127,7 +127,7 @@ def test_identity_pooler_gives_the_states(
 ) -> None:
     out = tmp_path / "out"
     flags = ("--num_train_epochs=0", "--pooling=mean", "--pooler=identity")
-    assert call(emb_command(base, sample, out, *flags)) == 0
+    assert call(command_of("train_qcemb", base, sample, out, *flags)) == 0
     assert "the pooler starts as the identity" in capfd.readouterr().out
     model = load_model(open_model(str(out), "--model"), AutoModelForEmbedding, quiet=True).eval()
     plain = BertModel.from_pretrained(base).eval()
@@ -135,7 +135,7 @@ def test_identity_pooler_gives_the_states(
     with torch.no_grad():
         expected = plain(**batch).last_hidden_state.mean(dim=1)
         assert torch.allclose(model(**batch).embedding, expected, atol=1e-6)
-    assert call(emb_command(tuned, sample, tmp_path / "no", "--pooler=identity")) == 2
+    assert call(command_of("train_qcemb", tuned, sample, tmp_path / "no", "--pooler=identity")) == 2
     assert "is an embedding model, whose pooler would be lost" in error_line(capfd.readouterr().err)
 
 
@@ -563,9 +563,13 @@ def test_figures_are_of_the_delivered_weights_in_fp32(
     data += [f"--eval_extra_contexts={sample / 'dev-v1.1.json'}"]
     flags = ("--precision=bf16", "--keep=last", "--pooling=mean", *data)
     AcceleratorState._reset_state(True)  # it is one for a process, and of other tests' precision
-    assert call(emb_command(base, sample, trained, *flags)) == 0, capfd.readouterr().err
+    assert call(command_of("train_qcemb", base, sample, trained, *flags)) == 0, (
+        capfd.readouterr().err
+    )
     AcceleratorState._reset_state(True)
-    assert call(emb_command(trained, sample, again, "--num_train_epochs=0", *data)) == 0
+    assert (
+        call(command_of("train_qcemb", trained, sample, again, "--num_train_epochs=0", *data)) == 0
+    )
     assert metrics(trained)["precision"] == "bf16"
     assert metrics(trained)["evaluated_in"] == metrics(again)["precision"] == "fp32"
     for figure in ("top_1", "top_5", "mrr"):
@@ -660,7 +664,9 @@ def test_two_instances_of_one_converted_file_rank_as_pytorch(tuned: Path, tmp_pa
 
 def test_killed_run_goes_on(base: Path, sample: Path, tuned: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    command = emb_command(base, sample, out, "--num_train_epochs=2", "--save_minutes=0")
+    command = command_of(
+        "train_qcemb", base, sample, out, "--num_train_epochs=2", "--save_minutes=0"
+    )
     for step in (4, 20):
         with started(command) as process:
             wait_for(process, lambda step=step: bool(states(out)) and any(
@@ -683,7 +689,7 @@ def test_two_processes_are_as_one(
     flags = ("--hnm_hist_alpha=1.2", f"--loss_cfg={loss}")
     for count in (1, 2):
         out = tmp_path / str(count)
-        command = emb_command(base, sample, out, *flags)
+        command = command_of("train_qcemb", base, sample, out, *flags)
         if count == 2:
             run_in_two(command)
         else:
@@ -698,7 +704,7 @@ def test_extra_contexts_make_it_harder(
 ) -> None:
     out = tmp_path / "out"
     extra = f"--eval_extra_contexts={sample / 'train-v1.1.json'}"
-    assert call(emb_command(tuned, sample, out, "--num_train_epochs=0", extra)) == 0
+    assert call(command_of("train_qcemb", tuned, sample, out, "--num_train_epochs=0", extra)) == 0
     assert "more" in capfd.readouterr().out
     figures = metrics(out)
     assert figures["counts"]["extra_contexts"] > 0
@@ -724,21 +730,21 @@ def test_extra_contexts_make_it_harder(
 def test_wrong_flags(
     base: Path, sample: Path, tmp_path: Path, flags: Any, message: str, capfd: Any
 ) -> None:
-    assert call(emb_command(base, sample, tmp_path / "out", *flags)) == 2
+    assert call(command_of("train_qcemb", base, sample, tmp_path / "out", *flags)) == 2
     assert message in error_line(capfd.readouterr().err)
 
 
 def test_models_of_the_other_task(
     teacher: Path, tuned: Path, sample: Path, tmp_path: Path, capfd: pytest.CaptureFixture
 ) -> None:
-    from conftest import train_qa_command
-
-    assert call(emb_command(teacher, sample, tmp_path / "a")) == 2
+    assert call(command_of("train_qcemb", teacher, sample, tmp_path / "a")) == 2
     line = error_line(capfd.readouterr().err)
     assert "BertForQuestionAnswering" in line and "BertForEmbedding" in line
-    assert call(train_qa_command(tuned, sample, tmp_path / "b")) == 2
+    assert call(command_of("train_qa", tuned, sample, tmp_path / "b")) == 2
     assert "is a model of another task (BertForEmbedding)" in error_line(capfd.readouterr().err)
-    command = pack_command(tuned, sample, tmp_path / "c", f"--model_teacher={teacher}")
+    command = command_of(
+        "pack_and_distill", tuned, sample, tmp_path / "c", f"--model_teacher={teacher}"
+    )
     assert call(command) == 2
     assert "different tasks" in error_line(capfd.readouterr().err)
 
@@ -750,7 +756,7 @@ def test_one_context_is_too_few(
     data.mkdir()
     first_questions(sample / "train-v1.1.json", data / "train-v1.1.json", 2)
     first_questions(sample / "dev-v1.1.json", data / "dev-v1.1.json", 6)
-    assert call(emb_command(base, data, tmp_path / "out")) == 2
+    assert call(command_of("train_qcemb", base, data, tmp_path / "out")) == 2
     assert "--squad_train_data: 2 questions of 1 different contexts" in error_line(
         capfd.readouterr().err
     )

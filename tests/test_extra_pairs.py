@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from calls import call, error_line, records, started, wait_for
-from conftest import pack_command
+from conftest import command_of
 from test_distill import metrics, newest_stage
 from transformers import AutoTokenizer
 
@@ -179,7 +179,7 @@ def test_a_killed_run_goes_on_with_the_same_windows(
     flags = ("--stages=final", "--num_train_epochs=2", "--extra_pairs=0.5", "--save_minutes=0",
              "--total_train_batch_size_for_tune=24", "--pack_start=random",
              f"--extra_texts={texts}")  # fmt: skip
-    commands = [pack_command(teacher, few, out, *flags) for out in outs]
+    commands = [command_of("pack_and_distill", teacher, few, out, *flags) for out in outs]
     assert call(commands[0]) == 0, capfd.readouterr().err
     counts = metrics(outs[0])["counts"]
     assert counts["extra_windows"] == round(counts["train_windows"] / 2)
@@ -222,7 +222,7 @@ def records_so_far(out: Path) -> list[dict]:
 def test_embeddings_take_no_flag_of_question_answering(
     flag: str, embedder: Path, few: Path, tmp_path: Path, capfd: pytest.CaptureFixture
 ) -> None:
-    assert call(pack_command(embedder, few, tmp_path / "out", flag)) == 2
+    assert call(command_of("pack_and_distill", embedder, few, tmp_path / "out", flag)) == 2
     name = flag.partition("=")[0]
     assert f"{name} is for question answering" in error_line(capfd.readouterr().err)
 
@@ -231,7 +231,7 @@ def test_embeddings_ignore_the_default_weight_of_logits(
     embedder: Path, sample: Path, tmp_path: Path, capfd: pytest.CaptureFixture
 ) -> None:
     flags = ("--stages=final", "--max_steps_per_stage=1", "--pack_start=random")
-    assert call(pack_command(embedder, sample, tmp_path / "out", *flags)) == 0, (
+    assert call(command_of("pack_and_distill", embedder, sample, tmp_path / "out", *flags)) == 0, (
         capfd.readouterr().err
     )
     (trained,) = [r for r in records(tmp_path / "out") if "loss" in r]

@@ -35,6 +35,8 @@ WITHOUT_TORCH = (
     "deploy.search",
     "deploy.reader",
     "deploy.int8_file",
+    "deploy.timing",
+    "deploy.compare",
 )
 TYPED = ("tasks", "training", "int8")  # rooms whose signatures say what they take and give
 LOG = "a record has figures of any names beside stage and step"

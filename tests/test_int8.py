@@ -17,7 +17,7 @@ import openvino
 import pytest
 import torch
 from calls import call, error_line, records, run_in_two, started, states, wait_for
-from conftest import ROOT, pack_command, run, train_qa_command
+from conftest import ROOT, command_of, run
 from safetensors.torch import load_file
 from transformers import (
     AutoModelForQuestionAnswering,
@@ -60,21 +60,20 @@ def settings(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def packed(teacher: Path, few: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a packed teacher."""
     folder = tmp_path_factory.mktemp("packed") / "out"
-    assert call(pack_command(teacher, few, folder, "--max_steps_per_stage=1")) == 0
+    assert (
+        call(command_of("pack_and_distill", teacher, few, folder, "--max_steps_per_stage=1")) == 0
+    )
     return folder
 
 
-def int8_command(
-    model: Path, teacher: Path, few: Path, settings: Path, out: Path, *flags: str
-) -> list[str]:
-    """A short quantization with a teacher."""
-    given = (
+def int8_flags(settings: Path, teacher: Path) -> tuple[str, ...]:
+    """Those of a short quantization with a teacher."""
+    return (
         f"--nncf_config={settings}",
         "--supervision_weight=0.02",
         f"--model_teacher={teacher}",
         *SHORT,
     )
-    return train_qa_command(model, few, out, *given, *flags)
 
 
 @pytest.fixture(scope="module", params=["bert", "packed_bert"])
@@ -89,7 +88,9 @@ def quantized(
     """The output folder of a quantization, of a BERT and of a packed one."""
     folder = tmp_path_factory.mktemp("quantized") / "out"
     model = teacher if request.param == "bert" else packed
-    done = run(int8_command(model, teacher, few, settings, folder, "--keep=last"))
+    done = run(
+        command_of("train_qa", model, few, folder, *int8_flags(settings, teacher), "--keep=last")
+    )
     assert done.returncode == 0, done.stderr
     (folder.parent / "stdout").write_text(done.stdout)
     return folder
@@ -163,7 +164,7 @@ def test_ranges_train_alone_first(
 ) -> None:
     out = tmp_path / "out"
     flags = ("--num_train_epochs=0", "--keep=last", "--save_minutes=0")
-    command = int8_command(teacher, teacher, few, settings, out, *flags)
+    command = command_of("train_qa", teacher, few, out, *int8_flags(settings, teacher), *flags)
     assert call(command) == 0, capfd.readouterr().err
     before, after = load_file(teacher / "model.safetensors"), load_file(out / "model.safetensors")
     # Bias correction has moved biases; nothing has moved a weight.
@@ -172,8 +173,14 @@ def test_ranges_train_alone_first(
             assert torch.equal(after[name], value), name
     # Calibration alone gives other ranges.
     other = tmp_path / "other"
-    command = int8_command(
-        teacher, teacher, few, settings, other, "--num_train_epochs=0", "--quantizer_epochs=0"
+    command = command_of(
+        "train_qa",
+        teacher,
+        few,
+        other,
+        *int8_flags(settings, teacher),
+        "--num_train_epochs=0",
+        "--quantizer_epochs=0",
     )
     assert call(command) == 0, capfd.readouterr().err
     ranges, calibrated = (
@@ -189,7 +196,7 @@ def test_folder_gives_the_same_model_again(
 ) -> None:
     """Evaluated again and exported again; and trained on, from the folder alone."""
     again, on = tmp_path / "again", tmp_path / "on"
-    command = train_qa_command(quantized, few, again, "--num_train_epochs=0", *SHORT)
+    command = command_of("train_qa", quantized, few, again, "--num_train_epochs=0", *SHORT)
     assert call(command) == 0, capfd.readouterr().err
     assert metrics(again)["f1"] == metrics(quantized)["f1"]
     assert (again / "predictions.json").read_text() == (quantized / "predictions.json").read_text()
@@ -199,7 +206,7 @@ def test_folder_gives_the_same_model_again(
         assert all(torch.equal(before[key], after[key]) for key in before)
     assert (again / "model.onnx").read_bytes() == (quantized / "model.onnx").read_bytes()
     taught = ("--supervision_weight=0.02", f"--model_teacher={teacher}")
-    command = train_qa_command(quantized, few, on, *taught, *SHORT, "--keep=last")
+    command = command_of("train_qa", quantized, few, on, *taught, *SHORT, "--keep=last")
     assert call(command) == 0, capfd.readouterr().err
     before, after = (load_file(folder / "model.safetensors") for folder in (quantized, on))
     assert not torch.equal(before["qa_outputs.weight"], after["qa_outputs.weight"])
@@ -215,12 +222,12 @@ def test_the_best_is_kept(
     known = f"--squad_dev_data={few / 'train-v1.1.json'}"  # so that it has an F1 to lose
     learned = tmp_path / "learned"
     flags = (known, "--learning_rate=3e-3", "--num_train_epochs=12", *SHORT)
-    assert call(train_qa_command(teacher, few, learned, *flags)) == 0
+    assert call(command_of("train_qa", teacher, few, learned, *flags)) == 0
     kept = {}
     for keep in ("best", "last"):
         out = tmp_path / keep
         flags = (known, f"--keep={keep}", "--learning_rate=0.1")
-        command = int8_command(learned, teacher, few, settings, out, *flags)
+        command = command_of("train_qa", learned, few, out, *int8_flags(settings, teacher), *flags)
         assert call(command) == 0, capfd.readouterr().err
         rows = {row["stage"]: row["f1"] for row in metrics(out)["stages"]}
         kept[keep] = load_file(out / "model.safetensors")["qa_outputs.weight"]
@@ -381,7 +388,7 @@ def test_narrow_weights_export_as_they_are(
     )
     out = tmp_path / "out"
     flags = ("--quantizer_epochs=0", "--num_train_epochs=0")
-    command = int8_command(teacher, teacher, few, file, out, *flags)
+    command = command_of("train_qa", teacher, few, out, *int8_flags(file, teacher), *flags)
     assert call(command) == 0, capfd.readouterr().err
     weights = [
         onnx.numpy_helper.to_array(tensor)
@@ -411,10 +418,10 @@ RESUMED = ("model.safetensors", quantizers.QUANTIZER_WEIGHTS)
 def test_killed_in_each_phase(teacher: Path, few: Path, settings: Path, tmp_path: Path) -> None:
     flags = ("--keep=last", "--save_minutes=0", "--supervision_weight=0.02")
     whole = tmp_path / "whole"
-    done = run(int8_command(teacher, teacher, few, settings, whole, *flags))
+    done = run(command_of("train_qa", teacher, few, whole, *int8_flags(settings, teacher), *flags))
     assert done.returncode == 0, done.stderr
     out = tmp_path / "out"
-    command = int8_command(teacher, teacher, few, settings, out, *flags)
+    command = command_of("train_qa", teacher, few, out, *int8_flags(settings, teacher), *flags)
     for stage, step in (("calibrated", 0), ("ranges", 3), ("weights", 3)):
 
         def reached(stage: str = stage, step: int = step) -> bool:
@@ -446,7 +453,9 @@ def test_two_processes_are_as_one(teacher: Path, few: Path, settings: Path, tmp_
     folders = []
     for count in (1, 2):
         folders.append(tmp_path / str(count))
-        command = int8_command(teacher, teacher, few, settings, folders[-1], *flags)
+        command = command_of(
+            "train_qa", teacher, few, folders[-1], *int8_flags(settings, teacher), *flags
+        )
         if count == 2:
             run_in_two(command)
             continue
@@ -489,7 +498,7 @@ def test_works_without_a_compiler(teacher: Path, few: Path, settings: Path, tmp_
     out, empty = tmp_path / "out", tmp_path / "bin"
     empty.mkdir()
     flags = ("--num_train_epochs=0", "--quantizer_epochs=0.2")
-    command = int8_command(teacher, teacher, few, settings, out, *flags)
+    command = command_of("train_qa", teacher, few, out, *int8_flags(settings, teacher), *flags)
     extensions = tmp_path / "extensions"
     environment = {"PATH": str(empty), "CXX": "none", "TORCH_EXTENSIONS_DIR": str(extensions)}
     done = run(command, env={**os.environ, "OMP_NUM_THREADS": "1", **environment})
@@ -675,7 +684,7 @@ def test_wrong_input_comes_first(
     capfd: pytest.CaptureFixture,
 ) -> None:  # fmt: skip
     def message(model: Path, *flags: str) -> str:
-        command = train_qa_command(model, few, tmp_path / "out", *flags)
+        command = command_of("train_qa", model, few, tmp_path / "out", *flags)
         assert call(command) == 2
         captured = capfd.readouterr()
         assert not (tmp_path / "out" / "checkpoints").exists()

@@ -15,7 +15,7 @@ import openvino
 import pytest
 import torch
 from calls import call, error_line, records
-from conftest import pack_command, train_qa_command
+from conftest import command_of
 from torch import nn
 from transformers import BertConfig, BertForQuestionAnswering, BertTokenizerFast
 
@@ -250,9 +250,9 @@ def test_a_failed_check_throws_nothing_away(
 ) -> None:
     """All results are there, and the same command exports again without training."""
     if script == "train_qa":
-        command = train_qa_command(teacher, few, tmp_path)
+        command = command_of("train_qa", teacher, few, tmp_path)
     else:
-        command = pack_command(teacher, few, tmp_path, "--max_steps_per_stage=1")
+        command = command_of("pack_and_distill", teacher, few, tmp_path, "--max_steps_per_stage=1")
     with monkeypatch.context() as patch:
         patch.setattr(onnx_check, "MAX_DIFFERENCE", 0.0)
         assert call(command) == 2

@@ -25,7 +25,7 @@ from calls import (
     states,
     wait_for,
 )
-from conftest import ROOT, emb_command, pack_command, run, train_qa_command
+from conftest import ROOT, command_of, run
 from safetensors.torch import load_file
 
 from cli import ArgumentParser
@@ -88,7 +88,7 @@ def data(
 def alone(data: Path, tiny_bert: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The output folder of a run in one process."""
     out = tmp_path_factory.mktemp("alone") / "out"
-    done = run(train_qa_command(tiny_bert, data, out, *FLAGS))
+    done = run(command_of("train_qa", tiny_bert, data, out, *FLAGS))
     assert done.returncode == 0, done.stderr
     return out
 
@@ -141,7 +141,7 @@ def test_several_processes_are_as_one(
 ) -> None:
     """Three do not divide a step of 16 windows: one of them takes more than the others."""
     out = tmp_path / "out"
-    done = run(in_several(train_qa_command(tiny_bert, data, out, *FLAGS), count))
+    done = run(in_several(command_of("train_qa", tiny_bert, data, out, *FLAGS), count))
     assert done.returncode == 0, done.stderr
     assert f"on {count} x cpu" in done.stdout
     assert done.stdout.count("after epoch 1:") == 1
@@ -154,7 +154,7 @@ def test_torchrun_is_stopped_and_goes_on(
     data: Path, alone: Path, tiny_bert: Path, tmp_path: Path
 ) -> None:
     out = tmp_path / "out"
-    command = in_several(train_qa_command(tiny_bert, data, out, *FLAGS))
+    command = in_several(command_of("train_qa", tiny_bert, data, out, *FLAGS))
     with started(command) as process:
         wait_for(process, lambda: last_step(out) >= 1)
         os.kill(process.pid, signal.SIGTERM)
@@ -370,12 +370,12 @@ def test_each_script_trains_two_steps_in_two_processes(
     """That of packed models before merging as well, which without a teacher leave maps unused."""
     packed = tmp_path / "packed"
     two = ("--stages=final", "--max_steps_per_stage=2")
-    run_in_two(on_devices(pack_command(teacher, few, packed, *two)))
+    run_in_two(on_devices(command_of("pack_and_distill", teacher, few, packed, *two)))
     size = "--total_train_batch_size=16"
-    emb = emb_command(base, sample, tmp_path / "emb", size, "--num_train_epochs=0.25")
+    emb = command_of("train_qcemb", base, sample, tmp_path / "emb", size, "--num_train_epochs=0.25")
     run_in_two(on_devices(emb))
     model = packed / "unmerged"
-    qa = train_qa_command(model, few, tmp_path / "qa", size, "--num_train_epochs=0.4")
+    qa = command_of("train_qa", model, few, tmp_path / "qa", size, "--num_train_epochs=0.4")
     run_in_two(on_devices(qa))
     for name in ("packed", "emb", "qa"):
         figures = json.loads((tmp_path / name / "metrics.json").read_text())

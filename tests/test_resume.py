@@ -29,7 +29,7 @@ from calls import (
     states,
     wait_for,
 )
-from conftest import ROOT, pack_command, run, train_qa_command
+from conftest import ROOT, command_of, run
 from safetensors.torch import load_file, save_file
 
 from cli import UserError
@@ -53,7 +53,7 @@ FLAGS = (
 def reference(tiny_bert: Path, few: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The output folder of a run that nothing stops."""
     folder = tmp_path_factory.mktemp("reference") / "out"
-    done = run(train_qa_command(tiny_bert, few, folder, *FLAGS, "--save_minutes=10"))
+    done = run(command_of("train_qa", tiny_bert, few, folder, *FLAGS, "--save_minutes=10"))
     assert done.returncode == 0, done.stderr
     return folder
 
@@ -139,7 +139,7 @@ def test_killed_at_random_moments(
     tiny_bert: Path, few: Path, reference: Path, tmp_path: Path
 ) -> None:
     out = tmp_path / "out"
-    command = train_qa_command(tiny_bert, few, out, *FLAGS)
+    command = command_of("train_qa", tiny_bert, few, out, *FLAGS)
     rng = random.Random(3)
     kills = [
         lambda: last_step(out) >= 2,
@@ -168,7 +168,7 @@ def test_killed_before_the_first_state(
     tiny_bert: Path, few: Path, reference: Path, tmp_path: Path, capfd: pytest.CaptureFixture
 ) -> None:
     out = tmp_path / "out"
-    command = train_qa_command(tiny_bert, few, out, *FLAGS, "--save_minutes=10")
+    command = command_of("train_qa", tiny_bert, few, out, *FLAGS, "--save_minutes=10")
     with started(command) as process:
         wait_for(process, lambda: last_step(out) >= 2)
         os.kill(process.pid, signal.SIGKILL)
@@ -182,7 +182,7 @@ def test_stopped_then_out_of_disk(
     tiny_bert: Path, few: Path, reference: Path, tmp_path: Path, capfd: pytest.CaptureFixture
 ) -> None:
     out = tmp_path / "out"
-    command = train_qa_command(tiny_bert, few, out, *FLAGS)
+    command = command_of("train_qa", tiny_bert, few, out, *FLAGS)
 
     with started(command) as process:
         wait_for(process, lambda: last_step(out) >= 3)
@@ -237,7 +237,7 @@ def test_log_of_several_steps_a_record_goes_on(
 ) -> None:
     # A record is the mean over log_steps steps, also where a stop came between them.
     out = tmp_path / "out"
-    command = train_qa_command(tiny_bert, few, out, *FLAGS, "--log_steps=4")
+    command = command_of("train_qa", tiny_bert, few, out, *FLAGS, "--log_steps=4")
     with started(command) as process:
         wait_for(process, lambda: bool(states(out)) and state_step_or_0(out) >= 6)
         os.kill(process.pid, signal.SIGTERM)
@@ -275,7 +275,7 @@ def examples_of(record: dict, output_dir: Path) -> int:
 @pytest.mark.slow
 def test_ctrl_c_while_starting(tiny_bert: Path, few: Path, tmp_path: Path) -> None:
     # The libraries take some seconds to import; the signal comes amid that.
-    command = train_qa_command(tiny_bert, few, tmp_path / "out", *FLAGS)
+    command = command_of("train_qa", tiny_bert, few, tmp_path / "out", *FLAGS)
     with started(command, fresh=True) as process:
         loaded = Path(f"/proc/{process.pid}/maps")
         wait_for(process, lambda: "libtorch" in loaded.read_text())
@@ -293,7 +293,7 @@ def test_ctrl_c_while_starting(tiny_bert: Path, few: Path, tmp_path: Path) -> No
 def unfinished(tiny_bert: Path, few: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a run that was killed."""
     out = tmp_path_factory.mktemp("unfinished") / "out"
-    with started(train_qa_command(tiny_bert, few, out, *FLAGS)) as process:
+    with started(command_of("train_qa", tiny_bert, few, out, *FLAGS)) as process:
         wait_for(process, lambda: state_step_or_0(out) >= 2)
         os.kill(process.pid, signal.SIGKILL)
     return out
@@ -310,7 +310,7 @@ def test_same_command_on_a_finished_folder(
 ) -> None:
     before = snapshot(reference)
     # Saving more often does not make it another command.
-    assert call(train_qa_command(tiny_bert, few, reference, *FLAGS, "--save_minutes=3")) == 0
+    assert call(command_of("train_qa", tiny_bert, few, reference, *FLAGS, "--save_minutes=3")) == 0
     stdout, stderr = capfd.readouterr()
     assert "is finished" in stdout and str(reference) in stdout
     assert stderr == ""
@@ -320,7 +320,9 @@ def test_same_command_on_a_finished_folder(
 def test_the_folder_spelled_otherwise_is_the_same(
     tiny_bert: Path, few: Path, reference: Path, capfd: pytest.CaptureFixture
 ) -> None:
-    command = train_qa_command(tiny_bert, few, reference, *FLAGS, f"--output_dir={reference}/")
+    command = command_of(
+        "train_qa", tiny_bert, few, reference, *FLAGS, f"--output_dir={reference}/"
+    )
     assert call(command) == 0, capfd.readouterr().err
 
 
@@ -335,7 +337,7 @@ def test_another_command(
 ) -> None:
     out = request.getfixturevalue(which)
     before = snapshot(out)
-    assert call(train_qa_command(tiny_bert, few, out, *FLAGS, "--learning_rate=2e-3")) == 2
+    assert call(command_of("train_qa", tiny_bert, few, out, *FLAGS, "--learning_rate=2e-3")) == 2
     line = error_line(capfd.readouterr().err)
     assert "learning_rate was 0.001, now 0.002" in line
     assert str(out) in line and "--overwrite_output_dir" in line
@@ -361,7 +363,7 @@ def test_changed_data(
     try:
         path.write_text(original.replace("?", " ?", 1))
         assert path.read_text() != original
-        assert call(train_qa_command(tiny_bert, few, out, *FLAGS)) == 2
+        assert call(command_of("train_qa", tiny_bert, few, out, *FLAGS)) == 2
     finally:
         path.write_text(original)
     line = error_line(capfd.readouterr().err)
@@ -384,7 +386,7 @@ def test_overwrite_removes_only_its_own(
     (out / "notes").mkdir()
     (out / "notes" / "config.json").write_text("{}")
     flags = (*FLAGS, "--num_train_epochs=0.1", "--overwrite_output_dir")
-    assert call(train_qa_command(tiny_bert, few, out, *flags)) == 0, capfd.readouterr().err
+    assert call(command_of("train_qa", tiny_bert, few, out, *flags)) == 0, capfd.readouterr().err
     assert "going on" not in capfd.readouterr().out
     assert (out / "mine.txt").read_text() == "mine"
     assert (out / "notes" / "config.json").read_text() == "{}"
@@ -400,7 +402,7 @@ def test_foreign_model_is_not_written_over(
     out = tmp_path / "out"
     shutil.copytree(tiny_bert, out)
     before = snapshot(out)
-    assert call(train_qa_command(tiny_bert, few, out, *FLAGS)) == 2
+    assert call(command_of("train_qa", tiny_bert, few, out, *FLAGS)) == 2
     line = error_line(capfd.readouterr().err)
     assert "config.json" in line and str(out) in line
     assert snapshot(out) == before
@@ -411,7 +413,7 @@ def test_stop_says_when_overwriting_would_start_again(
 ) -> None:
     # With --overwrite_output_dir the same command does not go on, so it must not be said.
     out = tmp_path / "out"
-    command = train_qa_command(tiny_bert, few, out, *FLAGS, "--overwrite_output_dir")
+    command = command_of("train_qa", tiny_bert, few, out, *FLAGS, "--overwrite_output_dir")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(
             progress.Progress,
@@ -487,7 +489,7 @@ def test_model_with_nan_weights(
     weights["qa_outputs.weight"][0, 0] = float("nan")
     save_file(weights, model / "model.safetensors", metadata={"format": "pt"})
     out = tmp_path / "out"
-    assert call(train_qa_command(model, few, out, *FLAGS)) == 2
+    assert call(command_of("train_qa", model, few, out, *FLAGS)) == 2
     line = error_line(capfd.readouterr().err)
     assert "at step 1" in line and "nan" in line
     assert states(out) == []
@@ -526,9 +528,17 @@ def test_a_cards_command_gives_the_same_files(
     out, again = tmp_path / "first one", tmp_path / "again"
     flags = ["--seed=0", "--save_minutes=0"]
     if script == "train_qa":
-        made = train_qa_command(teacher, few, out, *flags, "--num_train_epochs=0.5")
+        made = command_of("train_qa", teacher, few, out, *flags, "--num_train_epochs=0.5")
     else:
-        made = pack_command(teacher, few, out, *flags, "--stages=final", "--max_steps_per_stage=2")
+        made = command_of(
+            "pack_and_distill",
+            teacher,
+            few,
+            out,
+            *flags,
+            "--stages=final",
+            "--max_steps_per_stage=2",
+        )
     assert call(made) == 0, capfd.readouterr().err
     command = (out / "README.md").read_text().split("## Training\n```\n")[1].split("```")[0]
     python, name, *words = shlex.split(command.replace("\\\n", " "))
@@ -546,7 +556,7 @@ def test_a_card_does_not_tell_of_training_that_was_not(
     tiny_bert: Path, few: Path, reference: Path, tmp_path: Path, capfd: pytest.CaptureFixture
 ) -> None:
     out = tmp_path / "out"
-    assert call(train_qa_command(tiny_bert, few, out, "--num_train_epochs=0")) == 0
+    assert call(command_of("train_qa", tiny_bert, few, out, "--num_train_epochs=0")) == 0
     card = (out / "README.md").read_text()
     assert "fine-tuned on" not in card and "not trained on" in card
     assert "fine-tuned on" in (reference / "README.md").read_text()
@@ -587,12 +597,12 @@ def test_figures_and_answers_are_those_of_the_saved_weights(
     with monkeypatch.context() as patch:
         patch.setattr(results, "save_model", save_others)
         if script == "train_qa":
-            command = train_qa_command(teacher, few, out, "--num_train_epochs=0.3")
+            command = command_of("train_qa", teacher, few, out, "--num_train_epochs=0.3")
         else:
             flags = ("--stages=final", "--max_steps_per_stage=1", "--num_train_epochs=1")
-            command = pack_command(teacher, few, out, *flags)
+            command = command_of("pack_and_distill", teacher, few, out, *flags)
         assert call(command) == 0, capfd.readouterr().err
-    assert call(train_qa_command(out, few, again, "--num_train_epochs=0")) == 0
+    assert call(command_of("train_qa", out, few, again, "--num_train_epochs=0")) == 0
     assert told(out) == told(again)
     # The memory of what was trained was free for what was loaded.
     assert all(parameter.is_meta for model in saved for parameter in model.parameters())
@@ -625,10 +635,10 @@ def test_the_best_weights_have_their_own_figures_if_the_last_state_is_not_saved(
     with monkeypatch.context() as patch:
         patch.setattr(Accelerator, "save_state", full)
         patch.setattr(States, "keep_if_best", keep)
-        assert call(train_qa_command(teacher, few, out, *flags)) == 0
+        assert call(command_of("train_qa", teacher, few, out, *flags)) == 0
     assert "the state at step 16 could not be saved" in capfd.readouterr().err
     evaluated = [r for r in records(out) if "evaluation" in r]
-    assert call(train_qa_command(out, few, again, dev, "--num_train_epochs=0")) == 0
+    assert call(command_of("train_qa", out, few, again, dev, "--num_train_epochs=0")) == 0
     assert told(out) == told(again)
     assert told(out)[:2] == (evaluated[0]["f1"], evaluated[0]["exact_match"])
     assert evaluated[0]["f1"] != evaluated[1]["f1"]

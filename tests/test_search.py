@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 from calls import call, error_line
-from conftest import ROOT, emb_command, train_qa_command
+from conftest import ROOT, command_of
 
 from cli import UserError
 from deploy import search
@@ -40,8 +40,11 @@ def models(
 ) -> tuple[Path, Path]:
     """Output folders of a QA model and of an embedding model that nothing has trained."""
     qa, emb = (tmp_path_factory.mktemp(name) / "out" for name in ("qa", "emb"))
-    assert call(train_qa_command(teacher, few, qa, "--num_train_epochs=0")) == 0
-    assert call(emb_command(base, sample, emb, "--num_train_epochs=0", "--pooling=mean")) == 0
+    assert call(command_of("train_qa", teacher, few, qa, "--num_train_epochs=0")) == 0
+    assert (
+        call(command_of("train_qcemb", base, sample, emb, "--num_train_epochs=0", "--pooling=mean"))
+        == 0
+    )
     return qa, emb
 
 

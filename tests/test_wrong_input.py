@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 from calls import call, error_line, first_questions, states
-from conftest import run, train_qa_command
+from conftest import command_of, run
 from safetensors.torch import load_file, save_file
 from transformers import (
     BertConfig,
@@ -52,7 +52,7 @@ def wrong(tiny_bert: Path, few: Path, tmp_path: Path, capfd: pytest.CaptureFixtu
         out = tmp_path / "out"
         capfd.readouterr()
         began = time.process_time()
-        code = call(train_qa_command(tiny_bert, few, out, *SMALL, *flags))
+        code = call(command_of("train_qa", tiny_bert, few, out, *SMALL, *flags))
         assert time.process_time() - began < QUICK
         line = error_line(capfd.readouterr().err)
         assert code == 2
@@ -199,7 +199,7 @@ def test_misplaced_answers_are_only_a_warning(
         qa["answers"] = [{"text": qa["answers"][0]["text"] + "x", "answer_start": 0}]
     path.write_text(json.dumps(root))
     flags = (*SMALL, f"--squad_train_data={path}", "--max_seq_length_c=384")
-    assert call(train_qa_command(tiny_bert, few, tmp_path / "out", *flags)) == 0
+    assert call(command_of("train_qa", tiny_bert, few, tmp_path / "out", *flags)) == 0
     warnings = [line for line in capfd.readouterr().err.splitlines() if str(path) in line]
     assert len(warnings) == 1 and warnings[0].startswith(f"warning: {path}: 5 answers")
     assert ", ".join(qa["id"] for qa in qas[1:4]) in warnings[0]
@@ -392,7 +392,7 @@ def test_number_far_too_large(
             "training.loop.Training.__init__",
             lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt),
         )
-        code = call(train_qa_command(tiny_bert, few, tmp_path / "out", *SMALL, flag))
+        code = call(command_of("train_qa", tiny_bert, few, tmp_path / "out", *SMALL, flag))
     assert code in (2, 130)
     if code == 2:
         assert flag.split("=")[0] in error_line(capfd.readouterr().err)
@@ -419,7 +419,7 @@ def test_unknown_flag(wrong: Wrong, flag: str, close: str) -> None:
 def test_required_flag_is_left_out(
     flag: str, tiny_bert: Path, few: Path, tmp_path: Path, capfd: pytest.CaptureFixture
 ) -> None:
-    command = train_qa_command(tiny_bert, few, tmp_path / "out")
+    command = command_of("train_qa", tiny_bert, few, tmp_path / "out")
     assert call([part for part in command if not part.startswith(flag)]) == 2
     assert flag in error_line(capfd.readouterr().err)
 
@@ -593,7 +593,7 @@ def test_process(
 ) -> None:
     began = children_seconds()
     # Here the hub may be asked; without a network it must give up soon.
-    command = train_qa_command(tiny_bert, few, tmp_path / "out", *flags)
+    command = command_of("train_qa", tiny_bert, few, tmp_path / "out", *flags)
     done = run(command, timeout=120, fresh=True, env={"HF_HUB_OFFLINE": "0"})
     assert children_seconds() - began < QUICK
     assert done.returncode == 2

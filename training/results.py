@@ -21,7 +21,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from bert.attention import fuse_attention
 from bert.model_folder import AutoClass, load_model, open_model, save_model, save_state_maps
-from deploy import onnx_file
+from deploy import onnx_file, timing
 from deploy.cpu import this_cpu
 from deploy.onnx_check import Check
 from training.run import Run, read_log, summary
@@ -154,6 +154,8 @@ def deliver(run: Run, task: Deliverable, result: Delivery) -> None:
             }
             draw_curves(folder, task.score_names)
             write_card(folder, task, result, metrics)
+            student, length = task.args.model_student, task.args.max_seq_length_c
+            metrics["deployed"] = timing.deliver(folder, student, length)  # and in the card
             run.finish(metrics)
             if result.stages:
                 show_table(table, task.score_names)
