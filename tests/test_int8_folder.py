@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import functools
 import json
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,7 +16,6 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from nncf.quantization.algorithms.smooth_quant.algorithm import SmoothQuant
 from nncf.torch.function_hook.hook_storage import decode_hook_name
 from nncf.torch.function_hook.wrapper import get_hook_storage
 from nncf.torch.quantization.layers import SQMultiply
@@ -28,16 +29,8 @@ from bert.attention import fuse_attention
 from bert.model_folder import load_model
 from bert.packed import PackedBertConfig, PackedBertForQuestionAnswering
 from int8 import calibration, quantizers
-from int8.settings import read_nncf_config
+from int8.settings import NncfConfig, read_nncf_config
 from squad_utils import INPUTS
-
-
-@pytest.fixture
-def smoothed(tmp_path: Path) -> Callable[[PreTrainedModel], PreTrainedModel]:
-    """A model with quantizers and SmoothQuant."""
-    path = tmp_path / "nncf_config.json"
-    path.write_text(json.dumps({"model_type": "transformer", "preset": "mixed"}))
-    return lambda model: quantized(model, read_nncf_config(str(path)))
 
 
 def small_packed() -> PackedBertForQuestionAnswering:
@@ -54,7 +47,27 @@ def small_packed() -> PackedBertForQuestionAnswering:
     return fuse_attention(model, separate_products=True).eval()
 
 
-MODELS = {"bert": small_bert, "packed_bert": small_packed}
+MODELS: dict[str, Callable[[], PreTrainedModel]] = {
+    "bert": small_bert,
+    "packed_bert": small_packed,
+}
+
+
+def settings(**keys: object) -> NncfConfig:
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "nncf_config.json"
+        path.write_text(json.dumps({"model_type": "transformer", "preset": "mixed", **keys}))
+        return read_nncf_config(str(path))
+
+
+@functools.cache
+def _smoothed(kind: str) -> PreTrainedModel:
+    return quantized(MODELS[kind](), settings())
+
+
+def smoothed(kind: str) -> PreTrainedModel:
+    """A model with quantizers and SmoothQuant, to be changed at will."""
+    return copy.deepcopy(_smoothed(kind))
 
 
 def logits(model: PreTrainedModel, seed: int = 7) -> torch.Tensor:
@@ -80,27 +93,23 @@ def plain(folder: Path) -> PreTrainedModel:
 
 @pytest.mark.parametrize("kind", MODELS)
 def test_from_pretrained_gives_the_answers_of_the_weights_without_quantizers(
-    kind: str, smoothed: Callable[[PreTrainedModel], PreTrainedModel], tmp_path: Path
+    kind: str, tmp_path: Path
 ) -> None:
-    source = MODELS[kind]()
-    model = smoothed(source)
-    assert any(True for _ in quantizers.scaled_weights(model))
+    model = smoothed(kind)
     quantizers.save_quantized(model, str(tmp_path))
     assert torch.equal(logits(plain(tmp_path)), logits(without_quantizers(model)))
     assert not torch.equal(logits(plain(tmp_path)), logits(model))
     # Bias correction has moved biases, and nothing has moved a weight.
     saved = load_file(tmp_path / "model.safetensors")
-    for name, value in source.state_dict().items():
+    for name, value in MODELS[kind]().state_dict().items():
         if not name.endswith("bias"):
             assert torch.equal(saved[name], value), name
 
 
 @pytest.mark.parametrize("kind", MODELS)
-def test_a_loaded_folder_is_the_model_that_was_saved(
-    kind: str, smoothed: Callable[[PreTrainedModel], PreTrainedModel], tmp_path: Path
-) -> None:
+def test_a_loaded_folder_is_the_model_that_was_saved(kind: str, tmp_path: Path) -> None:
     """To the bit; after training too, which leaves the scales as they are."""
-    model = smoothed(MODELS[kind]())
+    model = smoothed(kind)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.SGD(trained, lr=0.05)
     for step in range(3):
@@ -124,13 +133,11 @@ def test_a_loaded_folder_is_the_model_that_was_saved(
 
 
 def test_a_folder_of_scaled_weights_loads_and_trains_as_before(
-    smoothed: Callable[[PreTrainedModel], PreTrainedModel],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As earlier versions saved them: scales of any size, in the weights, and no mark."""
     monkeypatch.setattr(calibration, "nearest_power_of_two", lambda scales: scales)
-    model = smoothed(small_bert())
+    model = quantized(small_bert(), settings())
     quantizers.save_quantized(model, str(tmp_path))
     file = tmp_path / quantizers.QUANTIZERS
     config = json.loads(file.read_text())
@@ -145,10 +152,8 @@ def test_a_folder_of_scaled_weights_loads_and_trains_as_before(
     assert "no model by itself" in quantizers.how_it_loads(str(tmp_path), "train_qa.py")
 
 
-def test_the_card_says_what_loads_how(
-    smoothed: Callable[[PreTrainedModel], PreTrainedModel], tmp_path: Path
-) -> None:
-    quantizers.save_quantized(smoothed(small_bert()), str(tmp_path))
+def test_the_card_says_what_loads_how(tmp_path: Path) -> None:
+    quantizers.save_quantized(smoothed("bert"), str(tmp_path))
     text = quantizers.how_it_loads(str(tmp_path), "train_qa.py")
     assert "`train_qa.py --model_student=<this folder>` loads the INT8 model" in text
     assert "`model.safetensors` is a plain model in FP32, which `from_pretrained` loads" in text
@@ -161,38 +166,28 @@ def test_scales_are_rounded_to_the_nearest_power_of_two(scale: float) -> None:
     assert 0.5**0.5 <= scale / found <= 2**0.5 * (1 + 1e-6)
 
 
-def test_all_scales_are_powers_of_two_after_calibration(
-    smoothed: Callable[[PreTrainedModel], PreTrainedModel],
-) -> None:
-    calculate = SmoothQuant._calculate_scale_and_ratio
-    model = smoothed(small_bert())
+def test_all_scales_are_powers_of_two_after_calibration() -> None:
+    model = smoothed("bert")
     modules = [m for m in get_hook_storage(model).modules() if isinstance(m, SQMultiply)]
     assert len(modules) == 9 and len({float(s) for m in modules for s in m.scale.flatten()}) > 3
     assert quantizers.has_exact_scales(model)
-    assert SmoothQuant._calculate_scale_and_ratio is calculate
 
 
 # ------------------------------------------------------------------------------------------------
 # Embedding tables in the exported file
 
 
-@pytest.mark.parametrize("mode", ["asymmetric", "symmetric"])
 @pytest.mark.parametrize("per_channel", [True, False])
 def test_each_row_of_an_exported_embedding_table_is_that_of_pytorch(
-    mode: str, per_channel: bool, tmp_path: Path
+    per_channel: bool, tmp_path: Path
 ) -> None:
     """Read behind each look-up, before a LayerNorm hides what is wrong."""
     model = small_bert()
     with torch.no_grad():  # ranges that lie far from symmetric
         model.bert.embeddings.word_embeddings.weight.add_(torch.linspace(-1, 1, 60)[:, None])
-    weights = {"mode": mode, "per_channel": per_channel}
-    settings = {
-        "weight_range": "full", "model_type": "transformer",
-        "advanced_parameters": {"weights_quantization_params": weights},
-    }  # fmt: skip
-    path = tmp_path / "nncf_config.json"
-    path.write_text(json.dumps(settings))
-    model = quantized(model, read_nncf_config(str(path)))
+    weights = {"mode": "asymmetric", "per_channel": per_channel}
+    advanced = {"weights_quantization_params": weights}
+    model = quantized(model, settings(weight_range="full", advanced_parameters=advanced))
     names = {o.node: o.name for o in quantizers.operations(model) if o.kind == "embedding"}
     tables = {}  # as PyTorch rounds them
     with torch.no_grad():

@@ -22,6 +22,7 @@ from bert.model_folder import count_parameters, save_model, save_state_maps
 from deploy import onnx_file
 from deploy.cpu import this_cpu
 from deploy.onnx_check import Check
+from int8.quantizers import how_it_loads
 from training.run import Run, read_log, summary
 
 PACKAGES = ("torch", "transformers", "accelerate", "onnx", "onnxruntime", "numpy")
@@ -406,11 +407,7 @@ OpenVINO it can be reshaped to other batch sizes and lengths.
 def _use(output_dir: str, metrics: Metrics, script: str) -> str:
     """How to load the checkpoint."""
     if "int8" in metrics:
-        return (
-            "`model.safetensors` holds the weights in FP32, `quantizers.json` and"
-            " `quantizers.safetensors`\nwhat rounds them and the activations to INT8 in training:"
-            f" `{script} --model_student=<this folder>`\nloads all of it."
-        )
+        return how_it_loads(output_dir, script)
     with open(os.path.join(output_dir, "config.json"), encoding="utf-8") as file:
         config = json.load(file)
     packed = config["model_type"] == "packed_bert"
