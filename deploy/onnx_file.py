@@ -239,7 +239,7 @@ def _store_int8(graph: onnx.GraphProto) -> None:
             base = name if i == 0 else f"{name}.{i}"
             result = user.output[0]
             if user.op_type == "Gather":
-                tables = [integers] if scale.ndim == 0 else [integers, scale]
+                tables = [integers] if scale.ndim == 0 else [integers, scale, zero_point]
                 replaced[result] = _look_up(graph, base, tables, user, dequantize)
                 continue
             stored = integers
@@ -305,17 +305,29 @@ def _look_up(
     gather: onnx.NodeProto,
     dequantize: onnx.NodeProto,
 ) -> list[onnx.NodeProto]:
-    """Rows of an INT8 table as floating point: of one scale, or of a scale a row."""
+    """Rows of an INT8 table as floating point: of one scale, or of a scale and zero point a row.
+
+    Args:
+        tables: the integers [rows, K]; where each row has its own, scales and zero points [rows].
+    """
     make, (result,) = onnx.helper.make_node, gather.output
     rows, ids = f"{base}.rows", gather.input[1]
     look_up = make("Gather", [_add(graph, f"{base}.int8", tables[0]), ids], [rows], f"{base}.look")
     if len(tables) == 1:
         inputs = [rows, *dequantize.input[1:]]
         return [look_up, make("DequantizeLinear", inputs, [result], f"{base}.dequantize")]
-    scales = _add(graph, f"{base}.scales", tables[1][:, None])
-    return [
-        look_up,
-        make("Cast", [rows], [f"{base}.cast"], f"{base}.cast", to=onnx.TensorProto.FLOAT),
-        make("Gather", [scales, ids], [f"{base}.scale"], f"{base}.scale"),
-        make("Mul", [f"{base}.cast", f"{base}.scale"], [result], f"{base}.multiply"),
-    ]
+    _, scales, zero_points = tables
+    factors = f"{base}.cast"
+    nodes = [look_up, make("Cast", [rows], [factors], factors, to=onnx.TensorProto.FLOAT)]
+
+    def of_rows(name: str, values: np.ndarray) -> str:
+        """The values of the rows that are looked up."""
+        column = _add(graph, f"{base}.{name}s", values.astype(np.float32)[:, None])
+        nodes.append(make("Gather", [column, ids], [f"{base}.{name}"], f"{base}.{name}"))
+        return f"{base}.{name}"
+
+    if zero_points.any():  # of asymmetric ranges
+        zero_point, factors = of_rows("zero_point", zero_points), f"{base}.subtract"
+        nodes.append(make("Sub", [f"{base}.cast", zero_point], [factors], factors))
+    scale = of_rows("scale", scales)
+    return [*nodes, make("Mul", [factors, scale], [result], f"{base}.multiply")]

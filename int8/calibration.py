@@ -14,12 +14,14 @@ import nncf.torch
 import torch
 from nncf.quantization.algorithms.pipeline import Pipeline
 from nncf.quantization.algorithms.post_training import algorithm as post_training
+from nncf.quantization.algorithms.smooth_quant.algorithm import SmoothQuant
 from nncf.scopes import get_ignored_node_names_from_subgraph
+from nncf.tensor import Tensor as NncfTensor
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from cli import UserError, in_one_line
-from int8.quantizers import Operation, _graph, hold_weight_range, operations
+from int8.quantizers import Operation, _graph, fix_scales, hold_weight_range, operations
 from int8.settings import NncfConfig
 from int8.weight_range import HoldWeightRange, WeightRange
 
@@ -110,9 +112,10 @@ def calibrate(
 
     arguments = {**config.arguments, "subset_size": len(samples)}
     refused = in_one_line(f"--nncf_config: {config.path}: NNCF refuses it", REFUSALS)
-    with refused, torch.no_grad(), _holding(config.weight_range):
+    with refused, torch.no_grad(), _holding(config.weight_range), _powers_of_two():
         model = nncf.quantize(model.eval(), nncf.Dataset(list(samples), inputs), **arguments)
         hold_weight_range(model, config.weight_range)
+        fix_scales(model)
     return model
 
 
@@ -129,3 +132,26 @@ def _holding(weight_range: WeightRange) -> Iterator[None]:
 
     with mock.patch.object(post_training, "create_ptq_pipeline", with_range):
         yield
+
+
+@contextlib.contextmanager
+def _powers_of_two() -> Iterator[None]:
+    """Let SmoothQuant round its scales to powers of two, by which weights and activations are
+    multiplied and divided exactly."""
+    calculate = SmoothQuant._calculate_scale_and_ratio
+
+    def rounded(
+        activations: NncfTensor, weights: NncfTensor, alpha: float
+    ) -> tuple[NncfTensor, float]:
+        scales, ratio = calculate(activations, weights, alpha)
+        return NncfTensor(nearest_power_of_two(scales.data)), ratio
+
+    with mock.patch.object(SmoothQuant, "_calculate_scale_and_ratio", staticmethod(rounded)):
+        yield
+
+
+def nearest_power_of_two(scales: Tensor) -> Tensor:
+    """The power of two whose logarithm is nearest, for each of any positive numbers."""
+    mantissa = torch.frexp(scales).mantissa  # 0.5 to 1, times a power of two
+    above = scales / mantissa  # exact, as the quotient is a power of two
+    return torch.where(mantissa < 0.5**0.5, above / 2, above)

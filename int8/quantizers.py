@@ -20,7 +20,7 @@ from nncf.common.graph import NNCFGraph, NNCFNode
 from nncf.torch.function_hook.hook_storage import decode_hook_name
 from nncf.torch.function_hook.nncf_graph.nncf_graph_builder import build_nncf_graph
 from nncf.torch.function_hook.wrapper import get_hook_storage, wrap_model
-from nncf.torch.quantization.layers import BaseQuantizer, SymmetricQuantizer
+from nncf.torch.quantization.layers import BaseQuantizer, SQMultiply, SymmetricQuantizer
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -36,6 +36,8 @@ QUANTIZERS = "quantizers.json"  # in the folder of a quantized model: where its 
 QUANTIZER_WEIGHTS = "quantizers.safetensors"  # beside QUANTIZERS: their ranges
 HOOKS = "__nncf_hooks."  # what the names of the quantizers' parameters begin with
 WEIGHT_RANGE = "weight_range"  # in QUANTIZERS, beside NNCF's own keys
+# Beside it: whether SmoothQuant's scales are divided out of the saved weights.
+PLAIN_WEIGHTS = "plain_weights"
 
 
 nncf.set_log_level(logging.ERROR)
@@ -152,17 +154,58 @@ def hold_weight_range(model: nn.Module, weight_range: WeightRange) -> None:
     model.weight_range = weight_range  # type: ignore[assignment]  # torch types tensors alone
 
 
+def scaled_weights(model: nn.Module) -> Iterator[tuple[str, SQMultiply]]:
+    """The name of each weight [N, K] that SmoothQuant has multiplied by scales, and the module
+    that multiplies the layer's input by their inverses [K]."""
+    names = {operation.node: operation.name for operation in operations(model)}
+    for name, module in get_hook_storage(model).named_modules(remove_duplicate=False):
+        if isinstance(module, SQMultiply):
+            yield f"{names[decode_hook_name(name)[1]]}.weight", module
+
+
+def has_exact_scales(model: nn.Module) -> bool:
+    """Whether all of SmoothQuant's scales are powers of two, which divide out exactly."""
+    modules = [each for each in get_hook_storage(model).modules() if isinstance(each, SQMultiply)]
+    return all(bool((torch.frexp(each.scale).mantissa == 0.5).all()) for each in modules)
+
+
+def fix_scales(model: nn.Module) -> None:
+    """Keep SmoothQuant's scales, if they are powers of two, from being trained.
+
+    NNCF makes parameters of them; as buffers they are saved the same way.
+    """
+    if not has_exact_scales(model):  # a model of earlier versions goes on as it began
+        return
+    for module in get_hook_storage(model).modules():
+        if isinstance(module, SQMultiply) and isinstance(module.scale, nn.Parameter):
+            scale = module.scale.detach()
+            del module._scale_value
+            module.register_buffer("_scale_value", scale)
+
+
 def save_quantized(model: PreTrainedModel, folder: str) -> None:
-    """Save a model so that its weights load as any checkpoint's: quantizers in their own files."""
+    """Save a model so that its weights are those of a model without quantizers, which have their
+    own files.
+
+    A model calibrated by earlier versions has scales of SmoothQuant that are no powers of two:
+    these stay in its weights.
+    """
     weight_range = WeightRange(str(model.weight_range))
     hold_weight_range(model, weight_range)  # the last step may have moved weights since
     # Cloned, since a range that several inputs share may be stored only once in a file.
     state = {name: value.clone().contiguous() for name, value in model.state_dict().items()}
+    plain = has_exact_scales(model)
+    if plain:
+        for name, module in scaled_weights(model):
+            state[name] *= module.scale.detach().flatten()
     ranges = {name: state.pop(name) for name in list(state) if name.startswith(HOOKS)}
     model.save_pretrained(folder, state_dict=state)
     save_file(ranges, os.path.join(folder, QUANTIZER_WEIGHTS))
+    config = {
+        **nncf.torch.get_config(model), WEIGHT_RANGE: weight_range, PLAIN_WEIGHTS: plain
+    }  # fmt: skip
     with open(os.path.join(folder, QUANTIZERS), "w", encoding="utf-8") as file:
-        json.dump({**nncf.torch.get_config(model), WEIGHT_RANGE: weight_range}, file)
+        json.dump(config, file)
 
 
 def load_quantizers(model: PreTrainedModel, folder: str, flag: str) -> PreTrainedModel:
@@ -175,6 +218,7 @@ def load_quantizers(model: PreTrainedModel, folder: str, flag: str) -> PreTraine
         with open(os.path.join(folder, QUANTIZERS), encoding="utf-8") as file:
             config = json.load(file)
         weight_range = WeightRange(config.pop(WEIGHT_RANGE, WeightRange.FULL))
+        plain = config.pop(PLAIN_WEIGHTS, False)
         model = nncf.torch.load_from_config(model, config)
         state = load_file(os.path.join(folder, QUANTIZER_WEIGHTS))
         missing = [
@@ -184,8 +228,30 @@ def load_quantizers(model: PreTrainedModel, folder: str, flag: str) -> PreTraine
         ]
     if missing:
         raise UserError(f"{flag}: {folder}/{QUANTIZER_WEIGHTS} lacks {missing[0]}")
+    if plain:
+        parameters = dict(model.named_parameters())
+        with torch.no_grad():
+            for name, module in scaled_weights(model):
+                parameters[name].div_(module.scale.flatten())
+    fix_scales(model)
     hold_weight_range(model, weight_range)
     return model
+
+
+def how_it_loads(folder: str, script: str) -> str:
+    """For the model card of a folder with quantizers: what loads the INT8 model, and what
+    `from_pretrained` loads."""
+    with open(os.path.join(folder, QUANTIZERS), encoding="utf-8") as file:
+        plain = json.load(file).get(PLAIN_WEIGHTS, False)
+    weights = (
+        "is a plain model in FP32, which `from_pretrained` loads"
+        if plain
+        else "is no model by itself: SmoothQuant's scales are in its weights"
+    )
+    return (
+        f"`{script} --model_student=<this folder>` loads the INT8 model, with its quantizers"
+        f"\n(`{QUANTIZERS}`, `{QUANTIZER_WEIGHTS}`). `model.safetensors` {weights}."
+    )
 
 
 def what_is_int8(model: nn.Module) -> list[dict[str, str | int]]:

@@ -4,16 +4,22 @@ from __future__ import annotations
 
 import dataclasses
 import enum
+import fnmatch
 import json
 import re
 import types
 import typing
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import nncf.torch
 from nncf.common.quantization.structs import QuantizationPreset, QuantizationScheme
 from nncf.quantization.advanced_parameters import AdvancedQuantizationParameters
+from nncf.quantization.range_estimator import (
+    AggregatorType,
+    RangeEstimatorParameters,
+    StatisticsType,
+)
 
 from cli import UserError, did_you_mean
 from int8.weight_range import WeightRange
@@ -31,6 +37,50 @@ SETTINGS: dict[str, Any] = {
     "advanced_parameters": AdvancedQuantizationParameters,
 }
 
+# Keys that NNCF takes and that change no bit of a quantized model here, as patterns of fnmatch. Its
+# torch backend has one value alone for some; others are of convolutions or other frameworks.
+WITHOUT_EFFECT = (
+    "target_device",
+    "fast_bias_correction",
+    "ignored_scope.validate",
+    "advanced_parameters.quantize_outputs",
+    "advanced_parameters.inplace_statistics",
+    "advanced_parameters.disable_channel_alignment",
+    "advanced_parameters.batchwise_statistics",
+    "advanced_parameters.quantizer_propagation_rule",
+    "advanced_parameters.backend_params",
+    "advanced_parameters.bias_correction_params.apply_for_all_nodes",
+    "advanced_parameters.smooth_quant_alphas.convolution",
+    "advanced_parameters.*_quantization_params.num_bits",
+    "advanced_parameters.*_quantization_params.signedness_to_force",
+    "advanced_parameters.*_quantization_params.narrow_range",
+    "advanced_parameters.activations_quantization_params.per_channel",
+    "advanced_parameters.*.clipping_value",
+    "advanced_parameters.weights_range_estimator_params.*.aggregator_type",
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Limit:
+    """The numbers that a key may have: `allows` tells, `text` says which."""
+
+    text: str
+    allows: Callable[[float], bool]
+
+
+ALPHA = Limit("-1 or from 0 to 1", lambda value: value == -1 or 0 <= value <= 1)
+LIMITS = {
+    "subset_size": Limit("at least 1", lambda value: value >= 1),
+    "advanced_parameters.smooth_quant_alpha": ALPHA,
+    "advanced_parameters.smooth_quant_alphas.*": ALPHA,
+    "advanced_parameters.*.quantile_outlier_prob": Limit(
+        "at least 0 and below 0.5", lambda value: 0 <= value < 0.5
+    ),
+    "advanced_parameters.bias_correction_params.threshold": Limit(
+        "at least 0", lambda value: value >= 0
+    ),
+}
+
 
 @dataclasses.dataclass(frozen=True)
 class NncfConfig:
@@ -40,14 +90,14 @@ class NncfConfig:
         path, raw: the file, and what it holds.
         arguments: of nncf.quantize.
         weight_range: which integers the weights of linear layers may be.
-        left_out: keys of a file in the format of NNCF before 3.0 that have no meaning any more.
+        without_effect: keys of the file that change nothing, by the names that they have in it.
     """
 
     path: str
     raw: dict[str, Any]
     arguments: dict[str, Any]
     weight_range: WeightRange = WeightRange.PAIRS
-    left_out: tuple[str, ...] = ()
+    without_effect: tuple[str, ...] = ()
 
     @property
     def subset_size(self) -> int:
@@ -71,17 +121,20 @@ def read_nncf_config(path: str) -> NncfConfig:
     if not isinstance(raw, dict):
         raise UserError(f"--nncf_config: {path} is not a JSON object of settings")
     settings: dict[str, object] = raw
-    left_out: tuple[str, ...] = ()
+    old_names: dict[str, str] = {}
+    left_out: list[str] = []
     if "compression" in raw or "input_info" in raw:
-        settings, left_out = _of_before_3(raw, path)
+        settings, old_names, left_out = _of_before_3(raw, path)
     _check_keys(settings, SETTINGS, path, "")
     arguments = {key: _build(SETTINGS[key], value, path, key) for key, value in settings.items()}
-    if arguments.get("subset_size", 1) < 1:
-        raise UserError(
-            f"--nncf_config: {path}: subset_size is {arguments['subset_size']}, below 1"
-        )
+    for key, value in _leaves(settings):
+        for pattern, limit in LIMITS.items():
+            number = isinstance(value, int | float)
+            if fnmatch.fnmatchcase(key, pattern) and number and not limit.allows(value):
+                raise UserError(f"--nncf_config: {path}: {key} is {value}, not {limit.text}")
     advanced = arguments.get("advanced_parameters")
     for name in ("weights", "activations"):
+        _check_histogram(getattr(advanced, f"{name}_range_estimator_params", None), path, name)
         key = f"{name}_quantization_params"
         parameters = getattr(advanced, key, None)
         if parameters is not None and parameters.num_bits not in (None, 8):
@@ -97,7 +150,67 @@ def read_nncf_config(path: str) -> NncfConfig:
                 f"--nncf_config: {path}: ignored_scope.patterns[{i}], {pattern!r}, is not a"
                 f" regular expression: {error}"
             ) from None
-    return NncfConfig(path, raw, arguments, _weight_range(arguments, path), left_out)
+    left_out += [old_names.get(key, key) for key in _idle_keys(settings)]
+    return NncfConfig(path, raw, arguments, _weight_range(arguments, path), tuple(left_out))
+
+
+def _leaves(settings: Mapping[str, Any], where: str = "") -> Iterator[tuple[str, Any]]:
+    """The keys that hold no object with keys of NNCF, with those above them, and their values."""
+    for key, value in settings.items():
+        if isinstance(value, dict) and key != "backend_params":
+            yield from _leaves(value, f"{where}{key}.")
+        else:
+            yield f"{where}{key}", value
+
+
+def _idle_keys(settings: Mapping[str, Any]) -> Iterator[str]:
+    """Keys that change nothing: those that never do, and those that do not beside the others."""
+    given = dict(_leaves(settings))
+    advanced = "advanced_parameters"
+    weights = f"{advanced}.weights_quantization_params.mode"
+    for key, value in given.items():
+        above, _, name = key.rpartition(".")
+        statistics = f"{given.get(f'{above}.statistics_type')}"
+        aggregator = f"{given.get(f'{above}.aggregator_type')}"
+        if (
+            any(fnmatch.fnmatchcase(key, pattern) for pattern in WITHOUT_EFFECT)
+            or (name == "overflow_fix" and value != "enable")
+            # SmoothQuant is for transformers.
+            or ("smooth_quant_alpha" in key and settings.get("model_type") != "transformer")
+            # A symmetric range has one end.
+            or (
+                above == f"{advanced}.weights_range_estimator_params.min"
+                and given.get(weights) != "asymmetric"
+            )
+            or (
+                name == "quantile_outlier_prob"
+                and "quantile" not in statistics
+                and ("no_outliers" not in aggregator or ".weights_" in key)
+            )
+        ):
+            yield key
+
+
+def _check_histogram(ranges: RangeEstimatorParameters | None, path: str, name: str) -> None:
+    """Check that a range by histogram is one at both ends.
+
+    Raises:
+        UserError: it is not.
+    """
+    ends = (ranges.min, ranges.max) if ranges else ()
+    of_histogram = {
+        found
+        for end in ends
+        for found in (
+            end.statistics_type == StatisticsType.RAW,
+            end.aggregator_type == AggregatorType.HISTOGRAM,
+        )
+    }
+    if len(of_histogram) > 1:
+        raise UserError(
+            f"--nncf_config: {path}: advanced_parameters.{name}_range_estimator_params: a histogram"
+            " needs statistics_type raw and aggregator_type histogram, both in min and in max"
+        )
 
 
 def _weight_range(arguments: dict[str, Any], path: str) -> WeightRange:
@@ -170,8 +283,11 @@ def _build(kind: object, value: object, path: str, where: str) -> Any:
     return value
 
 
-def _of_before_3(raw: Mapping[str, object], path: str) -> tuple[dict[str, object], tuple[str, ...]]:
-    """Today's settings for those of an NNCFConfig, and the keys of which nothing is left."""
+def _of_before_3(
+    raw: Mapping[str, object], path: str
+) -> tuple[dict[str, object], dict[str, str], list[str]]:
+    """Today's settings for those of an NNCFConfig, the old names of today's keys, and the old keys
+    of which nothing is left."""
     compression = raw.get("compression", {})
     if isinstance(compression, list):
         if len(compression) != 1:
@@ -189,6 +305,7 @@ def _of_before_3(raw: Mapping[str, object], path: str) -> tuple[dict[str, object
         )
     settings: dict[str, object] = {"model_type": "transformer"}
     advanced: dict[str, object] = {}
+    old_names: dict[str, str] = {}
     left_out = [key for key in raw if key not in ("compression", "target_device")]
     if "target_device" in raw:
         settings["target_device"] = raw["target_device"]
@@ -208,6 +325,8 @@ def _of_before_3(raw: Mapping[str, object], path: str) -> tuple[dict[str, object
             known = {names[k]: v for k, v in value.items() if k in names}
             if known:
                 advanced[f"{key}_quantization_params"] = known
+            today = f"advanced_parameters.{key}_quantization_params"
+            old_names |= {f"{today}.{names[k]}": f"{where}.{k}" for k in value if k in names}
             left_out += [f"{where}.{k}" for k in value if k not in names]
         elif key == "initializer" and isinstance(value, dict):
             samples = _build(dict, value.get("range", {}), path, f"{where}.range")
@@ -217,8 +336,9 @@ def _of_before_3(raw: Mapping[str, object], path: str) -> tuple[dict[str, object
             left_out += [f"{where}.{k}" for k in value if k != "range"]
         elif key in ("overflow_fix", "quantize_outputs"):
             advanced[key] = value
+            old_names[f"advanced_parameters.{key}"] = where
         elif key != "algorithm":
             left_out.append(where)
     if advanced:
         settings["advanced_parameters"] = advanced
-    return settings, tuple(left_out)
+    return settings, old_names, left_out

@@ -16,6 +16,7 @@ from transformers import AutoModelForQuestionAnswering, BertConfig
 
 from bert.embedding import AutoModelForEmbedding
 from bert.packed import PackedBertConfig
+from int8 import quantizers
 from training import results
 
 SPEED = {"examples_per_second": 9.0, "tokens_per_second": 99.0, "padding": 0.1}
@@ -118,8 +119,10 @@ def test_a_card_imports_what_its_model_needs(
 
 def test_a_card_tells_of_quantizers_and_of_a_file_that_failed(tmp_path: Path) -> None:
     failed = {"passed": False, "difference": None}
+    (tmp_path / quantizers.QUANTIZERS).write_text(json.dumps({quantizers.PLAIN_WEIGHTS: True}))
     text = card(tmp_path, BertConfig(), AutoModelForQuestionAnswering, int8=[1], onnx_check=failed)
-    assert "quantizers.safetensors" in text and "--model_student=<this folder>`\nloads" in text
+    assert "quantizers.safetensors" in text and "--model_student=<this folder>` loads" in text
+    assert "is a plain model in FP32" in text
     assert "```python" not in text
     assert "`model.failed.onnx` is NOT the same model: it has failed its check. Inputs\n" in text
     assert "from the PyTorch model by what is no number. In\n" in text

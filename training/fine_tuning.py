@@ -335,17 +335,14 @@ CALIBRATED = "calibrated"  # in CHECKPOINTS: the quantized model as calibration 
 
 
 def check_nncf_config(path: str, student: OpenedModel, auto_class: AutoClass) -> NncfConfig:
-    """The settings of --nncf_config, checked against --model_student; says what is left out.
+    """The settings of --nncf_config, checked against --model_student; names keys without effect.
 
     Raises:
         UserError: as `read_nncf_config`, `check_scope` and `calibrate`.
     """
     config = read_nncf_config(path)
-    if config.left_out and is_main_process():
-        warn(
-            f"--nncf_config: {path} is of NNCF before 3.0; without a meaning today:"
-            f" {', '.join(config.left_out)}"
-        )
+    if config.without_effect and is_main_process():
+        warn(f"--nncf_config: {path}: keys without effect: {', '.join(config.without_effect)}")
     if not student.quantized:
         model = load_model(student, auto_class, quiet=True)
         check_scope(config, fuse_attention(model, separate_products=True).eval())

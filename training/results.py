@@ -24,6 +24,7 @@ from bert.model_folder import AutoClass, load_model, open_model, save_model, sav
 from deploy import onnx_file, timing
 from deploy.cpu import this_cpu
 from deploy.onnx_check import Check
+from int8.quantizers import how_it_loads
 from training.run import Run, read_log, summary
 
 if TYPE_CHECKING:
@@ -335,6 +336,7 @@ def write_card(
         train_file=os.path.basename(task.args.squad_train_data),
         script=script,
         command=command_line(script, vars(task.args)),
+        int8_use=how_it_loads(folder, script) if "int8" in metrics else "",
         metrics=metrics,
     )
     with open(os.path.join(folder, "README.md"), "w", encoding="utf-8") as file:
