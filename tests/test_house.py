@@ -18,6 +18,7 @@ SCRIPTS = ("train_qa", "train_qcemb", "pack_and_distill")
 # From the ground up. A module imports its own room and those in front of it.
 ORDER = (
     ("cli",),
+    ("files",),
     ("squad_utils",),
     ("int8", "deploy"),
     ("bert",),
@@ -28,6 +29,7 @@ ORDER = (
 LEVEL = {room: level for level, rooms in enumerate(ORDER) for room in rooms}
 WITHOUT_TORCH = (
     "cli",
+    "files.squad_layouts",
     "squad_utils",
     "ask",
     "deploy.cpu",
