@@ -245,45 +245,40 @@ def _tell_notes(
         version: of SQuAD, as the file tells it or None; "" for 2.0.
     """
 
-    def of(key: str) -> str:
-        ids = list(dict.fromkeys(notes[key]))
-        return f"first ids: {', '.join(ids[:3])}"
+    def first(key: str) -> str:
+        return ", ".join(list(dict.fromkeys(notes[key]))[:3])
+
+    def count(key: str) -> str:
+        return f"{len(notes[key])} (first ids: {first(key)})"
 
     if file.layout or notes["lists"]:
         layout = file.layout or "SQuAD JSON with answers as Hugging Face datasets writes them"
         tell(f"{file.path} is read as {layout}: {questions} questions, {contexts} contexts")
     if notes["searched"]:
         tell(
-            f"{file.path}: {len(notes['searched'])} answers without answer_start are found in their"
-            " contexts, where they stand once"
+            f"{file.path}: answers without answer_start that stand once in their context, and count"
+            f" there: {len(notes['searched'])}"
         )
-    if notes["repeated"]:
-        warn(
-            f"{file.path}: {len(notes['repeated'])} questions stand there again with the same id,"
-            f" context and answers ({of('repeated')}); each counts once"
-        )
-    if notes["contradicted"]:
-        warn(
-            f"{file.path}: {len(notes['contradicted'])} questions have an answer beside"
-            f" is_impossible: true ({of('contradicted')}); they count as having none"
-        )
-    if notes["blank"]:
-        warn(
-            f"{file.path}: {len(notes['blank'])} questions have an empty answer beside another"
-            f" ({of('blank')}); the empty one is left out"
-        )
+    for key, kind, then in (
+        ("repeated", "that come again with the same id, context and answers", "they count once"),
+        ("contradicted", "with an answer beside is_impossible: true", "they count as having none"),
+        ("blank", "with an empty answer beside another", "the empty one is left out"),
+    ):
+        if notes[key]:
+            warn(f"{file.path}: questions {kind}: {count(key)}; {then}")
     if misplaced := len(notes["misplaced"]):
         searched = ", or not once where there is none," if notes["not found"] else ""
         warn(
             f"{file.path}: {misplaced} answers are not in the context at answer_start{searched} and"
-            f" are left out ({of('misplaced')}); {len(notes['lost'])} questions lose their only"
-            " answer"
+            f" are left out (first ids: {first('misplaced')}); {len(notes['lost'])} questions lose"
+            " their only answer"
         )
-    if version != "" and 0 < len(notes["unanswered"]) < questions:
+    unanswered = len(notes["unanswered"])
+    if version != "" and 0 < unanswered < questions:
         though = f", though its version is {version}" if version else ""
         warn(
-            f"{file.path}: {len(notes['unanswered'])} of {questions} questions have no answer"
-            f" ({of('unanswered')}), so the file counts as SQuAD 2.0{though}"
+            f"{file.path}: of {questions} questions have no answer: {count('unanswered')}; so the"
+            f" file counts as SQuAD 2.0{though}"
         )
 
 

@@ -6,7 +6,7 @@ import argparse
 import contextlib
 import functools
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import ClassVar, Protocol
 
 import numpy as np
@@ -85,6 +85,11 @@ class QaTask(Task):
         """
         check_lengths(args)
         super().__init__(args)
+        if not self.train_data.answerable.all() and self.dev_data.answerable.all():
+            warn(
+                "--squad_train_data has questions without an answer, --squad_dev_data has none: no"
+                " threshold can be fitted, so ask.py will not tell that a text has no answer"
+            )
         self.scorer = load_scorer(args.squad_eval_script, self.dev_data)
 
     def tokenize(self, tokenizer: PreTrainedTokenizerFast) -> None:
@@ -101,11 +106,16 @@ class QaTask(Task):
                 f"--squad_train_data: none of the answers in {self.train_data.path} is in its"
                 " context at answer_start, so there is nothing to learn"
             )
+        warn_of_long_answers(
+            {"training": self.train_windows, "dev": self.dev_windows}, self.args.max_answer_length
+        )
 
     def make_evaluation(self, run: Run) -> QaEvaluation:
         """The evaluation on the dev file."""
         size = self.args.per_gpu_eval_batch_size
-        self.evaluation = QaEvaluation(run, self.dev_data, self.dev_windows, self.scorer, size)
+        self.evaluation = QaEvaluation(
+            run, self.dev_data, self.dev_windows, self.scorer, size, self.args.max_answer_length
+        )
         return self.evaluation
 
     def batches(self, step_size: int) -> QaBatches:
@@ -121,6 +131,11 @@ class QaTask(Task):
     ) -> tuple[LossFunction, Batches]:
         """The loss of answers, and of a teacher's distributions and states; all windows."""
         args = self.args
+        if not self.train_data.answerable.any():
+            raise UserError(
+                f"--squad_train_data: no question of {self.train_data.path} has an answer, so there"
+                " is nothing to learn"
+            )
         loss = QaLoss(run, teacher, args.kd_weight, args.supervision_weight, state_maps)
         return loss, self.batches(args.total_train_batch_size)
 
@@ -161,6 +176,16 @@ class QaTask(Task):
             path = os.path.join(folder, "no_answer_scores.json")
             write_json(path, self.evaluation.no_answer_scores)
 
+    def reader_settings(self, figures: Mapping[str, float]) -> dict[str, float | None]:
+        """Lengths, and the threshold of SQuAD 2.0 over which there is no answer."""
+        return {
+            "max_query_length": self.args.max_seq_length_q,
+            "max_seq_length": self.args.max_seq_length_c,
+            "doc_stride": self.args.doc_stride,
+            "max_answer_length": self.args.max_answer_length,
+            "null_threshold": figures.get("f1_threshold"),
+        }
+
     def write_card(self, metrics: results.Metrics, script: str, made: str) -> None:
         """Write the model card."""
         results.write_qa_card(self.args.output_dir, metrics, script, made)
@@ -190,6 +215,23 @@ def make_windows(
         max_seq_length_c,
         doc_stride,
         for_training,
+    )
+
+
+def warn_of_long_answers(windows: dict[str, Windows], longest: int) -> None:
+    """Count the answers that are longer than `longest` tokens, by the file that they are of."""
+    lengths = {name: each.answer_tokens @ [-1, 1] + 1 for name, each in windows.items()}
+    every = np.sort(np.concatenate(list(lengths.values())))
+    if not len(every) or every[-1] <= longest:
+        return
+    counts = " and ".join(
+        f"{(each > longest).sum():,} of {len(each):,} {name} answers"
+        for name, each in lengths.items()
+    )
+    enough = every[-(-len(every) * 99 // 100) - 1]
+    warn(
+        f"{counts} have over --max_answer_length={longest} tokens and are never found;"
+        f" {enough} covers 99% of all"
     )
 
 
@@ -320,10 +362,16 @@ class QaEvaluation:
     """
 
     def __init__(
-        self, run: Run, data: SquadData, windows: Windows, scorer: Scorer, batch_size: int
+        self,
+        run: Run,
+        data: SquadData,
+        windows: Windows,
+        scorer: Scorer,
+        batch_size: int,
+        max_answer_length: int = squad_utils.MAX_ANSWER_LENGTH,
     ) -> None:
         self.run, self.data, self.windows, self.scorer = run, data, windows, scorer
-        self.batch_size = batch_size
+        self.batch_size, self.max_answer_length = batch_size, max_answer_length
         self.predictions: dict[str, str] = {}
         self.no_answer_scores: dict[str, float] = {}
 
@@ -334,7 +382,7 @@ class QaEvaluation:
             fp32: compute in FP32 whatever the run's precision is.
         """
         accelerator = self.run.accelerator
-        answers = squad_utils.Answers(self.data, self.windows)
+        answers = squad_utils.Answers(self.data, self.windows, self.max_answer_length)
         # Longest first: what does not fit in memory fails at once.
         order = np.argsort(-self.windows.total_lengths, kind="stable")
         batches = np.split(order, range(self.batch_size, len(order), self.batch_size))

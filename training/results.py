@@ -64,6 +64,9 @@ class Deliverable(Protocol):
 
     def counts(self) -> dict[str, int]: ...
     def write_answers(self) -> None: ...
+    def write_reader(
+        self, tokenizer: PreTrainedTokenizerFast, figures: Mapping[str, float]
+    ) -> None: ...
     def export(self) -> Check: ...
     def write_card(self, metrics: Metrics, script: str, made: str) -> None: ...
 
@@ -109,6 +112,7 @@ def deliver(
             if result.state_maps is not None:
                 save_state_maps(result.state_maps, folder)
             task.write_answers()
+            task.write_reader(tokenizer, result.figures)
             check = task.export()
             run.stop_if_asked()
             file = onnx_file.describe_check(check, folder)
