@@ -201,11 +201,11 @@ def _csv_values(row: dict[str, str], where: str) -> dict[str, Any]:
     start, impossible = row.get("answer_start", "").strip(), row.get("is_impossible", "")
     if start and not re.fullmatch(r"-?[0-9]{1,9}(\.0+)?", start):
         raise UserError(f"{where} answer_start must be a whole number, not {start[:20]!r}")
-    values["answer_start"] = int(float(start)) if start else None
+    values |= {"answer_start": int(float(start)) if start else None}
     if impossible.strip().lower() not in TRUTHS:
         raise UserError(f"{where} is_impossible must be true or false, not {impossible[:20]!r}")
-    values["is_impossible"] = TRUTHS[impossible.strip().lower()]
-    return values
+    values |= {"is_impossible": TRUTHS[impossible.strip().lower()]}
+    return {name: value for name, value in values.items() if value is not None}
 
 
 def _parquet_files(folder: str, flag: str) -> list[str]:
