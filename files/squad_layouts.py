@@ -119,7 +119,7 @@ def read(path: str, flag: str) -> DataFile:
     text = read_text(path, flag, newline="")
     sha256 = hashlib.sha256(text.encode()).hexdigest()
     first, _, rest = text.lstrip().partition("\n")
-    columns = {name.strip() for name in re.split("[,;\t]", first[:1000])}
+    columns = {name.strip(' "\r').lower() for name in re.split("[,;\t]", first[:1000])}
     if path.lower().endswith(CSV_SUFFIXES) or {"question", "context"} <= columns:
         return _from_rows(path, flag, _csv_rows(text, path, flag), "CSV", "", sha256)
     if path.lower().endswith(LINES_SUFFIXES) or (rest.strip() and _is_object(first)):
@@ -174,7 +174,7 @@ def _csv_rows(text: str, path: str, flag: str) -> Iterator[tuple[str, Any]]:
     delimiter = max(",;\t", key=header.count)
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
     try:
-        columns = [name.strip() for name in next(reader, [])]
+        columns = [name.strip().lower() for name in next(reader, [])]
         missing = [n for n in ("question", "context", "answer_text") if n not in columns]
         if missing:
             raise UserError(

@@ -107,7 +107,9 @@ class QaTask(Task):
                 " context at answer_start, so there is nothing to learn"
             )
         warn_of_long_answers(
-            {"training": self.train_windows, "dev": self.dev_windows}, self.args.max_answer_length
+            {"training": self.train_windows, "dev": self.dev_windows},
+            self.args.max_answer_length,
+            self.args.max_seq_length_c,
         )
 
     def make_evaluation(self, run: Run) -> QaEvaluation:
@@ -218,7 +220,7 @@ def make_windows(
     )
 
 
-def warn_of_long_answers(windows: dict[str, Windows], longest: int) -> None:
+def warn_of_long_answers(windows: dict[str, Windows], longest: int, max_seq_length_c: int) -> None:
     """Count the answers that are longer than `longest` tokens, by the file that they are of."""
     lengths = {name: each.answer_tokens @ [-1, 1] + 1 for name, each in windows.items()}
     every = np.sort(np.concatenate(list(lengths.values())))
@@ -229,9 +231,10 @@ def warn_of_long_answers(windows: dict[str, Windows], longest: int) -> None:
         for name, each in lengths.items()
     )
     enough = every[-(-len(every) * 99 // 100) - 1]
+    over = f", but --max_seq_length_c={max_seq_length_c} is too short for that"
     warn(
-        f"{counts} have over --max_answer_length={longest} tokens and are never found;"
-        f" {enough} covers 99% of all"
+        f"{counts} have over --max_answer_length={longest} tokens and are never found; {enough}"
+        f" covers 99% of all{over if enough > max_seq_length_c - 3 else ''}"
     )
 
 

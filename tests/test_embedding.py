@@ -522,6 +522,7 @@ def test_fine_tuning_learns_and_leaves_a_folder(tuned: Path) -> None:
     names = {path.name for path in tuned.iterdir()}
     assert {"model.onnx", "model.safetensors", "vocab.txt", "README.md", "curves.png"} <= names
     assert json.loads((tuned / "config.json").read_text())["architectures"] == ["BertForEmbedding"]
+    assert json.loads((tuned / "reader.json").read_text())["max_seq_length_c"] == 160
 
 
 def test_packed_and_quantized_go_on_from_it(packed: Path, quantized: Path) -> None:

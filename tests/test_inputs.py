@@ -677,6 +677,8 @@ def test_no_dropped_character_follows_an_answer(text: str, seed: int) -> None:
         ([5] * 989 + [100] * 5, [40] * 6, 30, "40 covers 99% of all"),
         ([72] * 40, [72] * 40, 72, ""),
         ([], [90], 30, "0 of 0 training answers and 1 of 1 dev answers"),
+        ([], [101], 30, "101 covers 99% of all, but --max_seq_length_c=103 is too short for that"),
+        ([], [100], 30, "100 covers 99% of all\n"),
         ([], [], 30, ""),
     ],
 )  # fmt: skip
@@ -688,7 +690,8 @@ def test_long_answers_are_counted(
         spans = np.array([(7, 7 + length - 1) for length in lengths], np.int32).reshape(-1, 2)
         return SimpleNamespace(answer_tokens=spans)
 
-    warn_of_long_answers({"training": windows(train), "dev": windows(dev_lengths)}, longest)
+    files = {"training": windows(train), "dev": windows(dev_lengths)}
+    warn_of_long_answers(files, longest, 103)
     told = capsys.readouterr().err
     assert said in told and told.count("\n") == bool(said)
 
