@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NoReturn
 
 MAIN_PROCESS_SECONDS = 10.0  # that the main process has to tell an error before others tell it
+PATHS = ("FILE", "FOLDER", "MODEL")  # metavars of flags whose values may be paths
 
 
 class UserError(Exception):
@@ -114,6 +115,11 @@ class ArgumentParser(argparse.ArgumentParser):
             flag = unknown[0].split("=")[0]
             raise UserError(f"unknown argument {unknown[0]}{self._close_matches(flag)}")
         return parsed
+
+    def _get_value(self, action: argparse.Action, arg_string: str) -> Any:
+        if action.metavar in PATHS:  # a shell leaves the ~ of --flag=~/x as it is
+            arg_string = os.path.expanduser(arg_string)
+        return super()._get_value(action, arg_string)
 
     def _close_matches(self, flag: str) -> str:
         close = difflib.get_close_matches(flag, self._option_string_actions, n=3)
@@ -271,20 +277,29 @@ def one_of(*values: Any) -> Callable[[str], Any]:
     return parse
 
 
-def read_text(path: str, flag: str) -> str:
+def read_text(path: str, flag: str, newline: str | None = None) -> str:
     """The text of a UTF-8 file.
 
+    Args:
+        newline: as of `open`; "" keeps ends of lines as they are.
+
     Raises:
-        UserError: the file is missing, unreadable, a folder, or not UTF-8; names flag and path.
+        UserError: the file is missing, unreadable, a folder, or not UTF-8, or has NUL bytes, which
+            no text has; names flag and path.
     """
     try:
-        with open(path, encoding="utf-8-sig") as file:
-            return file.read()
+        with open(path, encoding="utf-8-sig", newline=newline) as file:
+            text = file.read()
     except FileNotFoundError:
         raise UserError(f"{flag}: no such file: {path}") from None
     except IsADirectoryError:
         raise UserError(f"{flag}: {path} is a folder, a file is needed") from None
     except UnicodeDecodeError as error:
-        raise UserError(f"{flag}: {path} is not UTF-8 text (byte {error.start})") from None
+        utf_16 = error.object[:2] in (b"\xff\xfe", b"\xfe\xff")
+        kind = ", but UTF-16; save it as UTF-8" if utf_16 else f" (byte {error.start})"
+        raise UserError(f"{flag}: {path} is not UTF-8 text{kind}") from None
     except OSError as error:
         raise UserError(f"{flag}: cannot read {path}: {error.strerror or error}") from None
+    if "\0" in text:
+        raise UserError(f"{flag}: {path} is not UTF-8 text: character {text.index(chr(0))} is NUL")
+    return text

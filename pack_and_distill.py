@@ -600,7 +600,7 @@ def main() -> None:
         made=f"packed (`{args.pack_cfg}`) and distilled on",
     )
     del merged  # the export loads it anew
-    results.deliver(run, task, delivery)
+    results.deliver(run, task, opened.tokenizer, delivery)
     if grown:
         run.say(
             f"the grow stages took {grown['grow_seconds']:,.0f} s; with all layers running they"

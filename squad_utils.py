@@ -1,8 +1,8 @@
-"""SQuAD v1.1 and v2.0, from the JSON file to windows, batches and answers.
+"""SQuAD v1.1 and v2.0, from the data file to windows, batches and answers.
 
 The way of the data, top to bottom:
 
-    load_squad        JSON -> contexts, questions, answers         (checked key by key)
+    load_squad        file -> contexts, questions, answers         (checked key by key)
     tokenize_squad    -> token ids of every context and question   (each tokenised once)
     cut_windows       -> [CLS] question [SEP] context part [SEP]   (index arrays into those ids)
     plan_steps        -> the windows of every optimisation step    (by seed and epoch alone)
@@ -16,10 +16,10 @@ needs no torch.
 
 from __future__ import annotations
 
-import hashlib
-import json
+import re
 import unicodedata
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, TypedDict
@@ -28,13 +28,20 @@ import numpy as np
 from tokenizers import Tokenizer
 from tqdm import tqdm
 
-from cli import UserError, is_main_process, read_text, warn
+from cli import UserError, is_main_process, tell, warn
+from files import squad_layouts
+from files.squad_layouts import DataFile, within
 
 INPUTS = ("input_ids", "attention_mask", "token_type_ids", "position_ids")  # of a model
-MAX_ANSWER_TOKENS = 30  # longest span that is searched
+MAX_ANSWER_LENGTH = 30  # tokens of the longest span that is searched, unless a user says more
 POOL_STEPS = 64  # steps whose windows are sorted by length together
 TOKENIZER_CHUNK = 1000  # texts between two moves of the progress bar
 IMPOSSIBLE = -np.inf  # log-probability of what must not be chosen
+# Thai, Lao, Burmese, Hangul (whose particles join words), Khmer, kana and Chinese characters.
+UNSPACED = re.compile(
+    "[\u0e00-\u0eff\u1000-\u11ff\u1780-\u17ff\u2e80-\u9fff\ua960-\ua97f\uac00-\ud7ff\uf900-\ufaff"
+    "\U00020000-\U0003ffff]"
+)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -74,7 +81,9 @@ class SquadData:
     """A SQuAD file. Question i is ids[i], questions[i], asked of contexts[context_of[i]].
 
     Attributes:
-        articles: the file's `data` list as it was read, for evaluation scripts.
+        articles: `data` of the file as SQuAD has it, for evaluation scripts: whatever layout and
+            whatever sign of having no answer it has, each question is there once and its answers
+            are a list, which is empty where there is none.
         answers: for each question its (answer_start, text) pairs that stand in the context;
             empty for a question without an answer.
         answerable: bool [questions], what the file says: whether it gives an answer at all.
@@ -95,95 +104,215 @@ class SquadData:
 
 
 def load_squad(path: str, flag: str) -> SquadData:
-    """Read and check a SQuAD v1.1 or v2.0 file.
+    """Read and check a data file: SQuAD v1.1 or v2.0, or another layout of `squad_layouts`.
 
-    Answers whose text is not at `answer_start` are left out, with one warning.
+    What a file's author may not know of is told in a line each; see `_tell_notes`.
 
     Args:
-        path: the JSON file.
+        path: the file, or a folder with parquet files.
         flag: the command-line flag that gave it, for error messages.
 
     Raises:
-        UserError: the file cannot be read, is not JSON (names the line), is not SQuAD (names the
-            path of the first offending key), or has no question.
+        UserError: the file cannot be read, is of no layout that is read, has a record that is not
+            as it should be (names its place), two questions of one id, or no question.
     """
-    text = read_text(path, flag)
-    try:
-        root = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise UserError(
-            f"{flag}: {path} line {error.lineno} column {error.colno} is not JSON: {error.msg}"
-        ) from None
-    except (ValueError, RecursionError) as error:  # a number too long, lists too deep
-        raise UserError(f"{flag}: {path} is not JSON that can be read: {error}") from None
-
-    def get(parent: Any, where: str, key: str, kind: type) -> Any:
-        names = {list: "a list", str: "a string", int: "a whole number"}
-        here = f"{where}.{key}" if where else key
-        if not isinstance(parent, dict):
-            raise UserError(f"{flag}: {path} is not SQuAD: {where or 'the top'} must be an object")
-        if key not in parent:
-            raise UserError(f"{flag}: {path} is not SQuAD: {here} is missing")
-        if not isinstance(parent[key], kind) or isinstance(parent[key], bool):
-            raise UserError(f"{flag}: {path} is not SQuAD: {here} must be {names[kind]}")
-        if kind is str:
-            try:
-                parent[key].encode()
-            except UnicodeEncodeError:
-                raise UserError(
-                    f"{flag}: {path}: {here} has half of a surrogate pair, which is not text"
-                ) from None
-        return parent[key]
-
+    file = squad_layouts.read(path, flag)
+    notes: Notes = defaultdict(list)
+    articles: list[ArticleRecord] = []
     contexts: list[str] = []
-    ids: list[str] = []
     questions: list[str] = []
     context_of: list[int] = []
     answers: list[list[tuple[int, str]]] = []
     answerable: list[bool] = []
-    misplaced: list[str] = []
-    articles = get(root, "", "data", list)
-    for a, article in enumerate(articles):
-        for p, paragraph in enumerate(get(article, f"data[{a}]", "paragraphs", list)):
+    seen: dict[str, tuple[object, str]] = {}  # id -> question, context, answers; and their place
+    places = iter(file.places or ())
+    for a, article in enumerate(file.get(file.root, "", "data", list)):
+        paragraphs: list[ParagraphRecord] = []
+        for p, paragraph in enumerate(file.get(article, f"data[{a}]", "paragraphs", list)):
             where = f"data[{a}].paragraphs[{p}]"
-            context = get(paragraph, where, "context", str)
-            for q, qa in enumerate(get(paragraph, where, "qas", list)):
-                at = f"{where}.qas[{q}]"
-                ids.append(get(qa, at, "id", str))
-                questions.append(get(qa, at, "question", str))
+            context = file.get(paragraph, where, "context", str)
+            qas: list[QuestionRecord] = []
+            for q, qa in enumerate(file.get(paragraph, where, "qas", list)):
+                at = next(places, f"{where}.qas[{q}]")
+                name, question = file.get(qa, at, "id", str), file.get(qa, at, "question", str)
+                given = _read_answers(file, qa, at, context, notes)
+                spans = [(each["answer_start"], each["text"]) for each in given]
+                asked = (question, context, spans)
+                if name in seen:
+                    _check_same(file, name, asked, at, *seen[name])
+                    notes["repeated"].append(name)
+                    continue
+                seen[name] = asked, at
+                kept = [(n, text) for n, text in spans if n >= 0 and context.startswith(text, n)]
+                questions.append(question)
                 context_of.append(len(contexts))
-                given = get(qa, at, "answers", list)
-                kept = []
-                for n, answer in enumerate(given):
-                    start = get(answer, f"{at}.answers[{n}]", "answer_start", int)
-                    words = get(answer, f"{at}.answers[{n}]", "text", str)
-                    if words.strip() and start >= 0 and context.startswith(words, start):
-                        kept.append((start, words))
-                    else:
-                        misplaced.append(ids[-1])
                 answers.append(kept)
                 answerable.append(bool(given))
+                notes["misplaced"] += [name] * (len(spans) - len(kept))
+                notes["lost" if given else "unanswered"] += [name] if not kept else []
+                qas.append({**qa, "id": name, "question": question, "answers": given})
             contexts.append(context)
+            paragraphs.append({**paragraph, "context": context, "qas": qas})
+        articles.append({**article, "paragraphs": paragraphs})
     if not questions:
         raise UserError(f"{flag}: {path} has no questions")
-    if misplaced:
-        lost = sum(has and not kept for has, kept in zip(answerable, answers, strict=True))
-        warn(
-            f"{path}: {len(misplaced)} answers are not in the context at answer_start and are left"
-            f" out (first ids: {', '.join(misplaced[:3])}); {lost} questions lose their only answer"
-        )
-    version = str(root.get("version", ""))
+    version = str(file.root.get("version", ""))
+    version_2 = version.lstrip("vV").startswith("2")
+    _tell_notes(file, notes, len(questions), len(contexts), "" if version_2 else version or None)
     return SquadData(
         path=path,
         articles=articles,
         contexts=contexts,
-        ids=ids,
+        ids=list(seen),
         questions=questions,
         context_of=np.array(context_of, np.int32),
         answers=answers,
         answerable=np.array(answerable),
-        version_2=version.lstrip("vV").startswith("2") or not all(answerable),
-        sha256=hashlib.sha256(text.encode()).hexdigest(),
+        version_2=version_2 or not all(answerable),
+        sha256=file.sha256,
+    )
+
+
+Notes = defaultdict[str, list[str]]  # what is to be told -> ids of the questions it is about
+
+
+def _read_answers(
+    file: DataFile, qa: Any, at: str, context: str, notes: Notes
+) -> list[AnswerRecord]:
+    """The answers of a question as SQuAD has them, in whatever way the file does; none where it
+    says in any way that there is none.
+
+    Where a row has no answer_start, that is where the text stands, or -1 unless that is one place.
+    """
+    name, given = qa["id"], qa.get("answers")
+    if isinstance(given, dict):
+        texts, starts = (
+            file.get(given, within(at, "answers"), k, list) for k in ("text", "answer_start")
+        )
+        if len(texts) != len(starts):
+            raise file.refused(f"{within(at, 'answers')} has not as many texts as starts")
+        notes["lists"].append(name)
+        given = [{"text": t, "answer_start": n} for t, n in zip(texts, starts, strict=True)]
+    elif given is None:
+        given = []
+    elif not isinstance(given, list):
+        raise file.refused(f"{within(at, 'answers')} must be a list")
+    answers: list[AnswerRecord] = []
+    for n, answer in enumerate(given):
+        here = within(at, f"answers[{n}]")
+        text = file.get(answer, here, "text", str)
+        if not text.strip():  # how converters write that there is none
+            continue
+        if file.layout and "answer_start" not in answer:
+            start = only_place(text, context)
+            notes["searched" if start >= 0 else "not found"].append(name)
+        else:
+            start = file.get(answer, here, "answer_start", int)
+        answers.append({**answer, "text": text, "answer_start": start})
+    if answers and len(answers) < len(given):
+        notes["blank"].append(name)
+    impossible = qa.get("is_impossible")
+    if not (impossible is None or isinstance(impossible, bool)):
+        raise file.refused(f"{within(at, 'is_impossible')} must be true or false")
+    if impossible and answers:
+        notes["contradicted"].append(name)
+        return []
+    return answers
+
+
+def _check_same(
+    file: DataFile, name: str, asked: object, at: str, earlier: object, place: str
+) -> None:
+    """Check that two questions of one id are one question.
+
+    Raises:
+        UserError: they are not.
+    """
+    if asked != earlier:
+        raise UserError(
+            f"{file.flag}: {file.path}: the id {name!r} stands at {place.rstrip(':')} and, with"
+            f" another question, context or answer, at {at.rstrip(':')}; each question needs an id"
+            " of its own"
+        )
+
+
+def _tell_notes(
+    file: DataFile, notes: Notes, questions: int, contexts: int, version: str | None
+) -> None:
+    """Tell what a file was read as and what is unusual in it, a line each.
+
+    Args:
+        version: of SQuAD, as the file tells it or None; "" for 2.0.
+    """
+
+    def first(key: str) -> str:
+        return ", ".join(list(dict.fromkeys(notes[key]))[:3])
+
+    def count(key: str) -> str:
+        return f"{len(notes[key])} (first ids: {first(key)})"
+
+    if file.layout or notes["lists"]:
+        layout = file.layout or "SQuAD JSON with answers as Hugging Face datasets writes them"
+        tell(f"{file.path} is read as {layout}: {questions} questions, {contexts} contexts")
+    if notes["searched"]:
+        tell(
+            f"{file.path}: answers without answer_start that stand once in their context, and count"
+            f" there: {len(notes['searched'])}"
+        )
+    for key, kind, then in (
+        ("repeated", "that come again with the same id, context and answers", "they count once"),
+        ("contradicted", "with an answer beside is_impossible: true", "they count as having none"),
+        ("blank", "with an empty answer beside another", "the empty one is left out"),
+    ):
+        if notes[key]:
+            warn(f"{file.path}: questions {kind}: {count(key)}; {then}")
+    if misplaced := len(notes["misplaced"]):
+        searched = ", or not once where there is none," if notes["not found"] else ""
+        warn(
+            f"{file.path}: {misplaced} answers are not in the context at answer_start{searched} and"
+            f" are left out (first ids: {first('misplaced')}); {len(notes['lost'])} questions lose"
+            " their only answer"
+        )
+    unanswered = len(notes["unanswered"])
+    if version != "" and 0 < unanswered < questions:
+        though = f", though its version is {version}" if version else ""
+        warn(
+            f"{file.path}: of {questions} questions have no answer: {count('unanswered')}; so the"
+            f" file counts as SQuAD 2.0{though}"
+        )
+
+
+def only_place(phrase: str, text: str) -> int:
+    """Where a phrase stands in a text, if that is one place, and else -1. Where it stands as whole
+    words, other places do not count."""
+    for places in (list(whole_words(phrase, text)), list(_places(phrase, text))):
+        if places:
+            return places[0] if len(places) == 1 else -1
+    return -1
+
+
+def whole_words(phrase: str, text: str) -> Iterator[int]:
+    """Where a phrase stands in a text and neither begins nor ends inside a word of it."""
+    return (
+        at
+        for at in _places(phrase, text)
+        if not (_inside_a_word(text, at) or _inside_a_word(text, at + len(phrase)))
+    )
+
+
+def _places(phrase: str, text: str) -> Iterator[int]:
+    at = text.find(phrase)
+    while at >= 0:
+        yield at
+        at = text.find(phrase, at + 1)
+
+
+def _inside_a_word(text: str, at: int) -> bool:
+    """Whether the characters before and behind a place are letters, digits or marks of one word.
+    Scripts that write no spaces between words, or not between all, have no inside."""
+    beside = text[at - 1 : at + 1] if at else ""
+    return len(beside) == 2 and all(
+        unicodedata.category(c)[0] in "LMN" and not UNSPACED.match(c) for c in beside
     )
 
 
@@ -199,7 +328,8 @@ class Tokens:
         ids: int32 [tokens].
         bounds: int64 [texts + 1].
         offsets: int32 [tokens, 2], each token's first character and the one after its last, in
-            the original text; None where they were not asked for.
+            the original text, with the characters behind it that are no token's; None where they
+            were not asked for.
     """
 
     ids: np.ndarray
@@ -243,18 +373,40 @@ def tokenize(
         disable=None if len(texts) > TOKENIZER_CHUNK and is_main_process() else True,
     ) as bar:
         for first in range(0, len(texts), TOKENIZER_CHUNK):
-            encodings = encode(texts[first : first + TOKENIZER_CHUNK], add_special_tokens=False)
-            for encoding in encodings:
+            some = texts[first : first + TOKENIZER_CHUNK]
+            for text, encoding in zip(some, encode(some, add_special_tokens=False), strict=True):
                 ids.append(np.array(encoding.ids, np.int32))
                 lengths.append(len(ids[-1]))
                 if with_offsets:
-                    offsets.append(np.array(encoding.offsets, np.int32).reshape(-1, 2))
-            bar.update(len(encodings))
+                    theirs = np.array(encoding.offsets, np.int32).reshape(-1, 2)
+                    offsets.append(_with_last_marks(text, theirs))
+            bar.update(len(some))
     return Tokens(
         ids=np.concatenate(ids),
         bounds=np.cumsum(lengths, dtype=np.int64),
         offsets=np.concatenate(offsets) if with_offsets else None,
     )
+
+
+def _with_last_marks(text: str, offsets: np.ndarray) -> np.ndarray:
+    """Offsets of a text's tokens, each of which ends behind the marks of its last character.
+
+    The tokenizer's normaliser drops accents, variation selectors, joiners and controls. Such a
+    character belongs to the one before it: it is no token's and no white space. Marks that a
+    tokenizer keeps, as tokens of their own, belong there too.
+    """
+    if text.isascii() and text.isprintable():
+        return offsets
+    begins, ends = (np.bincount(each, minlength=len(text) + 1) for each in offsets.T)
+    covered = np.cumsum(begins - ends)[:-1] > 0
+    codes = np.frombuffer(text.encode("utf-32-le"), np.uint32)
+    kinds = {c: unicodedata.category(c) for c in set(text)}
+    spaces = [ord(c) for c, kind in kinds.items() if c in "\t\n\r" or kind[0] == "Z"]
+    marks = [ord(c) for c, kind in kinds.items() if kind in ("Mn", "Me")]
+    belongs = ~(covered | np.isin(codes, spaces)) | np.isin(codes, marks)
+    stops = np.flatnonzero(~np.append(belongs, False))
+    ends = stops[np.searchsorted(stops, offsets[:, 1])]
+    return np.stack([offsets[:, 0], ends], axis=1, dtype=np.int32)
 
 
 @dataclass(frozen=True)
@@ -345,8 +497,8 @@ def cut_windows(
     windows start one room apart, so that they cover the context in any case.
 
     Args:
-        for_training: leave out questions whose answers were all misplaced in the file: they
-            would be learnt as having none.
+        for_training: leave out questions whose answers were all misplaced in the file, or have no
+            token: they would be learnt as having none.
 
     Raises:
         UserError: a question leaves no room for a context token.
@@ -362,7 +514,7 @@ def cut_windows(
     stride = np.minimum(doc_stride, room)
     context_length = contexts.lengths[data.context_of]
     count = 1 + np.maximum(0, -(-(context_length - room) // stride))
-    answer_count = np.array([len(each) for each in data.answers])
+    answer_tokens, answer_count = _answer_tokens(data, contexts)
     if for_training:
         count[data.answerable & (answer_count == 0)] = 0
     question = np.repeat(np.arange(len(count)), count)
@@ -376,21 +528,26 @@ def cut_windows(
         first=np.minimum(nth * stride[question], last_start).astype(np.int32),
         length=np.minimum(context_length, room)[question].astype(np.int32),
         answer_bounds=np.concatenate([[0], np.cumsum(answer_count)]),
-        answer_tokens=_answer_tokens(data, contexts),
+        answer_tokens=answer_tokens,
         special=special,
     )
 
 
-def _answer_tokens(data: SquadData, contexts: Tokens) -> np.ndarray:
-    """int32 [answers, 2]: first and last token that share a character with each answer."""
-    found = []
-    for context, answers in zip(data.context_of, data.answers, strict=True):
+def _answer_tokens(data: SquadData, contexts: Tokens) -> tuple[np.ndarray, np.ndarray]:
+    """First and last token that share a character with each answer, int32 [answers, 2], and how
+    many answers each question has, int64 [questions]. Answers that have no token are left out."""
+    found, counts = [], np.zeros(len(data.answers), np.int64)
+    for q, (context, answers) in enumerate(zip(data.context_of, data.answers, strict=True)):
         starts, ends = contexts.offsets_of(context).T
         for start, text in answers:
             first = np.searchsorted(ends, start, side="right")
             last = np.searchsorted(starts, start + len(text), side="left") - 1
-            found.append((first, last))
-    return np.array(found, np.int32).reshape(-1, 2)
+            if first <= last:
+                found.append((first, last))
+                counts[q] += 1
+    if lost := sum(map(len, data.answers)) - len(found):
+        warn(f"{data.path}: {lost} answers hold nothing that the tokenizer keeps, and are left out")
+    return np.array(found, np.int32).reshape(-1, 2), counts
 
 
 def targets(windows: Windows, rng: np.random.Generator) -> np.ndarray:
@@ -502,12 +659,12 @@ def best_spans(
     lengths: np.ndarray,
     context_at: np.ndarray,
     top_k: int = 1,
-    max_answer_tokens: int = MAX_ANSWER_TOKENS,
+    max_answer_length: int = MAX_ANSWER_LENGTH,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """The most probable spans inside the context part of each window of a batch.
 
     A span's probability is the product of the softmax probabilities of its start and its end,
-    taken over the window's tokens; it has at most max_answer_tokens tokens. Of equal spans the
+    taken over the window's tokens; it has at most max_answer_length tokens. Of equal spans the
     one that starts, then ends, first wins (equal logits; sums may round apart).
 
     Args:
@@ -521,6 +678,7 @@ def best_spans(
         no_answer: float64 [B], log-probability of the span ([CLS], [CLS]).
     """
     batch, length = start_logits.shape
+    max_answer_length = min(max_answer_length, length)
     position = np.arange(length)
     real = position < lengths[:, None]
     context = (position >= context_at[:, None]) & (position < lengths[:, None] - 1)
@@ -530,10 +688,10 @@ def best_spans(
     # windowed[b, i, d]: log-probability that the answer ends at i + d
     end = np.pad(
         np.where(context, end, IMPOSSIBLE),
-        ((0, 0), (0, max_answer_tokens - 1)),
+        ((0, 0), (0, max_answer_length - 1)),
         constant_values=IMPOSSIBLE,
     )
-    windowed = np.lib.stride_tricks.sliding_window_view(end, max_answer_tokens, axis=1)
+    windowed = np.lib.stride_tricks.sliding_window_view(end, max_answer_length, axis=1)
     score = (np.where(context, start, IMPOSSIBLE)[:, :, None] + windowed).reshape(batch, -1)
     score = np.pad(  # a short window may have fewer places than top_k
         score, ((0, 0), (0, max(0, top_k - score.shape[1]))), constant_values=IMPOSSIBLE
@@ -542,27 +700,23 @@ def best_spans(
         best = score.argmax(axis=1)[:, None]
     else:
         best = np.argsort(-score, axis=1, kind="stable")[:, :top_k]
-    first, extra = best // max_answer_tokens, best % max_answer_tokens
+    first, extra = best // max_answer_length, best % max_answer_length
     return first, first + extra, np.take_along_axis(score, best, axis=1), no_answer
-
-
-def cut(text: str, begin: int, end: int) -> str:
-    """text[begin:end], with the combining accents that follow: BERT's tokens end before them."""
-    while end < len(text) and unicodedata.combining(text[end]):
-        end += 1
-    return text[begin:end]
 
 
 class Answers:
     """The best span of every question over all its windows, whatever order they come in.
 
     Attributes:
+        max_answer_length: tokens of the longest span that is searched.
         log_prob: float64 [questions], of the best span; -inf where none was found.
         no_answer: float64 [questions], log-probability of no answer in that span's window.
     """
 
-    def __init__(self, data: SquadData, windows: Windows) -> None:
-        self.data, self.windows = data, windows
+    def __init__(
+        self, data: SquadData, windows: Windows, max_answer_length: int = MAX_ANSWER_LENGTH
+    ) -> None:
+        self.data, self.windows, self.max_answer_length = data, windows, max_answer_length
         self.log_prob = np.full(len(data.ids), IMPOSSIBLE)
         self.no_answer = np.zeros(len(data.ids))
         self._window = np.full(len(data.ids), -1)  # the window of the best span
@@ -573,7 +727,9 @@ class Answers:
         windows = self.windows
         context_at = windows.context_at[chosen]
         lengths = context_at + windows.length[chosen] + 1
-        start, end, log_prob, no_answer = best_spans(start_logits, end_logits, lengths, context_at)
+        start, end, log_prob, no_answer = best_spans(
+            start_logits, end_logits, lengths, context_at, 1, self.max_answer_length
+        )
         shift = windows.first[chosen] - context_at
         spans = np.stack([start[:, 0] + shift, end[:, 0] + shift], axis=1)
         self.merge(list(zip(chosen, log_prob[:, 0], no_answer, spans, strict=True)))
@@ -603,7 +759,7 @@ class Answers:
                 context = self.windows.context_of[q]
                 offsets = self.windows.contexts.offsets_of(context)
                 begin, end = offsets[self._span[q, 0], 0], offsets[self._span[q, 1], 1]
-                answers[name] = cut(self.data.contexts[context], begin, end)
+                answers[name] = self.data.contexts[context][begin:end]
         return answers
 
     def no_answer_scores(self) -> dict[str, float]:

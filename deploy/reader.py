@@ -97,13 +97,12 @@ class Reader:
         for log_prob, _, begin, end in spans:
             if len(best) < top_k and all(end <= a.start or begin >= a.end for a in best):
                 first, stop = sentence_around(text, begin, end)
-                cut = squad_utils.cut(text, begin, end)
                 best.append(
                     Answer(
-                        cut,
+                        text[begin:end],
                         math.exp(log_prob),
                         begin,
-                        begin + len(cut),
+                        end,
                         text[first:stop],
                         begin - first,
                         no_answer,

@@ -16,13 +16,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 import squad_utils
 from bert.embedding import AutoModelForEmbedding, BertForEmbedding
 from bert.model_folder import AutoClass
-from cli import UserError, is_main_process
+from cli import UserError, is_main_process, warn
 from deploy import onnx_file
 from squad_utils import INPUTS, load_squad
 from tasks import embedding_loss
 from tasks.hidden_states import OutputLoss
 from tasks.task import Rows, Task
-from tasks.texts import CONTEXT_BLOCK, Pairs, Texts, encode, make_pairs, make_texts
+from tasks.texts import CONTEXT_BLOCK, Pairs, Texts, encode, make_pairs, make_texts, once
 from training.passes import Batches, LossFunction
 from training.results import TaskCard
 from training.run import Run
@@ -205,8 +205,15 @@ class EmbeddingTask(Task):
                 )
         self.searched = self.dev_pairs.contexts
         if "extra" in self.data:
-            every = dict.fromkeys([*self.searched.strings, *self.data["extra"].contexts])
-            self.searched = make_texts(list(every), tokenizer, lengths[1], "contexts to search")
+            extra = self.data["extra"]
+            every = list(once([*self.searched.strings, *extra.contexts]).values())
+            own = len(self.searched)
+            self.searched, longer = make_texts(every, tokenizer, lengths[1], "contexts to search")
+            if longer[own:].any():
+                warn(
+                    f"{extra.path}: {longer[own:].sum():,} of {len(every) - own:,} further contexts"
+                    f" are cut at --max_seq_length_c={lengths[1]} tokens"
+                )
 
     def apply_flags(self, student: PreTrainedModel) -> None:
         """Give a student that is to be fine-tuned what --pooling and --pooler say.
@@ -332,3 +339,7 @@ class EmbeddingTask(Task):
             f" {args.max_seq_length_q} tokens in all,\ncontexts to {args.max_seq_length_c}. The"
             " right context is the one whose embedding is nearest (L2) to the question's.",
         )
+
+    def reader_settings(self, figures: Mapping[str, float]) -> dict[str, float | None]:
+        """The lengths that texts are cut to."""
+        return {name: getattr(self.args, name) for name in ("max_seq_length_q", "max_seq_length_c")}

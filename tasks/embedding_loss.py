@@ -17,7 +17,7 @@ from transformers.modeling_outputs import ModelOutput
 
 import squad_utils
 from bert.embedding import Embedding, EmbeddingOutput
-from cli import UserError, key_values, one_of
+from cli import UserError, key_values, one_of, warn
 from squad_utils import INPUTS
 from tasks.hidden_states import state_errors
 from tasks.texts import Pairs, Texts, encode, split_passes
@@ -113,7 +113,8 @@ class HardNegatives:
     win by moving away together.
 
     Attributes:
-        negative_of: pair -> context, of the present step.
+        negative_of: pair -> context, of the present step; its own where the file has no other
+            that does not answer it: the triplet does not count then.
         in_batch: losses [Q] of the present step's pairs, and gradients in their questions,
             contexts and mined ones, [Q, H] each, on the device; None without in_batch.
         row: pair -> row of `in_batch`.
@@ -136,6 +137,7 @@ class HardNegatives:
         self.kept: deque[tuple[np.ndarray, Tensor]] = deque(maxlen=history)
         self.temperature: float | Tensor | None = cfg.temperature
         self.negative_of: dict[int, int] = {}
+        self.told: set[str] = set()
         self.in_batch: tuple[Tensor, Tensor, Tensor, Tensor] | None = None
         self.row: dict[int, int] = {}
 
@@ -147,7 +149,7 @@ class HardNegatives:
         self.kept.appendleft((drawn, self._encode(model, pairs.contexts, drawn)))
         questions = self._encode(model, pairs.questions, pairs.question[chosen])
         candidates = np.concatenate([ids for ids, _ in self.kept])
-        self.negative_of = self._nearest(chosen, candidates, self._distances(questions))
+        self.negative_of = self._nearest(step, chosen, candidates, self._distances(questions))
         if self.cfg.in_batch:
             self.in_batch = self._softmax(model, chosen, questions)
             self.row = {int(pair): row for row, pair in enumerate(chosen)}
@@ -163,7 +165,7 @@ class HardNegatives:
         return torch.cat(parts, dim=1)
 
     def _nearest(
-        self, chosen: np.ndarray, candidates: np.ndarray, distances: Tensor
+        self, step: int, chosen: np.ndarray, candidates: np.ndarray, distances: Tensor
     ) -> dict[int, int]:
         order = distances.argsort(dim=1)
         nearest = candidates[order[:, :NEAREST].cpu().numpy()]
@@ -176,12 +178,22 @@ class HardNegatives:
         for row, pair in enumerate(chosen.tolist()):
             contexts = from_the_nearest(row)
             wrong = next((c for c in contexts if not self.pairs.answered_by(pair, c)), None)
-            if wrong is None:
-                raise UserError(
-                    "--hnm_num: all contexts mined answer the same question; mine more of them"
-                )
-            found[pair] = wrong
+            found[pair] = self._random(step, pair) if wrong is None else wrong
         return found
+
+    def _random(self, step: int, pair: int) -> int:
+        """A random context that does not answer a pair, all mined ones do; its own if all do."""
+        order = np.random.default_rng([self.seed, step, pair, 5])
+        contexts = order.permutation(len(self.pairs.contexts)).tolist()
+        wrong = next((c for c in contexts if not self.pairs.answered_by(pair, c)), None)
+        what = "it gets another one at random"
+        if wrong is None:
+            what = "and so has every other one of its file, so it counts out of the triplet"
+        if what not in self.told:
+            self.told.add(what)
+            question = self.pairs.questions.strings[self.pairs.question[pair]]
+            warn(f"every context mined for the question {question!r} has its answer; {what}")
+        return int(self.pairs.context[pair]) if wrong is None else wrong
 
     def _softmax(
         self, model: nn.Module, chosen: np.ndarray, questions: Tensor
@@ -296,6 +308,7 @@ class PairBatches(Batches):
                 them, and these pairs' places in the batch; left out where there are none;
             "place" [2B], the row of each context, then of each mined one, among all groups' rows;
             "attention_mask" [1, all], all masks, for the count of tokens;
+            "has_negative" [B], 0 for a pair whose mined context is its own, else 1;
             with in_batch "in_batch", its losses [B], and gradients "gradient_q" [B, H] and, of
                 contexts and mined ones, "gradient_c" [2B, H], on the device.
         """
@@ -313,6 +326,7 @@ class PairBatches(Batches):
             if len(rows):
                 arrays |= {f"c{i}_rows": rows, f"c{i}_pairs": group[rows]}
         arrays["place"] = np.argsort(order)
+        arrays["has_negative"] = (pairs.context[chosen] != negatives).astype(np.float32)
         masks = [array.ravel() for name, array in arrays.items() if name.endswith("_mask")]
         arrays["attention_mask"] = np.concatenate(masks)[None]
         batch = {name: torch.from_numpy(array) for name, array in arrays.items()}
@@ -381,6 +395,7 @@ class EmbeddingLoss:
                 losses["triplet"] = losses["triplet"] + F.softplus(
                     row_distance(q, c) - row_distance(c, n)
                 )
+            losses["triplet"] = losses["triplet"] * batch["has_negative"]
         if self.cfg.in_batch:
             of_c, of_n = batch["gradient_c"].split(count)
             along = (batch["gradient_q"] * q + of_c * c + of_n * n).sum(dim=1)

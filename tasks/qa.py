@@ -96,6 +96,11 @@ class QaTask(Task):
         super().__init__(args)
         paths = getattr(args, "extra_texts", None)
         self.extra_texts = read_texts(paths, self.dev_data.contexts) if paths else []
+        if not self.train_data.answerable.all() and self.dev_data.answerable.all():
+            warn(
+                "--squad_train_data has questions without an answer, --squad_dev_data has none: no"
+                " threshold can be fitted, so ask.py will not tell that a text has no answer"
+            )
         self.scorer = load_scorer(args.squad_eval_script, self.dev_data)
 
     def hashes(self) -> dict[str, str]:
@@ -118,6 +123,11 @@ class QaTask(Task):
                 f"--squad_train_data: none of the answers in {self.train_data.path} is in its"
                 " context at answer_start, so there is nothing to learn"
             )
+        warn_of_long_answers(
+            {"training": self.train_windows, "dev": self.dev_windows},
+            self.args.max_answer_length,
+            self.args.max_seq_length_c,
+        )
         factor, self.num_extra = getattr(self.args, "extra_pairs", 0.0), 0
         if factor:
             self.num_extra = max(1, round(factor * len(self.train_windows)))
@@ -130,7 +140,9 @@ class QaTask(Task):
     def make_evaluation(self, run: Run) -> QaEvaluation:
         """The evaluation on the dev file."""
         size = self.args.per_gpu_eval_batch_size
-        self.evaluation = QaEvaluation(run, self.dev_data, self.dev_windows, self.scorer, size)
+        self.evaluation = QaEvaluation(
+            run, self.dev_data, self.dev_windows, self.scorer, size, self.args.max_answer_length
+        )
         return self.evaluation
 
     def batches(self, step_size: int) -> QaBatches | ExtraBatches:
@@ -149,6 +161,11 @@ class QaTask(Task):
     ) -> tuple[LossFunction, Batches]:
         """The loss of answers, and of a teacher's distributions and states; all windows."""
         args = self.args
+        if not self.train_data.answerable.any():
+            raise UserError(
+                f"--squad_train_data: no question of {self.train_data.path} has an answer, so there"
+                " is nothing to learn"
+            )
         loss = QaLoss(run, teacher, args.kd_weight, args.supervision_weight, state_maps)
         return loss, self.batches(args.total_train_batch_size)
 
@@ -217,6 +234,16 @@ class QaTask(Task):
             f" are covered by windows {args.doc_stride} tokens apart.",
         )
 
+    def reader_settings(self, figures: Mapping[str, float]) -> dict[str, float | None]:
+        """Lengths, and the threshold of SQuAD 2.0 over which there is no answer."""
+        return {
+            "max_query_length": self.args.max_seq_length_q,
+            "max_seq_length": self.args.max_seq_length_c,
+            "doc_stride": self.args.doc_stride,
+            "max_answer_length": self.args.max_answer_length,
+            "null_threshold": figures.get("f1_threshold"),
+        }
+
 
 # ------------------------------------------------------------------------------------------------
 # Batches
@@ -242,6 +269,24 @@ def make_windows(
         max_seq_length_c,
         doc_stride,
         for_training,
+    )
+
+
+def warn_of_long_answers(windows: dict[str, Windows], longest: int, max_seq_length_c: int) -> None:
+    """Count the answers that are longer than `longest` tokens, by the file that they are of."""
+    lengths = {name: each.answer_tokens @ [-1, 1] + 1 for name, each in windows.items()}
+    every = np.sort(np.concatenate(list(lengths.values())))
+    if not len(every) or every[-1] <= longest:
+        return
+    counts = " and ".join(
+        f"{(each > longest).sum():,} of {len(each):,} {name} answers"
+        for name, each in lengths.items()
+    )
+    enough = every[-(-len(every) * 99 // 100) - 1]
+    over = f", but --max_seq_length_c={max_seq_length_c} is too short for that"
+    warn(
+        f"{counts} have over --max_answer_length={longest} tokens and are never found; {enough}"
+        f" covers 99% of all{over if enough > max_seq_length_c - 3 else ''}"
     )
 
 
@@ -417,10 +462,16 @@ class QaEvaluation:
     """
 
     def __init__(
-        self, run: Run, data: SquadData, windows: Windows, scorer: Scorer, batch_size: int
+        self,
+        run: Run,
+        data: SquadData,
+        windows: Windows,
+        scorer: Scorer,
+        batch_size: int,
+        max_answer_length: int = squad_utils.MAX_ANSWER_LENGTH,
     ) -> None:
         self.run, self.data, self.windows, self.scorer = run, data, windows, scorer
-        self.batch_size = batch_size
+        self.batch_size, self.max_answer_length = batch_size, max_answer_length
         self.predictions: dict[str, str] = {}
         self.no_answer_scores: dict[str, float] = {}
 
@@ -431,7 +482,7 @@ class QaEvaluation:
             fp32: compute in FP32 whatever the run's precision is.
         """
         accelerator = self.run.accelerator
-        answers = squad_utils.Answers(self.data, self.windows)
+        answers = squad_utils.Answers(self.data, self.windows, self.max_answer_length)
         # Longest first: what does not fit in memory fails at once.
         order = np.argsort(-self.windows.total_lengths, kind="stable")
         batches = np.split(order, range(self.batch_size, len(order), self.batch_size))

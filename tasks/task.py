@@ -11,7 +11,7 @@ import argparse
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import ClassVar
 
 import numpy as np
@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from bert.model_folder import AutoClass, OpenedModel, load_for_export
+from bert.model_folder import AutoClass, OpenedModel, load_for_export, special_ids
 from cli import UserError
 from deploy import onnx_file
 from deploy.onnx_check import Check
@@ -30,6 +30,7 @@ from training.loop import Evaluation
 from training.passes import Batches, LossFunction
 from training.results import TaskCard
 from training.run import Run
+from training.states import write_json
 
 CHECKED_ROWS = 8  # on which the exported file is compared with PyTorch
 Arrays = dict[str, np.ndarray]
@@ -78,6 +79,11 @@ class Task(ABC):
         self.train_data = load_squad(args.squad_train_data, "--squad_train_data")
         self.dev_data = load_squad(args.squad_dev_data, "--squad_dev_data")
         self.data: dict[str, SquadData] = {"train": self.train_data, "dev": self.dev_data}
+        if not self.dev_data.answerable.any():
+            raise UserError(
+                f"--squad_dev_data: no question of {self.dev_data.path} has an answer, so there is"
+                " nothing to evaluate on"
+            )
 
     def hashes(self) -> dict[str, str]:
         """What tells the data from other files of the same name."""
@@ -201,6 +207,19 @@ class Task(ABC):
     @abstractmethod
     def card(self, figures: Mapping[str, float]) -> TaskCard:
         """What the model card, README.md, tells of the task and a model's figures."""
+
+    @abstractmethod
+    def reader_settings(self, figures: Mapping[str, float]) -> dict[str, float | None]:
+        """What a program needs to know to run the exported file: lengths, and a threshold of the
+        final evaluation's figures."""
+
+    def write_reader(
+        self, tokenizer: PreTrainedTokenizerFast, figures: Mapping[str, float]
+    ) -> None:
+        """Write `reader_settings`, and the ids of the special tokens, to reader.json."""
+        settings = self.reader_settings(figures)
+        entries = {**settings, "special_ids": asdict(special_ids(tokenizer))}
+        write_json(os.path.join(self.args.output_dir, "reader.json"), entries)
 
     @abstractmethod
     def dev_rows(self) -> Rows:

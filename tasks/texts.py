@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import cast
@@ -17,6 +17,7 @@ from transformers import PreTrainedTokenizerFast
 import squad_utils
 from bert.embedding import Embedding
 from bert.model_folder import special_ids
+from cli import warn
 from squad_utils import SpecialIds, SquadData, Tokens
 from training.passes import to_device
 from training.run import Run
@@ -54,14 +55,22 @@ class Texts:
 
 def make_texts(
     strings: Sequence[str], tokenizer: PreTrainedTokenizerFast, max_length: int, what: str
-) -> Texts:
-    """Texts of at most max_length tokens, of which 2 are [CLS] and [SEP]."""
+) -> tuple[Texts, np.ndarray]:
+    """Texts of at most max_length tokens, of which 2 are [CLS] and [SEP], and which were longer:
+    bool [texts]."""
     tokens = squad_utils.tokenize(
         tokenizer.backend_tokenizer, list(strings), False, f"tokenising {what}"
     )
-    return Texts(
-        list(strings), squad_utils.truncate(tokens, max_length - 2), special_ids(tokenizer)
-    )
+    cut = squad_utils.truncate(tokens, max_length - 2)
+    return Texts(list(strings), cut, special_ids(tokenizer)), tokens.lengths > cut.lengths
+
+
+def once(texts: Iterable[str]) -> dict[str, str]:
+    """Each text once, by its words: texts that differ only in white space are one, the first."""
+    found: dict[str, str] = {}
+    for text in texts:
+        found.setdefault(" ".join(text.split()), text)
+    return found
 
 
 @dataclass(frozen=True)
@@ -103,7 +112,10 @@ class Pairs:
         if self.article[context] != self.article[own]:
             return False
         text = self.contexts.strings[context].lower()
-        return any(answer in text for answer in self.answers[pair])
+        return any(
+            next(squad_utils.whole_words(answer, text), None) is not None
+            for answer in self.answers[pair]
+        )
 
 
 def make_pairs(
@@ -115,21 +127,54 @@ def make_pairs(
     """The pairs of a SQuAD file; questions that no context answers (SQuAD 2.0) are left out."""
     asked = np.flatnonzero(data.answerable)
     questions = list(dict.fromkeys(data.questions[i] for i in asked))
-    contexts = list(dict.fromkeys(data.contexts))
     question_at = {text: i for i, text in enumerate(questions)}
-    context_at = {text: i for i, text in enumerate(contexts)}
-    article, paragraph = np.zeros(len(contexts), np.int64), 0
+    strings = once(data.contexts)
+    place = {words: i for i, words in enumerate(strings)}
+    context_at = np.array([place[" ".join(text.split())] for text in data.contexts])
+    article, paragraph = np.zeros(len(strings), np.int64), 0
     for a, each in enumerate(data.articles):
         for _ in each["paragraphs"]:
-            article[context_at[data.contexts[paragraph]]] = a
+            article[context_at[paragraph]] = a
             paragraph += 1
+    contexts, longer = make_texts(list(strings.values()), tokenizer, max_seq_length_c, "contexts")
+    warn_of_cut_contexts(data, tokenizer, max_seq_length_c, longer, context_at)
     return Pairs(
-        questions=make_texts(questions, tokenizer, max_seq_length_q, "questions"),
-        contexts=make_texts(contexts, tokenizer, max_seq_length_c, "contexts"),
+        questions=make_texts(questions, tokenizer, max_seq_length_q, "questions")[0],
+        contexts=contexts,
         question=np.array([question_at[data.questions[i]] for i in asked], np.int64),
-        context=np.array([context_at[data.contexts[data.context_of[i]]] for i in asked], np.int64),
+        context=context_at[data.context_of[asked]],
         article=article,
         answers=[tuple({text.lower() for _, text in data.answers[i]}) for i in asked],
+    )
+
+
+def warn_of_cut_contexts(
+    data: SquadData,
+    tokenizer: PreTrainedTokenizerFast,
+    max_length: int,
+    longer: np.ndarray,
+    context_at: np.ndarray,
+) -> None:
+    """Count the texts that are cut, and those with an answer that does not stand in what is left.
+
+    Args:
+        longer: bool [texts], those that are cut.
+        context_at: int64 [contexts of data], the text that each is.
+    """
+    if not longer.any():
+        return
+    ends = np.zeros(len(data.contexts), np.int64)  # where the last answer ends
+    for context, answers in zip(data.context_of, data.answers, strict=True):
+        ends[context] = max([ends[context], *(start + len(text) for start, text in answers)])
+    cut = np.flatnonzero(longer[context_at])
+    strings = [data.contexts[i] for i in cut]
+    tokens = squad_utils.tokenize(tokenizer.backend_tokenizer, strings, True, "")
+    kept = [tokens.offsets_of(i)[max_length - 3, 1] for i in range(len(cut))]
+    lost = np.unique(context_at[cut[ends[cut] > kept]])
+    warn(
+        f"{data.path}: {longer.sum():,} of {len(longer):,} contexts are cut at"
+        f" --max_seq_length_c={max_length} tokens; {len(lost):,} of them hold an answer in the part"
+        " that is cut off"
     )
 
 

@@ -105,6 +105,7 @@ def test_folder(reference: Path, teacher: Path) -> None:
         "model.onnx",
         "model.safetensors",
         "predictions.json",
+        "reader.json",
         "tokenizer.json",
         "tokenizer_config.json",
         "unmerged",

@@ -13,7 +13,7 @@ from conftest import ROOT
 
 README = ROOT / "README.md"
 PAGES = [README, ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
-ROOMS = ("bert", "tasks", "training", "int8", "deploy")
+ROOMS = ("files", "bert", "tasks", "training", "int8", "deploy")
 OTHERS_FLAGS = {  # of programs that are not ours
     "--nproc_per_node", "--nnodes", "--node_rank", "--master_addr", "--master_port",
     "--num_processes", "--shutdown_timeout", "--input_model", "--help", "--flag",

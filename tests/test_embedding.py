@@ -291,11 +291,14 @@ def test_loss_against_a_slow_one(base: Path, num: int, emb_loss: str) -> None:
         batch |= {f"{group}_{k}": v[chosen] for k, v in contexts.items()}
         batch |= {f"{group}_rows": torch.tensor(rows), f"{group}_pairs": torch.tensor(of)}
     batch["place"] = torch.tensor([1, 3, 0, 2])
+    batch["has_negative"] = torch.ones(2)
     taught = emb_loss != "none"
     loss = EmbeddingLoss(running, teacher if taught else None, LossCfg(num, emb_loss), 0.5)
     with torch.no_grad():
         found = loss(model, batch)
+        second = loss(model, {**batch, "has_negative": torch.tensor([0.0, 1.0])})["triplet"]
     assert list(found) == ["triplet", "hidden_states", "embedding"][: 3 if taught else 1]
+    assert second.tolist() == [0.0, float(found["triplet"][1])]
 
     def one(m: nn.Module, group: dict[str, Tensor], row: int) -> tuple[Tensor, list[Tensor]]:
         length = int(group["attention_mask"][row].sum())
@@ -532,6 +535,7 @@ def test_fine_tuning_learns_and_leaves_a_folder(tuned: Path) -> None:
     names = {path.name for path in tuned.iterdir()}
     assert {"model.onnx", "model.safetensors", "vocab.txt", "README.md", "curves.png"} <= names
     assert json.loads((tuned / "config.json").read_text())["architectures"] == ["BertForEmbedding"]
+    assert json.loads((tuned / "reader.json").read_text())["max_seq_length_c"] == 160
 
 
 def test_packed_and_quantized_go_on_from_it(packed: Path, quantized: Path) -> None:

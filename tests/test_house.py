@@ -18,6 +18,7 @@ SCRIPTS = ("train_qa", "train_qcemb", "pack_and_distill")
 # From the ground up. A module imports its own room and those in front of it.
 ORDER = (
     ("cli",),
+    ("files",),
     ("squad_utils",),
     ("int8", "deploy"),
     ("bert",),
@@ -28,6 +29,7 @@ ORDER = (
 LEVEL = {room: level for level, rooms in enumerate(ORDER) for room in rooms}
 WITHOUT_TORCH = (
     "cli",
+    "files.squad_layouts",
     "squad_utils",
     "ask",
     "deploy.cpu",
@@ -51,6 +53,8 @@ ANY = {  # function -> why its signature says Any
     "training.results._draw_scores": LOG,
     "training.results._one_after_another": LOG,
     "int8.settings._weight_range": "arguments of nncf.quantize, each of a type of its own",
+    "int8.settings._idle_keys": "what a JSON file holds",
+    "int8.settings._leaves": "what a JSON file holds",
     "int8.settings._build": "it gives a value of the type that is its argument",
     "int8.fake_quantize.FakeQuantize.forward": CONTEXT,
     "int8.fake_quantize.FakeQuantize.backward": CONTEXT,

@@ -107,10 +107,12 @@ def test_finished_folder(reference: Path, few: Path) -> None:
         "model.onnx",
         "model.safetensors",
         "predictions.json",
+        "reader.json",
         "tokenizer.json",
         "tokenizer_config.json",
         "vocab.txt",
     ]
+    assert json.loads((reference / "reader.json").read_text())["max_query_length"] == 24
     metrics = json.loads((reference / "metrics.json").read_text())
     last = [r for r in records(reference) if "evaluation" in r][-1]
     assert (metrics["f1"], metrics["exact_match"]) == (last["f1"], last["exact_match"])

@@ -273,6 +273,8 @@ def as_file(path: Path, articles: list[dict]) -> SquadData:
         for paragraph in article["paragraphs"]:
             for qa in paragraph["qas"]:
                 for answer in qa["answers"]:
+                    if not answer["text"].strip():  # in a file that is no answer
+                        answer["text"] = "!"
                     answer["answer_start"] = len(paragraph["context"])
                     paragraph["context"] += answer["text"] + " "
     path.write_text(json.dumps({"version": "", "data": articles}), encoding="utf-8")

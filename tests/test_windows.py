@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import unicodedata
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -41,6 +42,23 @@ def slow_starts(context_length: int, room: int, stride: int) -> list[int]:
     return starts
 
 
+def slow_offsets(
+    tokenizer: BertTokenizerFast, text: str, offsets: list[tuple[int, int]]
+) -> list[tuple[int, int]]:
+    """Offsets of tokens with the marks behind them, and all else that the normaliser drops."""
+    normalizer = tokenizer.backend_tokenizer.normalizer
+
+    def belongs(char: str) -> bool:
+        return normalizer.normalize_str(char) == "" or unicodedata.category(char) in ("Mn", "Me")
+
+    longer = []
+    for begin, end in offsets:
+        while end < len(text) and belongs(text[end]):
+            end += 1
+        longer.append((begin, end))
+    return longer
+
+
 def slow_span(offsets: list[tuple[int, int]], start: int, text: str) -> tuple[int, int] | None:
     """First and last token that share a character with an answer; None if there is no such."""
     answer = set(range(start, start + len(text)))
@@ -56,13 +74,16 @@ def slow_windows(
     windows = []
     for q, question in enumerate(data.questions):
         asked = plain.encode(question, add_special_tokens=False).ids[:max_q]
-        context = plain.encode(data.contexts[data.context_of[q]], add_special_tokens=False)
-        spans = [slow_span(context.offsets, *answer) for answer in data.answers[q]]
+        text = data.contexts[data.context_of[q]]
+        context = plain.encode(text, add_special_tokens=False)
+        offsets = slow_offsets(tokenizer, text, context.offsets)
+        found = [slow_span(offsets, *answer) for answer in data.answers[q]]
+        spans = [span for span in found if span]
         room = max_c - 3 - len(asked)
         for start in slow_starts(len(context.ids), room, stride):
             part = context.ids[start : start + room]
             head = [tokenizer.cls_token_id, *asked, tokenizer.sep_token_id]
-            inside = [s and start <= s[0] and s[1] < start + len(part) for s in spans]
+            inside = [start <= s[0] and s[1] < start + len(part) for s in spans]
             shift = len(head) - start
             windows.append(
                 {
@@ -284,20 +305,23 @@ def test_misplaced_answers_are_left_out(
         [(0, "a")],
         [(1, "a")],  # the only one, misplaced
         [(3, "b"), (2, "b")],  # one of two misplaced
-        [(1, " ")],  # blank
+        [(1, " ")],  # blank, which is none
         [(4, "cd")],  # over the context's end
         [(-1, "c")],
         [],
     ]
     data = load(tmp_path / "d.json", [("a b c", [("?", answers) for answers in given])])
     warning = capsys.readouterr().err
-    assert warning.count("\n") == 1
-    assert "5 answers" in warning and "q1, q2, q3)" in warning and "4 questions lose" in warning
+    assert (
+        warning.count("\n") == 2
+        and "of 7 questions have no answer: 2 (first ids: q3, q6)" in warning
+    )
+    assert "4 answers" in warning and "q1, q2, q4)" in warning and "3 questions lose" in warning
     assert data.answers == [[(0, "a")], [], [(2, "b")], [], [], [], []]
     train = make(tokenizer, data, 8, 32, 8, for_training=True)
-    assert train.question.tolist() == [0, 2, 6]
+    assert train.question.tolist() == [0, 2, 3, 6]
     found = squad_utils.targets(train, np.random.default_rng(0))
-    assert found.tolist() == [[3, 3], [4, 4], [0, 0]]
+    assert found.tolist() == [[3, 3], [4, 4], [0, 0], [0, 0]]
     dev = make(tokenizer, data, 8, 32, 8, for_training=False)
     assert dev.question.tolist() == [0, 1, 2, 3, 4, 5, 6]
     assert squad_utils.targets(dev, np.random.default_rng(0))[[1, 3, 4, 5]].tolist() == [[0, 0]] * 4

@@ -129,7 +129,7 @@ QA = "data[0].paragraphs[1].qas[0]"
         (squad(question=3), f"{QA}.question must be a string"),
         ({"data": [{"paragraphs": [{"context": "a", "qas": [[]]}]}]}, "qas[0] must be an object"),
         (squad(id=7), f"{QA}.id must be a string"),
-        (squad(answers={"text": ["is"], "answer_start": [3]}), f"{QA}.answers must be a list"),
+        (squad(answers="is"), f"{QA}.answers must be a list"),
         (squad(answers=["is"]), f"{QA}.answers[0] must be an object"),
         (squad(answers=[{"text": "is"}]), f"{QA}.answers[0].answer_start is missing"),
         (
@@ -154,7 +154,7 @@ def test_data_is_not_squad(wrong: Wrong, tmp_path: Path, root: Any, said: str) -
     assert f"--squad_train_data: {path} is not SQuAD: " in line and said in line
 
 
-@pytest.mark.parametrize("key", ["id", "question", "answers"])
+@pytest.mark.parametrize("key", ["id", "question"])
 def test_data_lacks_a_key(wrong: Wrong, tmp_path: Path, key: str) -> None:
     path = tmp_path / "data.json"
     path.write_text(json.dumps(squad(**{key: None})))

@@ -277,7 +277,7 @@ def deliver(job: Job, run: Run, student: PreTrainedModel, teacher: PreTrainedMod
         made=_made(job),
     )
     del saved  # the export loads it anew
-    results.deliver(run, task, delivery)
+    results.deliver(run, task, job.student.tokenizer, delivery)
 
 
 def _made(job: Job) -> str:

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from accelerate import Accelerator
 
 from cli import ArgumentParser, UserError, is_main_process, number
+from squad_utils import MAX_ANSWER_LENGTH
 from training.machine import PRECISIONS, pick_precision
 from training.run import RUN_FOLDERS, Run, check_output_dir
 
@@ -33,9 +34,9 @@ def add_data_arguments(parser: ArgumentParser, max_seq_length_q: int) -> None:
     )
     add = parser.group(DATA).add_argument
     add("--squad_train_data", required=True, metavar="FILE",
-        help="SQuAD v1.1 or v2.0 JSON to train on")  # fmt: skip
+        help="SQuAD v1.1 or v2.0 to train on: JSON, or another layout of docs/data.md")  # fmt: skip
     add("--squad_dev_data", required=True, metavar="FILE",
-        help="SQuAD JSON of the same version to evaluate on")  # fmt: skip
+        help="the same to evaluate on, of the same version")  # fmt: skip
     add("--squad_eval_script", metavar="FILE",
         help="evaluate-v1.1.py or evaluate-v2.0.py, which scores answers; embeddings do without"
         " (default: the built-in scorer, which computes the same)")  # fmt: skip
@@ -47,6 +48,9 @@ def add_data_arguments(parser: ArgumentParser, max_seq_length_q: int) -> None:
     add("--doc_stride", type=positive, default=128, metavar="TOKENS",
         help="tokens from the start of one window of a long context to the start of the next;"
         " embeddings have no windows")  # fmt: skip
+    add("--max_answer_length", type=positive, default=MAX_ANSWER_LENGTH, metavar="TOKENS",
+        help="tokens of the longest answer that is searched, in evaluation and by ask.py;"
+        " embeddings search none")  # fmt: skip
     parser.group(TRAINING).add_argument(
         "--total_train_batch_size", type=positive, default=32, metavar="N",
         help="windows, or questions of embeddings, in one optimisation step")  # fmt: skip

@@ -72,6 +72,9 @@ class Deliverable(Protocol):
 
     def counts(self) -> dict[str, int]: ...
     def write_answers(self) -> None: ...
+    def write_reader(
+        self, tokenizer: PreTrainedTokenizerFast, figures: Mapping[str, float]
+    ) -> None: ...
     def export(self) -> Check: ...
     def card(self, figures: Mapping[str, float]) -> TaskCard: ...
 
@@ -130,7 +133,9 @@ def load(run: Run, task: Deliverable, name: str = "") -> PreTrainedModel:
     return fuse_attention(model).eval().to(run.accelerator.device)
 
 
-def deliver(run: Run, task: Deliverable, result: Delivery) -> None:
+def deliver(
+    run: Run, task: Deliverable, tokenizer: PreTrainedTokenizerFast, result: Delivery
+) -> None:
     """Export, check and describe what `save` has saved, and end the run.
 
     Raises:
@@ -140,6 +145,7 @@ def deliver(run: Run, task: Deliverable, result: Delivery) -> None:
     if run.main:
         with run.writing_results():
             task.write_answers()
+            task.write_reader(tokenizer, result.figures)
             check = task.export()
             run.stop_if_asked()
             table = stage_table(run, result.stages, {**result.kept, **result.others})

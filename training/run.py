@@ -45,6 +45,7 @@ FREE_ARGUMENTS = (
 # What a finished run leaves in its folder; --overwrite_output_dir removes these and nothing else.
 RUN_FILES = (
     "metrics.json",
+    "reader.json",
     "metrics.jsonl",
     "curves.png",
     "predictions.json",

@@ -1,0 +1,304 @@
+"""A data file of any layout that is read, as the articles of a SQuAD file. No torch is needed.
+
+    read    SQuAD JSON                                      -> its articles, as they are
+            rows of one question each, in JSON, JSON lines,
+            CSV or parquet                                  -> articles, by title and context
+
+Rows are those of Hugging Face `datasets`: question, context, answers, and id, title and
+is_impossible where they are there. CSV has answer_text and answer_start in the place of answers.
+What a question's records hold is checked by `squad_utils.load_squad`.
+"""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import io
+import json
+import os
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from cli import UserError, read_text
+
+LAYOUTS = (
+    "the layouts that are read are SQuAD JSON; rows with question, context and answers in JSON or"
+    " JSON lines; CSV with the columns question, context and answer_text; and a folder with"
+    " parquet files of such rows"
+)
+SPLITS = {  # of a folder: what the names of files say, by the flag that is to read them
+    "--squad_train_data": (("train",),),
+    "--squad_dev_data": (("validation", "valid", "val", "dev"), ("test",)),
+}
+LINES_SUFFIXES = (".jsonl", ".ndjson")
+CSV_SUFFIXES = (".csv", ".tsv")
+OF_A_QUESTION = ("id", "question", "answers", "is_impossible")  # keys of a row that SQuAD has too
+TRUTHS = {"true": True, "1": True, "false": False, "0": False, "": None}  # of a CSV cell
+
+
+@dataclass(frozen=True)
+class DataFile:
+    """A data file as SQuAD has it, its records not checked yet.
+
+    Attributes:
+        root: what a SQuAD file holds: {"data": articles}, and its version where it tells one.
+        places: where each question stands, in the order of the articles; None: by its keys.
+        layout: what the file was read as; "" for a SQuAD file.
+        sha256: of its content.
+    """
+
+    path: str
+    flag: str
+    root: Any
+    places: list[str] | None
+    layout: str
+    sha256: str
+
+    def get(self, parent: Any, where: str, key: str, kind: type) -> Any:
+        """A value of a record of this file, which stands at `where` ("" for the top).
+
+        Raises:
+            UserError: it is missing or not of its kind.
+        """
+        names = {list: "a list", str: "a string", int: "a whole number"}
+        here = within(where, key)
+        if not isinstance(parent, dict):
+            raise self.refused(f"{where or 'the top'} must be an object", not where)
+        if key not in parent:
+            raise self.refused(f"{here} is missing", key in ("data", "paragraphs"))
+        if not isinstance(parent[key], kind) or isinstance(parent[key], bool):
+            raise self.refused(f"{here} must be {names[kind]}", not where)
+        if kind is str:
+            try:
+                parent[key].encode()
+            except UnicodeEncodeError:
+                raise UserError(
+                    f"{self.flag}: {self.path}: {here} has half of a surrogate pair, which is not"
+                    " text"
+                ) from None
+        return parent[key]
+
+    def refused(self, why: str, is_no_layout: bool = False) -> UserError:
+        """The error that a record is not as it should be, or the file is of no layout at all."""
+        kind = "" if self.layout else " is not SQuAD"
+        return UserError(
+            f"{self.flag}: {self.path}{kind}: {why}{f'; {LAYOUTS}' if is_no_layout else ''}"
+        )
+
+
+def within(where: str, key: str) -> str:
+    """The name of a key of the record at `where`: "data[0].paragraphs", "line 3: question"."""
+    return f"{where}{' ' if where.endswith(':') else '.' if where else ''}{key}"
+
+
+def read(path: str, flag: str) -> DataFile:
+    """Read a data file of any layout.
+
+    Args:
+        flag: the command-line flag that gave it, for error messages; of a folder it tells which
+            files are meant.
+
+    Raises:
+        UserError: the file cannot be read, or is of none of the layouts.
+    """
+    if os.path.isdir(path) or path.endswith(".parquet"):
+        files = _parquet_files(path, flag) if os.path.isdir(path) else [path]
+        digest = hashlib.sha256()
+        for each in files:
+            try:
+                with open(each, "rb") as file:
+                    digest.update(file.read())
+            except OSError as error:
+                raise UserError(f"{flag}: cannot read {each}: {error.strerror}") from None
+        rows = [(f"row {n}:", row) for n, row in enumerate(_parquet_rows(files, flag), 1)]
+        names = ", ".join(os.path.relpath(each, path) for each in files if each != path)
+        layout = f"parquet ({names})" if names else "parquet"
+        return _from_rows(path, flag, rows, layout, "", digest.hexdigest())
+    text = read_text(path, flag, newline="")
+    sha256 = hashlib.sha256(text.encode()).hexdigest()
+    first, _, rest = text.lstrip().partition("\n")
+    columns = {name.strip(' "\r').lower() for name in re.split("[,;\t]", first[:1000])}
+    if path.lower().endswith(CSV_SUFFIXES) or {"question", "context"} <= columns:
+        return _from_rows(path, flag, _csv_rows(text, path, flag), "CSV", "", sha256)
+    if path.lower().endswith(LINES_SUFFIXES) or (rest.strip() and _is_object(first)):
+        return _from_rows(path, flag, _json_lines(text, path, flag), "JSON lines", "", sha256)
+    root = _parse(text, path, flag)
+    data, version, at = root, "", ""
+    if isinstance(root, dict):
+        data, version, at = root.get("data"), str(root.get("version", "")), "data"
+        if _is_row(root):
+            data, at = [root], ""
+    if isinstance(data, list) and data and _is_row(data[0]):
+        rows = [(f"{at}[{n}]", row) for n, row in enumerate(data)]
+        return _from_rows(path, flag, rows, "JSON of rows", version, sha256)
+    return DataFile(path, flag, root, None, "", sha256)
+
+
+def _is_row(record: Any) -> bool:
+    return isinstance(record, dict) and {"question", "context"} <= record.keys()
+
+
+def _is_object(line: str) -> bool:
+    """Whether a line is a JSON object by itself."""
+    try:
+        return isinstance(json.loads(line), dict)
+    except (ValueError, RecursionError):
+        return False
+
+
+def _parse(text: str, path: str, flag: str, line: int | None = None) -> Any:
+    """JSON; `line`: of the file, where the text is that line alone."""
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        raise UserError(
+            f"{flag}: {path} line {line or error.lineno} column {error.colno} is not JSON:"
+            f" {error.msg}{'' if line else f'; {LAYOUTS}'}"
+        ) from None
+    except (ValueError, RecursionError) as error:  # a number too long, lists too deep
+        raise UserError(f"{flag}: {path} is not JSON that can be read: {error}") from None
+
+
+def _json_lines(text: str, path: str, flag: str) -> Iterator[tuple[str, Any]]:
+    for number, line in enumerate(text.split("\n"), 1):
+        if line.strip():
+            yield f"line {number}:", _parse(line, path, flag, number)
+
+
+def _csv_rows(text: str, path: str, flag: str) -> Iterator[tuple[str, Any]]:
+    """Rows of a CSV file; commas, semicolons or tabs part its columns."""
+    csv.field_size_limit(2**31 - 1)  # contexts may be longer than the 128 KB of the library
+    header = text.split("\n", 1)[0]
+    delimiter = max(",;\t", key=header.count)
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
+    try:
+        columns = [name.strip().lower() for name in next(reader, [])]
+        missing = [n for n in ("question", "context", "answer_text") if n not in columns]
+        if missing:
+            raise UserError(
+                f"{flag}: {path} is CSV whose first line lacks the column {missing[0]}; {LAYOUTS}"
+            )
+        line = reader.line_num + 1
+        for cells in reader:
+            place = f"line {line}:"
+            if cells and len(cells) != len(columns):
+                raise UserError(
+                    f"{flag}: {path}: {place} {len(cells)} cells, of {len(columns)} columns"
+                )
+            if cells:  # an empty line has none
+                row = dict(zip(columns, cells, strict=True))
+                yield place, _csv_values(row, f"{flag}: {path}: {place}")
+            line = reader.line_num + 1
+    except csv.Error as error:
+        raise UserError(f"{flag}: {path} line {reader.line_num} is not CSV: {error}") from None
+
+
+def _csv_values(row: dict[str, str], where: str) -> dict[str, Any]:
+    """A row with the numbers and truths that its cells stand for; empty ones are left out."""
+    values: dict[str, Any] = dict(row)
+    start, impossible = row.get("answer_start", "").strip(), row.get("is_impossible", "")
+    if start and not re.fullmatch(r"-?[0-9]{1,9}(\.0+)?", start):
+        raise UserError(f"{where} answer_start must be a whole number, not {start[:20]!r}")
+    values |= {"answer_start": int(float(start)) if start else None}
+    if impossible.strip().lower() not in TRUTHS:
+        raise UserError(f"{where} is_impossible must be true or false, not {impossible[:20]!r}")
+    values |= {"is_impossible": TRUTHS[impossible.strip().lower()]}
+    return {name: value for name, value in values.items() if value is not None}
+
+
+def _parquet_files(folder: str, flag: str) -> list[str]:
+    """The parquet files of a folder from the hub: of the split that the flag is for, if it has
+    several.
+
+    Raises:
+        UserError: there are none, or those of the split lie in several folders.
+    """
+    found = sorted(
+        os.path.join(where, name)
+        for where, _, names in os.walk(folder)
+        for name in names
+        if name.endswith(".parquet")
+    )
+    if not found:
+        raise UserError(f"{flag}: {folder} is a folder, which has no parquet files; {LAYOUTS}")
+
+    def is_of(path: str, names: Iterable[str]) -> bool:
+        return not set(names).isdisjoint(re.findall("[a-z]+", os.path.relpath(path, folder)))
+
+    every = [names for choices in SPLITS.values() for names in choices]
+    splits = {names for names in every for path in found if is_of(path, names)}
+    chosen = found
+    if len(splits) > 1:
+        wanted = [names for names in SPLITS.get(flag, ()) if names in splits]
+        chosen = [path for path in found if wanted and is_of(path, wanted[0])]
+    if not chosen or len({os.path.dirname(path) for path in chosen}) > 1:
+        several = ", ".join(os.path.relpath(path, folder) for path in (chosen or found)[:4])
+        raise UserError(
+            f"{flag}: {folder} has parquet files of several data sets ({several}); name one of"
+            " them, or its folder"
+        )
+    return chosen
+
+
+def _parquet_rows(files: list[str], flag: str) -> Iterator[Any]:
+    try:
+        from pyarrow import parquet  # need not be installed
+    except ImportError:
+        raise UserError(
+            f"{flag}: {files[0]} is parquet, which needs `pip install pyarrow` (datasets brings it)"
+        ) from None
+    for path in files:
+        try:
+            yield from parquet.read_table(path).to_pylist()
+        except Exception as error:  # pyarrow's own are of many kinds
+            reason = (str(error).strip() or repr(error)).splitlines()[0]
+            raise UserError(f"{flag}: {path} is not parquet that can be read: {reason}") from None
+
+
+def _from_rows(
+    path: str,
+    flag: str,
+    rows: Iterable[tuple[str, Any]],
+    layout: str,
+    version: str,
+    sha256: str,
+) -> DataFile:
+    """Rows, each with its place, as articles: in the order in which titles and contexts come.
+
+    A row without an id has its number for one, where none has an id.
+    """
+    rows = list(rows)
+    with_ids = any(isinstance(row, dict) and "id" in row for _, row in rows)
+    file = DataFile(path, flag, {"version": version}, [], layout, sha256)
+    articles: dict[str, dict[str, list[tuple[str, Any]]]] = {}
+    for number, (place, row) in enumerate(rows, 1):
+        context = file.get(row, place, "context", str)
+        title = row.get("title")
+        question = {key: row[key] for key in OF_A_QUESTION if key in row}
+        if not with_ids:
+            question["id"] = str(number)
+        elif type(row.get("id")) is int:  # which True is not
+            question["id"] = str(row["id"])
+        if "answers" not in row:
+            start = row.get("answer_start")
+            answer = {"text": row.get("answer_text") or ""}
+            question["answers"] = [answer if start is None else {**answer, "answer_start": start}]
+        title = title if isinstance(title, str) else ""
+        articles.setdefault(title, {}).setdefault(context, []).append((place, question))
+    assert file.places is not None
+    file.root["data"] = [
+        {
+            "title": title,
+            "paragraphs": [
+                {"context": context, "qas": [question for _, question in asked]}
+                for context, asked in paragraphs.items()
+            ],
+        }
+        for title, paragraphs in articles.items()
+    ]
+    for paragraphs in articles.values():
+        for asked in paragraphs.values():
+            file.places.extend(place for place, _ in asked)
+    return file
