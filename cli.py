@@ -185,7 +185,7 @@ def _prepare_streams() -> None:
         pass
     os.close(descriptor)
     if sys.stderr is None:
-        sys.stderr = open(os.devnull, "w", encoding="utf-8")  # type: ignore[unreachable]  # it can be
+        sys.stderr = os.fdopen(2, "w")
     if sys.stdout is None:
         raise UserError("stdout is closed; > /dev/null drops what is printed")
     if isinstance(sys.stdout, io.TextIOWrapper):

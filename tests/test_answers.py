@@ -81,9 +81,7 @@ def rows_of(batch: dict) -> list[tuple[list[float], list[float], int]]:
 
 
 @PROPERTY
-@given(
-    batch=window_batch(st.floats(-20, 20, width=32)), most=st.integers(1, 15), data=st.data()
-)
+@given(batch=window_batch(st.floats(-20, 20, width=32)), most=st.integers(1, 15), data=st.data())
 def test_the_span_is_that_of_the_double_loop(batch: dict, most: int, data: st.DataObject) -> None:
     """The best span that holds no taken position, its log-probability, and that of no answer."""
     width = len(batch["start"][0])
