@@ -125,7 +125,7 @@ def _is_whole(path: str) -> bool:
     It is a list of fields, each a tag with its number and kind, and then its value or its length:
     https://protobuf.dev/programming-guides/encoding.
     """
-    size, has_graph = os.path.getsize(path), False
+    size, fields = os.path.getsize(path), set()
     with open(path, "rb") as file:
 
         def number() -> int:
@@ -142,11 +142,11 @@ def _is_whole(path: str) -> bool:
                 if field == 0 or kind not in (0, 2):  # ModelProto has no others
                     return False
                 length = number()
-                has_graph |= field == 7
+                fields.add(field)
                 file.seek(length if kind == 2 else 0, os.SEEK_CUR)
         except (ValueError, OSError):  # it ends within a number, or a length is nonsense
             return False
-        return has_graph and file.tell() == size
+        return fields >= {7, 8} and file.tell() == size  # graph and opset_import
 
 
 def _overflow(path: str) -> tuple[str, str]:
