@@ -26,7 +26,7 @@ MARKS = (  # the longest first: that of UTF-32 begins as that of UTF-16
     (b"\xff\xfe", "UTF-16"),
     (b"\xfe\xff", "UTF-16"),
 )
-OPEN_FILE = re.compile(r"/dev/fd/(\d+)|/proc/self/fd/(\d+)|/dev/std(in)")
+OPEN_FILE = re.compile(r"/dev/stdin|/(?:dev|proc/self)/fd/(\d{1,6})")  # by the shell, as pipes are
 NAMED = 5  # skipped files that are told by their names
 
 
@@ -85,8 +85,8 @@ def _read(path: str) -> Paragraph:
         raise UnreadableError(f"is {os.path.splitext(path)[1][1:].upper()}, not plain text")
     try:
         opened = OPEN_FILE.fullmatch(path)
-        if opened:  # what the shell has opened, as a pipe
-            descriptor = os.dup(int(opened[1] or opened[2] or 0))
+        if opened:
+            descriptor = os.dup(int(opened[1] or 0))
         elif stat.S_ISREG(os.stat(path).st_mode):
             descriptor = os.open(path, os.O_RDONLY)
         else:  # a named pipe would wait for a writer

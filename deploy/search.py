@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 import squad_utils
 from cli import Interrupted, UserError, warn
-from deploy.documents import SENTENCE_END, Paragraph, read_paragraphs
+from deploy.documents import OPEN_FILE, SENTENCE_END, Paragraph, read_paragraphs
 from deploy.runtime import Infer, Runtime, load_exported
 from deploy.settings import EMBEDDING
 from squad_utils import MAX_ANSWER_TOKENS, SpecialIds
@@ -254,9 +254,11 @@ def _digest(paragraph: Paragraph) -> str:
 def _stores(paragraphs: list[Paragraph]) -> Stores:
     """The folders of some paragraphs, with what their indices have to hold."""
     stores: Stores = {}
+    files = {each.path for each in paragraphs if not OPEN_FILE.fullmatch(each.path)}
+    places = {path: os.path.split(os.path.realpath(path)) for path in files}
     for each in paragraphs:
-        if os.path.isfile(each.path):  # not a pipe
-            folder, file = os.path.split(os.path.realpath(each.path))
+        if each.path in places:
+            folder, file = places[each.path]
             stores.setdefault(folder, set()).add((file, _digest(each)))
     return stores
 

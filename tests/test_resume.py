@@ -35,6 +35,7 @@ from cli import UserError
 from training import loop, progress, results
 from training.passes import Batches
 from training.run import Run
+from training.states import States
 
 FLAGS = (
     "--dropout=0.1",  # so that the state of the random generators matters
@@ -228,6 +229,27 @@ def test_stopped_then_out_of_disk(
     assert done.returncode == 0, done.stderr
     assert f"going on from step {saved} of" in done.stdout
     assert_same(out, reference)
+
+
+def test_a_state_that_does_not_fit_the_disk_says_what_is_left(
+    accelerator: Accelerator,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture,
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(accelerator, "save_state", full)
+    states = States(accelerator, str(tmp_path), print)
+    assert not states.save({"step": 1})
+    assert (
+        "; there is none before it, so a run that stops now starts anew" in capfd.readouterr().err
+    )
+    (tmp_path / "state-000001").mkdir()
+    (tmp_path / "state-000001" / "position.json").write_text("{}")
+    assert not states.save({"step": 2})
+    assert "; the one before it stays" in capfd.readouterr().err
 
 
 def test_log_of_several_steps_a_record_goes_on(
