@@ -7,16 +7,8 @@ finds the paragraphs that are nearest to a question first, and reads those; alon
 
 from __future__ import annotations
 
-import argparse
-import itertools
-import json
 import os
 import signal
-import sys
-from collections.abc import Callable, Iterator
-from dataclasses import replace
-from types import FrameType
-from typing import Any, NoReturn
 
 
 def stop(number: int, _: FrameType | None) -> NoReturn:
@@ -27,6 +19,15 @@ def stop(number: int, _: FrameType | None) -> NoReturn:
 
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, stop)
+
+import argparse
+import itertools
+import json
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from types import FrameType
+from typing import Any, NoReturn
 
 from cli import ArgumentParser, Interrupted, UserError, number, run_main
 from deploy import documents, reader

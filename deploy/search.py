@@ -10,8 +10,8 @@ import contextlib
 import functools
 import hashlib
 import os
+import secrets
 import signal
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -58,7 +58,7 @@ class Embedder:
 
     def question(self, text: str) -> np.ndarray:
         """Float32 [H] of a question; one that is too long is told."""
-        count = len(self.tokenizer.encode(text, add_special_tokens=False).ids)
+        count = squad_utils.tokenize(self.tokenizer, [text], False, "").lengths[0]
         if count > self.max_seq_length_q - 2:
             warn(
                 f"the question has {count} tokens; the embedding model sees the first"
@@ -219,15 +219,14 @@ def build_index(embedder: Embedder, paths: Sequence[str]) -> ContextIndex:
         for folder in stores
         for (_, digest), vector in _read_saved(folder, embedder.key).items()
     }
-    missing = list(
-        {d: each.text for each in first.values() if (d := _digest(each)) not in known}.items()
-    )
+    missing = [each for each in first.values() if _digest(each) not in known]
+    texts = [each.text for each in missing]
     done, saved_at = 0, time.monotonic()
     try:
-        longest = embedder.max_seq_length_c
-        texts = [text for _, text in missing]
-        for i, vector in embedder.one_by_one(texts, longest, "indexing paragraphs"):
-            known[missing[i][0]] = vector
+        for i, vector in embedder.one_by_one(
+            texts, embedder.max_seq_length_c, "indexing paragraphs"
+        ):
+            known[_digest(missing[i])] = vector
             done += 1
             if time.monotonic() > saved_at + SAVE_SECONDS:
                 _save_all(stores, embedder.key, known)
@@ -297,9 +296,9 @@ def _save(folder: str, key: str, vectors: dict[tuple[str, str], np.ndarray]) -> 
     kept |= vectors
     if kept.keys() == saved.keys():
         return
-    descriptor, temporary = tempfile.mkstemp(suffix=INDEX_FILE, prefix=".", dir=folder)
+    temporary = os.path.join(folder, f".{secrets.token_hex(8)}{INDEX_FILE}")  # of this writer alone
     try:
-        with open(descriptor, "wb") as file:
+        with open(temporary, "xb") as file:
             np.savez(
                 file,
                 key=key,
@@ -308,6 +307,6 @@ def _save(folder: str, key: str, vectors: dict[tuple[str, str], np.ndarray]) -> 
                 vectors=np.stack(list(kept.values())),
             )
         os.replace(temporary, os.path.join(folder, INDEX_FILE))
-    except BaseException:
-        os.remove(temporary)
-        raise
+    finally:
+        with contextlib.suppress(FileNotFoundError):
+            os.remove(temporary)
