@@ -12,7 +12,10 @@ import signal
 
 
 def stop(number: int, _: FrameType | None) -> NoReturn:
-    """Ctrl-C in the second that imports take: a line, and the exit code that it always has."""
+    """Ctrl-C while there is nothing to save: a line, and the exit code that it always has.
+
+    KeyboardInterrupt would not do: raised in a callback of an import it is shown and forgotten.
+    """
     os.write(2, b"stopped\n")
     os._exit(128 + number)
 
@@ -200,6 +203,7 @@ def ask_texts(args: argparse.Namespace) -> Callable[[str], None]:
     runtime = Runtime(args.runtime, args.runtime_precision)
     embedder = load_embedder(args.model_emb, runtime)
     model = reader.load(args.model, runtime) if args.model else None
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # an index saves what it has
     index = build_index(embedder, args.context)
 
     def ask(question: str) -> None:
@@ -229,6 +233,7 @@ def ask_texts(args: argparse.Namespace) -> Callable[[str], None]:
 
 
 def main() -> None:
+    signal.signal(signal.SIGINT, stop)  # still: runtimes are imported as models are loaded
     args = parse_arguments()
     check_streams(args)
     if not args.model and not args.model_emb:
