@@ -108,7 +108,7 @@ def load_exported(folder: str, flag: str, kind: Kind, runtime: Runtime) -> OnnxM
             f"{flag}: {folder} is not {kind.name}: its outputs are {', '.join(opened.outputs)},"
             f" not {', '.join(kind.outputs)}"
         )
-    settings = read_settings(folder, flag, kind, tokenizer)
+    settings = read_settings(folder, flag, kind, tokenizer, opened.length)
     if why:
         now = "it runs in floating point, which is slower"
         if OVERFLOWS in opened.arithmetic:
@@ -168,9 +168,10 @@ OVERFLOWS = ", overflows"  # in `arithmetic`: integer sums that may be wrong
 
 @dataclass(frozen=True)
 class _Opened:
-    """A file in a runtime: names of its outputs; the rest as in `OnnxModel`."""
+    """A file in a runtime: names of its outputs, declared length; the rest as in `OnnxModel`."""
 
     outputs: list[str]
+    length: int
     compile: Callable[[int], Infer]
     arithmetic: str
 
@@ -209,7 +210,7 @@ def _openvino(path: str, precision: str, overflows: bool) -> _Opened:
 
         return infer
 
-    return _Opened(names, compile_at, arithmetic)
+    return _Opened(names, model.inputs[0].shape[1], compile_at, arithmetic)
 
 
 def _onnxruntime(path: str, overflows: bool) -> _Opened:
@@ -230,4 +231,4 @@ def _onnxruntime(path: str, overflows: bool) -> _Opened:
     session = onnxruntime.InferenceSession(
         model.SerializeToString(), options, providers=["CPUExecutionProvider"]
     )
-    return _Opened(names, lambda _: lambda batch: tuple(session.run(names, batch)), "f32")
+    return _Opened(names, length, lambda _: lambda batch: tuple(session.run(names, batch)), "f32")

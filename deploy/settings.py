@@ -78,8 +78,13 @@ class Settings:
     null_threshold: float | None
 
 
-def read_settings(folder: str, flag: str, kind: Kind, tokenizer: Tokenizer) -> Settings:
+def read_settings(
+    folder: str, flag: str, kind: Kind, tokenizer: Tokenizer, declared: int
+) -> Settings:
     """The settings in a model's folder.
+
+    Args:
+        declared: tokens of a row that model.onnx declares.
 
     Raises:
         UserError: the file is missing or damaged, or lacks a setting; names file and remedy.
@@ -90,7 +95,7 @@ def read_settings(folder: str, flag: str, kind: Kind, tokenizer: Tokenizer) -> S
         record = _read(path, flag)
     else:
         path = os.path.join(folder, EARLIER)
-        record = _of_before(_read(path, flag), kind, folder, tokenizer)
+        record = _of_before(folder, flag, kind, tokenizer, declared)
         called = {key: f"arguments.{name}" for key, name in kind.lengths.items()}
         tell(f"{flag} {folder} has no {FILE}; its settings are read from {EARLIER}")
 
@@ -131,20 +136,24 @@ def _read(path: str, flag: str) -> dict[str, Any]:
 
 
 def _of_before(
-    metrics: dict[str, Any], kind: Kind, folder: str, tokenizer: Tokenizer
+    folder: str, flag: str, kind: Kind, tokenizer: Tokenizer, declared: int
 ) -> dict[str, Any]:
     """What reader.json would hold, from the files of a folder that has none."""
-    arguments = {"max_answer_length": MAX_ANSWER_TOKENS}
+    metrics = _read(os.path.join(folder, EARLIER), flag)
+    arguments = {"max_answer_length": MAX_ANSWER_TOKENS, "max_seq_length_c": declared}
     if isinstance(metrics.get("arguments"), dict):
         arguments |= metrics["arguments"]
     names: dict[str, Any] = {}
     path = os.path.join(folder, "tokenizer_config.json")
-    with contextlib.suppress(OSError, ValueError), open(path, encoding="utf-8") as file:
+    with contextlib.suppress(OSError, ValueError, TypeError), open(path, encoding="utf-8") as file:
         names = dict(json.load(file))
     ids = {}
     for token, usual in TOKENS.items():
         name = names.get(f"{token}_token", usual)
-        ids[token] = tokenizer.token_to_id(name["content"] if isinstance(name, dict) else str(name))
+        name = name.get("content") if isinstance(name, dict) else name
+        ids[token] = tokenizer.token_to_id(str(name))
+        if ids[token] is None:
+            raise UserError(f"{flag}: the tokenizer of {folder} lacks {name}; {REMEDY}")
     return {
         **{key: arguments.get(of_before) for key, of_before in kind.lengths.items()},
         "special_ids": ids,

@@ -550,7 +550,7 @@ def test_home_is_expanded(
 
 SETTINGS = {"max_query_length": 4, "max_seq_length": 16, "doc_stride": 4, "max_answer_length": 7,
             "special_ids": {"cls": 1, "sep": 2, "pad": 0}, "null_threshold": 0.5}  # fmt: skip
-EARLIER = {"arguments": {"max_seq_length_q": 4, "max_seq_length_c": 16, "doc_stride": 4}}
+EARLIER = {"arguments": {"max_seq_length_q": 4, "doc_stride": 4}}
 
 
 @pytest.fixture
@@ -652,6 +652,18 @@ def test_a_folder_of_before_is_read_as_before_and_told(
     assert capfd.readouterr().err.count(told) == 1
 
 
+@pytest.mark.parametrize("config", [None, "[1]", '{"sep_token": null}', "damaged"])
+def test_a_folder_of_before_without_a_special_token_names_it(config: str | None, qa: Path) -> None:
+    (qa / "reader.json").unlink()
+    (qa / "metrics.json").write_text(json.dumps(EARLIER))
+    path = qa / "tokenizer.json"
+    path.write_text(path.read_text().replace("[SEP]", "</s>"))
+    if config:
+        (qa / "tokenizer_config.json").write_text(config)
+    with pytest.raises(UserError, match=r"the tokenizer of .* lacks (\[SEP\]|None); copy the"):
+        reader.load(str(qa))
+
+
 def test_special_tokens_may_have_any_names(qa: Path) -> None:
     expected = [each.text for each in reader.load(str(qa)).answers("x alpha x beta", "who")]
     path = qa / "tokenizer.json"
@@ -727,7 +739,7 @@ def test_a_setting_that_training_writes_for_embedders_is_read(tmp_path: Path) ->
     record |= {"special_ids": {"cls": 2, "sep": 3, "pad": 0}}
     (tmp_path / "reader.json").write_text(json.dumps(record))
     found = model_settings.read_settings(
-        str(tmp_path), "--model_emb", model_settings.EMBEDDING, make_tokenizer()
+        str(tmp_path), "--model_emb", model_settings.EMBEDDING, make_tokenizer(), 34
     )
     assert found.lengths == {"max_seq_length_q": 12, "max_seq_length_c": 34}
     assert found.special == SPECIAL and found.null_threshold is None
