@@ -101,27 +101,27 @@ def _read(path: str) -> Paragraph:
     return Paragraph(text[mark:], path, 1, mark)
 
 
-def read_file(path: str) -> Paragraph:
+def read_file(path: str, flag: str = "--context") -> Paragraph:
     """The text of one file that the user has named, without a byte order mark.
 
     Raises:
         UserError: it cannot be read, or is no UTF-8 text.
     """
     if not os.path.lexists(path) and not OPEN_FILE.fullmatch(path):
-        raise UserError(f"--context: no such file: {path}")
+        raise UserError(f"{flag}: no such file: {path}")
     if os.path.isdir(path):
-        raise UserError(f"--context: {path} is a folder, a file is needed")
+        raise UserError(f"{flag}: {path} is a folder, a file is needed")
     try:
         return _read(path)
     except UnreadableError as error:
-        raise UserError(f"--context: {path} {error}") from None
+        raise UserError(f"{flag}: {path} {error}") from None
 
 
-def read_paragraphs(paths: Sequence[str]) -> list[Paragraph]:
+def read_paragraphs(paths: Sequence[str], flag: str = "--context") -> list[Paragraph]:
     """The paragraphs of files, and of the .txt and .md files of folders; blank lines part them.
 
     A file that is reached in several ways counts once. Links are followed. Files of a folder that
-    cannot be read are left out and told.
+    cannot be read are left out and told, by the flag that gave the paths.
 
     Raises:
         UserError: a path cannot be read, a folder has no such file, or there is no text at all.
@@ -130,23 +130,23 @@ def read_paragraphs(paths: Sequence[str]) -> list[Paragraph]:
     skipped: list[str] = []
     seen: set[str] = set()
     for path in paths:
-        for file in _files_of(path, skipped) if os.path.isdir(path) else [path]:
+        for file in _files_of(path, flag, skipped) if os.path.isdir(path) else [path]:
             if (real := os.path.realpath(file)) in seen:
                 continue
             seen.add(real)
             try:
-                paragraphs += _paragraphs(read_file(file) if file == path else _read(file))
+                paragraphs += _paragraphs(read_file(file, flag) if file == path else _read(file))
             except UnreadableError as error:
                 skipped.append(f"{file} {error}")
     if skipped:
         count = f"{len(skipped)} of {len(seen)} files" if seen else f"{len(skipped)} files"
-        warn(f"--context: {count} could not be read and are skipped: {_named(skipped, '; ')}")
+        warn(f"{flag}: {count} could not be read and are skipped: {_named(skipped, '; ')}")
     if not paragraphs:
-        raise UserError(f"--context: {', '.join(paths)} has no text to index")
+        raise UserError(f"{flag}: {', '.join(paths)} has no text")
     return paragraphs
 
 
-def _files_of(top: str, skipped: list[str]) -> list[str]:
+def _files_of(top: str, flag: str, skipped: list[str]) -> list[str]:
     """The texts in a folder and in those below it, also linked ones; other files are told."""
     texts, others, visited = [], [], set()
 
@@ -167,10 +167,10 @@ def _files_of(top: str, skipped: list[str]) -> list[str]:
     others.sort(key=lambda name: not name.lower().endswith(DOCUMENTS))
     if not texts:
         found = f"; it has {_named(others, ', ')}" if others else ""
-        raise UserError(f"--context: the folder {top} has no {' or '.join(TEXTS)} file{found}")
+        raise UserError(f"{flag}: the folder {top} has no {' or '.join(TEXTS)} file{found}")
     if others:
         files = "1 file is" if len(others) == 1 else f"{len(others)} files are"
-        tell(f"--context: {files} skipped, not being {' or '.join(TEXTS)}: {_named(others, ', ')}")
+        tell(f"{flag}: {files} skipped, not being {' or '.join(TEXTS)}: {_named(others, ', ')}")
     return texts
 
 

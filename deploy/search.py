@@ -212,7 +212,7 @@ def build_index(embedder: Embedder, paths: Sequence[str]) -> ContextIndex:
     for each in paragraphs:
         first.setdefault(" ".join(each.text.split()), each)
     if not first:
-        raise UserError(f"--context: {', '.join(paths)} has no text to index")
+        raise UserError(f"--context: {', '.join(paths)} has no text")
     stores = _stores(paragraphs)
     known = {
         digest: vector

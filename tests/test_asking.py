@@ -116,9 +116,9 @@ FILES: dict[str, tuple[bytes, list[tuple[str, int, int]] | str]] = {
     "accents on their own": ("e\u0301\n\nतो".encode(), [("e\u0301", 1, 0), ("तो", 3, 4)]),
     "a form feed": (b"one\n\x0c\ntwo", [("one", 1, 0), ("two", 3, 6)]),
     "line separators are no lines": ("one\u2028two".encode(), [("one\u2028two", 1, 0)]),
-    "empty": (b"", "has no text to index"),
-    "a mark alone": (b"\xef\xbb\xbf", "has no text to index"),
-    "white space alone": (b" \r\n\t\r\n", "has no text to index"),
+    "empty": (b"", "has no text"),
+    "a mark alone": (b"\xef\xbb\xbf", "has no text"),
+    "white space alone": (b" \r\n\t\r\n", "has no text"),
     "UTF-16": ("one".encode("utf-16"), "is UTF-16, not UTF-8: iconv -f UTF-16 -t UTF-8 "),
     "UTF-16, big-endian": ("\ufeffone".encode("utf-16-be"), "is UTF-16, not UTF-8: iconv "),
     "UTF-16 without a mark": ("one".encode("utf-16-le"), "has NUL bytes (the first is byte 1)"),
@@ -225,7 +225,7 @@ FOLDERS: dict[str, tuple[Callable[[Path], None], list[str] | str, list[str]]] = 
     "many that cannot be read": (
         many_bad, ["one"], ["8 of 9 files", "bad4.md is not UTF-8 text (byte 0)", "and 3 more"]),
     "none that can be read": (
-        lambda f: (f / "a.txt").write_bytes(b"\xe9"), "has no text to index", ["1 of 1 files"]),
+        lambda f: (f / "a.txt").write_bytes(b"\xe9"), "has no text", ["1 of 1 files"]),
     "a named pipe": (fifo, ["one"], ["1 of 2 files", "b.txt is no regular file"]),
     "a link to nowhere": (dangling, ["one"], ["1 of 2 files", "b.txt is a link to a file that"]),
     "a linked folder": (linked_folder, ["one"], []),

@@ -71,7 +71,7 @@ def test_nothing_to_index(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"the folder .* has no \.txt or \.md file"):
         search.read_paragraphs([str(tmp_path)])
     (tmp_path / "empty.txt").write_text(" \n\n ")
-    with pytest.raises(UserError, match="no text to index"):
+    with pytest.raises(UserError, match="has no text"):
         search.read_paragraphs([str(tmp_path)])
     with pytest.raises(UserError, match="no such file"):
         search.read_paragraphs([str(tmp_path / "nowhere.txt")])
