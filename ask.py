@@ -7,19 +7,37 @@ finds the paragraphs that are nearest to a question first, and reads those; alon
 
 from __future__ import annotations
 
-import argparse
-import contextlib
-import json
 import os
+import signal
+
+
+def stop(number: int, _: FrameType | None) -> NoReturn:
+    """Ctrl-C while there is nothing to save: a line, and the exit code that it always has.
+
+    KeyboardInterrupt would not do: raised in a callback of an import it is shown and forgotten.
+    """
+    os.write(2, b"stopped\n")
+    os._exit(128 + number)
+
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, stop)
+
+import argparse
+import itertools
+import json
 import sys
 from collections.abc import Callable, Iterator
-from typing import Any
+from dataclasses import replace
+from types import FrameType
+from typing import Any, NoReturn
 
-from cli import ArgumentParser, UserError, number, read_text, run_main
-from deploy import reader
+from cli import ArgumentParser, Interrupted, UserError, number, run_main
+from deploy import documents, reader
+from deploy.documents import Paragraph, UnreadableError
 from deploy.reader import Answer
 from deploy.runtime import PRECISIONS, RUNTIMES, Runtime
-from deploy.search import Paragraph, build_index, load_embedder
+from deploy.search import build_index, load_embedder
 
 HIGHLIGHT, PLAIN = "\033[1;30;43m", "\033[0m"
 
@@ -28,8 +46,8 @@ def parse_arguments() -> argparse.Namespace:
     parser = ArgumentParser(description=__doc__.splitlines()[0])
     add = parser.group("models").add_argument
     add("--model", metavar="FOLDER",
-        help="output folder of train_qa.py or pack_and_distill.py, with model.onnx; it reads the"
-        " text (default: none, show the paragraphs that --model_emb finds)")  # fmt: skip
+        help="output folder of train_qa.py or pack_and_distill.py, or the model.onnx in it; it"
+        " reads the text (default: none, show the paragraphs that --model_emb finds)")  # fmt: skip
     add("--model_emb", metavar="FOLDER",
         help="the same of an embedding model; it finds the paragraphs to read (default: none, read"
         " all of one text)")  # fmt: skip
@@ -40,12 +58,14 @@ def parse_arguments() -> argparse.Namespace:
     add("--top_contexts", type=number(int, 1, 1000), default=5, metavar="N",
         help="paragraphs to read for a question, with --model_emb")  # fmt: skip
     add("--question", action="append", metavar="TEXT",
-        help="may be given several times (default: asked for, or the lines of the"
-        " input)")  # fmt: skip
+        help="may be given several times (default: asked for, or the lines of a pipe, in"
+        " UTF-8)")  # fmt: skip
     add = parser.group("answers").add_argument
     add("--top_k", type=number(int, 1, 50), default=3, metavar="N",
         help="answers to show for a question")  # fmt: skip
-    add("--json", action="store_true", help="print a line for each question, one JSON object")
+    add("--json", action="store_true",
+        help="print a line for each question, one JSON object; start and end of an answer count"
+        " code points of the whole file, byte order mark and carriage returns too")  # fmt: skip
     add = parser.group("the machine").add_argument
     add("--runtime", choices=RUNTIMES, default="auto",
         help="auto takes OpenVINO where it is installed and computes exactly, else ONNX"
@@ -103,8 +123,9 @@ def show_paragraphs(nearest: list[tuple[Paragraph, float]]) -> None:
 
 
 def print_json(question: str, **found: Any) -> None:
-    """Print what was found as one line of JSON."""
-    print(json.dumps({"question": question, **found}, ensure_ascii=False), flush=True)
+    """Print what was found as one line of JSON, escaped where stdout has no UTF-8."""
+    escaped = (sys.stdout.encoding or "").lower().replace("-", "") != "utf8"
+    print(json.dumps({"question": question, **found}, ensure_ascii=escaped), flush=True)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -112,23 +133,60 @@ def print_json(question: str, **found: Any) -> None:
 
 
 def questions_from_input() -> Iterator[str]:
-    """Questions from a prompt, or from the lines of a pipe, until the end or an empty line."""
-    with contextlib.suppress(EOFError):
-        while question := input("question> " if sys.stdin.isatty() else "").strip():
-            yield question
+    """Questions from a prompt, until its end or an empty line; or all lines of a pipe that are not
+    blank.
+
+    Raises:
+        UserError: a line is no UTF-8 text; names it.
+    """
+    prompts = sys.stdin.isatty()
+    for count in itertools.count(1):
+        if prompts:
+            print("question> ", end="", file=sys.stderr, flush=True)
+        line = sys.stdin.buffer.readline()
+        try:
+            text = documents.decode(line)
+        except UnreadableError as error:
+            raise UserError(f"line {count} of the input {error}") from None
+        if count == 1:
+            text = text.removeprefix("\ufeff")
+        questions = [each.strip() for each in text.split("\r")]
+        yield from filter(None, questions)
+        if not line or (prompts and not any(questions)):
+            return
+
+
+def check_streams(args: argparse.Namespace) -> None:
+    """Raises a UserError where there is no input to read questions from, or texts take it."""
+    for each in args.question or ():
+        try:
+            each.encode()
+        except UnicodeEncodeError:
+            raise UserError("--question is not UTF-8 text") from None
+        if not each.strip():
+            raise UserError("--question is empty")
+    if args.question:
+        return
+    if sys.stdin is None:
+        raise UserError("stdin is closed, and there is no --question")
+    if any(path in ("/dev/stdin", "/dev/fd/0", "/proc/self/fd/0") for path in args.context):
+        raise UserError("--context is read from stdin: give each question by --question")
 
 
 def ask_text(args: argparse.Namespace) -> Callable[[str], None]:
     """Answers from one text: what prints those to a question."""
     if len(args.context) > 1:
         raise UserError("--context: several files need --model_emb, which finds what to read")
-    text = read_text(args.context[0], "--context")
+    file = documents.read_file(args.context[0])
     model = reader.load(args.model, Runtime(args.runtime, args.runtime_precision))
-    if not len(model.tokens(text).ids):
+    if not len(model.tokens(file.text).ids):
         raise UserError(f"--context: {args.context[0]} has no text")
 
     def ask(question: str) -> None:
-        answers = model.answers(text, question, args.top_k)
+        answers = [
+            replace(each, start=each.start + file.start, end=each.end + file.start)
+            for each in model.answers(file.text, question, args.top_k)
+        ]
         if args.json:
             sure = model.threshold is None or not answers
             none = {} if sure else {"no_answer": answers[0].no_answer}
@@ -145,11 +203,11 @@ def ask_texts(args: argparse.Namespace) -> Callable[[str], None]:
     runtime = Runtime(args.runtime, args.runtime_precision)
     embedder = load_embedder(args.model_emb, runtime)
     model = reader.load(args.model, runtime) if args.model else None
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # an index saves what it has
     index = build_index(embedder, args.context)
 
     def ask(question: str) -> None:
-        (vector,) = embedder.vectors([question], embedder.max_seq_length_q)
-        nearest = index.nearest(vector, args.top_contexts)
+        nearest = index.nearest(embedder.question(question), args.top_contexts)
         if model is not None:
             answers = model.answers_from(nearest, question, args.top_k)
             if args.json:
@@ -158,7 +216,13 @@ def ask_texts(args: argparse.Namespace) -> Callable[[str], None]:
                 show(answers)
         elif args.json:
             paragraphs = [
-                {"source": each.source, "paragraph": each.text, "distance": distance}
+                {
+                    "source": each.source,
+                    "paragraph": each.text,
+                    "start": each.start,
+                    "end": each.start + len(each.text),
+                    "distance": distance,
+                }
                 for each, distance in nearest
             ]
             print_json(question, paragraphs=paragraphs)
@@ -169,16 +233,20 @@ def ask_texts(args: argparse.Namespace) -> Callable[[str], None]:
 
 
 def main() -> None:
+    signal.signal(signal.SIGINT, stop)  # still: runtimes are imported as models are loaded
     args = parse_arguments()
-    if args.question and not all(question.strip() for question in args.question):
-        raise UserError("--question is empty")
+    check_streams(args)
     if not args.model and not args.model_emb:
         raise UserError("give --model, which reads a text, --model_emb, which finds texts, or both")
-    ask = ask_texts(args) if args.model_emb else ask_text(args)
-    for question in args.question or questions_from_input():
-        if not args.json and (not sys.stdin.isatty() or args.question):
-            print(question)
-        ask(question)
+    args.context = [os.path.expanduser(path) for path in args.context]
+    try:
+        ask = ask_texts(args) if args.model_emb else ask_text(args)
+        for question in args.question or questions_from_input():
+            if not args.json and (args.question or not sys.stdin.isatty()):
+                print(question)
+            ask(question)
+    except KeyboardInterrupt:
+        raise Interrupted("stopped", signal.SIGINT) from None
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import difflib
+import io
 import os
 import signal
 import sys
@@ -173,13 +174,15 @@ def run_main(main: Callable[[], None]) -> NoReturn:
     code = 0
     signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
+        _prepare_streams()
         with _main_process_first():
             main()
+        sys.stdout.flush()
     except UserError as error:
         code = 2
         print(f"error: {error}", file=sys.stderr, flush=True)
     except BrokenPipeError:  # the reader of our output has gone, as `| head` does
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        pass
     except OSError as error:  # most often a full disk; UserErrors name the rest before it matters
         code = 2
         where = f"{error.filename}: " if error.filename else ""
@@ -204,7 +207,35 @@ def run_main(main: Callable[[], None]) -> NoReturn:
         code = 130
         if is_main_process():
             print("stopped before there was anything to save", file=sys.stderr, flush=True)
+    try:
+        sys.stdout.flush()
+    except (OSError, AttributeError):  # gone, full, or closed from the start
+        # Python tries once more as it ends, and would then complain in lines of its own.
+        with contextlib.suppress(OSError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     sys.exit(code)
+
+
+def _prepare_streams() -> None:
+    """Make this process's streams fit to write to, whatever terminal or shell it was started from.
+
+    Characters that stdout cannot show are replaced. A closed stderr becomes one that drops what it
+    is given. A closed stdin stays None.
+
+    Raises:
+        UserError: stdout is closed.
+    """
+    # A file that is opened later must not get the number of a closed stream: C libraries print
+    # there.
+    while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
+        pass
+    os.close(descriptor)
+    if sys.stderr is None:
+        sys.stderr = os.fdopen(2, "w")
+    if sys.stdout is None:
+        raise UserError("stdout is closed; > /dev/null drops what is printed")
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")
 
 
 def number(

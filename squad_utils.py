@@ -7,7 +7,7 @@ The way of the data, top to bottom:
     cut_windows       -> [CLS] question [SEP] context part [SEP]   (index arrays into those ids)
     plan_steps        -> the windows of every optimisation step    (by seed and epoch alone)
     make_batch        -> padded arrays for a model
-    best_spans        -> the most probable answer spans of a batch of logits
+    best_spans        -> the most probable answer span of each window
     Answers           -> the best span of each question, cut from the original text
 
 Scores are in squad_scores.py. Everything is numpy: answering questions with an exported model
@@ -658,10 +658,10 @@ def best_spans(
     end_logits: np.ndarray,
     lengths: np.ndarray,
     context_at: np.ndarray,
-    top_k: int = 1,
     max_answer_length: int = MAX_ANSWER_LENGTH,
+    taken: np.ndarray | None = None,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """The most probable spans inside the context part of each window of a batch.
+    """The most probable span inside the context part of each window of a batch.
 
     A span's probability is the product of the softmax probabilities of its start and its end,
     taken over the window's tokens; it has at most max_answer_length tokens. Of equal spans the
@@ -671,10 +671,11 @@ def best_spans(
         start_logits, end_logits: float [B, L].
         lengths: int [B], tokens of each window, padding excluded.
         context_at: int [B], position of the first context token; the last is lengths - 2.
+        taken: bool [B, L], positions that no span may hold; None for none.
 
     Returns:
-        start, end: int64 [B, top_k], positions in the window, end inclusive, best first.
-        log_prob: float64 [B, top_k]; -inf where there are fewer spans than top_k.
+        start, end: int64 [B], positions in the window, end inclusive.
+        log_prob: float64 [B]; -inf where there is no span.
         no_answer: float64 [B], log-probability of the span ([CLS], [CLS]).
     """
     batch, length = start_logits.shape
@@ -685,23 +686,25 @@ def best_spans(
     start = _log_softmax(np.where(real, start_logits.astype(np.float64), IMPOSSIBLE))
     end = _log_softmax(np.where(real, end_logits.astype(np.float64), IMPOSSIBLE))
     no_answer = start[:, 0] + end[:, 0]
-    # windowed[b, i, d]: log-probability that the answer ends at i + d
-    end = np.pad(
-        np.where(context, end, IMPOSSIBLE),
-        ((0, 0), (0, max_answer_length - 1)),
-        constant_values=IMPOSSIBLE,
+
+    def ahead(values: np.ndarray, beyond: float) -> np.ndarray:
+        """[b, i, d]: the value at i + d; `beyond` the window's end."""
+        padding = ((0, 0), (0, max_answer_length - 1))
+        padded_values = np.pad(values, padding, constant_values=beyond)
+        return np.lib.stride_tricks.sliding_window_view(padded_values, max_answer_length, axis=1)
+
+    # score[b, i, d]: log-probability that the answer starts at i and ends at i + d
+    score = np.where(context, start, IMPOSSIBLE)[:, :, None] + ahead(
+        np.where(context, end, IMPOSSIBLE), IMPOSSIBLE
     )
-    windowed = np.lib.stride_tricks.sliding_window_view(end, max_answer_length, axis=1)
-    score = (np.where(context, start, IMPOSSIBLE)[:, :, None] + windowed).reshape(batch, -1)
-    score = np.pad(  # a short window may have fewer places than top_k
-        score, ((0, 0), (0, max(0, top_k - score.shape[1]))), constant_values=IMPOSSIBLE
-    )
-    if top_k == 1:
-        best = score.argmax(axis=1)[:, None]
-    else:
-        best = np.argsort(-score, axis=1, kind="stable")[:, :top_k]
+    if taken is not None:
+        passed = np.cumsum(taken, axis=1)
+        free = ~taken[:, :, None] & (ahead(passed, 0) == passed[:, :, None])
+        score = np.where(free, score, IMPOSSIBLE)
+    score = score.reshape(batch, -1)
+    best = score.argmax(axis=1)
     first, extra = best // max_answer_length, best % max_answer_length
-    return first, first + extra, np.take_along_axis(score, best, axis=1), no_answer
+    return first, first + extra, score[np.arange(batch), best], no_answer
 
 
 class Answers:
@@ -728,11 +731,11 @@ class Answers:
         context_at = windows.context_at[chosen]
         lengths = context_at + windows.length[chosen] + 1
         start, end, log_prob, no_answer = best_spans(
-            start_logits, end_logits, lengths, context_at, 1, self.max_answer_length
+            start_logits, end_logits, lengths, context_at, self.max_answer_length
         )
         shift = windows.first[chosen] - context_at
-        spans = np.stack([start[:, 0] + shift, end[:, 0] + shift], axis=1)
-        self.merge(list(zip(chosen, log_prob[:, 0], no_answer, spans, strict=True)))
+        spans = np.stack([start + shift, end + shift], axis=1)
+        self.merge(list(zip(chosen, log_prob, no_answer, spans, strict=True)))
 
     def merge(self, found: Sequence[tuple[int, float, float, np.ndarray]]) -> None:
         """Take in (window, log_prob, no_answer, span) of windows; of equals the first wins."""

@@ -7,9 +7,8 @@ for answer in model.answers(text, "Who designed the lighthouse?"):
 
 from __future__ import annotations
 
-import heapq
 import math
-import re
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
@@ -17,22 +16,22 @@ import numpy as np
 from tokenizers import Tokenizer
 
 import squad_utils
-from cli import warn
+from cli import UserError, warn
+from deploy.documents import SENTENCE_END, Paragraph
 from deploy.runtime import Infer, Runtime, load_exported
-from deploy.search import Paragraph
-from squad_utils import SpecialIds, SquadData, Tokens
-
-SPANS_A_WINDOW = 20  # candidates from each window ...
-SPANS_KEPT = 200  # ... and from the whole text, before overlapping ones are dropped
-SENTENCE_END = re.compile(r"(?<=[.!?])[\"'”’)\]]*\s+(?=[^a-z])|\n+")
+from deploy.settings import QA
+from squad_utils import SpecialIds, SquadData, Tokens, Windows
 
 
 @dataclass(frozen=True)
 class Answer:
-    """An answer in a text, which is `text` = the text's [start:end].
+    """An answer in a text.
 
     Attributes:
+        text: the answer, in the text's own words.
         probability: that it has in its window.
+        start, end: where it stands, in code points: of the text that was given, or of the whole
+            file where it comes from a paragraph of one.
         sentence: the sentence, or sentences, that hold it; where in them it begins is `offset`.
         no_answer: whether no answer is more probable; None for a model of SQuAD 1.1.
         source: the paragraph that the text is, if it is one of many, ...
@@ -55,19 +54,23 @@ class Reader:
     """An exported model with what is needed to feed it and to read its answers.
 
     Attributes:
+        folder: it, for messages.
         infer: from inputs to start and end logits, [1, L] each.
         length: L, the tokens of a window.
-        max_seq_length_q, doc_stride: what it was trained with.
+        max_query_length, doc_stride: what it was trained with.
+        max_answer_length: tokens of the longest span that is searched.
         threshold: of the no-answer score, over which there is no answer; None for a model of
             SQuAD 1.1, which has one for every question.
     """
 
+    folder: str
     infer: Infer
     tokenizer: Tokenizer
     special: SpecialIds
     length: int
-    max_seq_length_q: int
+    max_query_length: int
     doc_stride: int
+    max_answer_length: int
     threshold: float | None
     _last: dict[str, Tokens] = field(default_factory=dict)
 
@@ -82,85 +85,132 @@ class Reader:
         """The most probable answers in a text of any length that do not overlap, best first.
 
         There are none where the text has no tokens.
+
+        Raises:
+            UserError: the model's logits are not finite.
         """
-        tokens = self.tokens(text)
-        if not len(tokens.ids):
-            return []
-        spans = self._spans(tokens, text, question)
-        if not spans:
-            return []
-        no_answer = None
-        if self.threshold is not None:
-            log_prob, log_none, *_ = spans[0]
-            no_answer = math.exp(min(log_none - log_prob, 700.0)) > self.threshold
-        best: list[Answer] = []
-        for log_prob, _, begin, end in spans:
-            if len(best) < top_k and all(end <= a.start or begin >= a.end for a in best):
-                first, stop = sentence_around(text, begin, end)
-                best.append(
-                    Answer(
-                        text[begin:end],
-                        math.exp(log_prob),
-                        begin,
-                        end,
-                        text[first:stop],
-                        begin - first,
-                        no_answer,
-                    )
-                )
-        return best
+        return self._answers(text, self._question(question), top_k)
 
     def answers_from(
         self, nearest: Sequence[tuple[Paragraph, float]], question: str, top_k: int = 3
     ) -> list[Answer]:
-        """The most probable answers in paragraphs, each given with its distance, best first."""
-        found = [
-            replace(answer, source=paragraph, distance=distance)
-            for paragraph, distance in nearest
-            for answer in self.answers(paragraph.text, question, top_k)
-        ]
-        return sorted(found, key=lambda answer: -answer.probability)[:top_k]
+        """The most probable answers in paragraphs, each given with its distance, best first.
 
-    def _spans(
-        self, tokens: Tokens, text: str, question: str
-    ) -> list[tuple[float, float, int, int]]:
-        """The most probable spans of a text, best first: log-probability, that of no answer in the
-        same window, and where the span begins and ends."""
-        data = SquadData("", [], [text], ["question"], [question], np.zeros(1, np.int32), [[]],
-                         np.zeros(1, bool), True, "")  # fmt: skip
+        Those that overlap in a file, as parts of a long paragraph do, count once.
+        """
+        asked = self._question(question)
+        found = [
+            replace(
+                answer,
+                start=answer.start + paragraph.start,
+                end=answer.end + paragraph.start,
+                source=paragraph,
+                distance=distance,
+            )
+            for paragraph, distance in nearest
+            for answer in self._answers(paragraph.text, asked, top_k)
+        ]
+        best: list[Answer] = []
+        for answer in sorted(found, key=lambda answer: -answer.probability):
+            if len(best) < top_k and not any(_overlap(answer, each) for each in best):
+                best.append(answer)
+        return best
+
+    def _question(self, question: str) -> Tokens:
+        """The tokens of a question; one that is too long is cut and told."""
         asked = squad_utils.tokenize(self.tokenizer, [question], False, "")
-        if asked.lengths[0] > self.max_seq_length_q:
+        if asked.lengths[0] > self.max_query_length:
             warn(
                 f"the question has {asked.lengths[0]} tokens; the model sees the first"
-                f" {self.max_seq_length_q}"
+                f" {self.max_query_length}"
             )
+        return squad_utils.truncate(asked, self.max_query_length)
+
+    def _answers(self, text: str, asked: Tokens, top_k: int) -> list[Answer]:
+        """`answers` to a question that is cut into tokens."""
+        tokens = self.tokens(text)
+        spans = self._spans(tokens, asked, top_k) if len(tokens.ids) else []
+        no_answer = None
+        if spans and self.threshold is not None:  # the best span tells, for all
+            no_answer = math.exp(min(spans[0][1] - spans[0][0], 700.0)) > self.threshold
+        answers = []
+        for log_prob, _, begin, end in spans:
+            first, stop = sentence_around(text, begin, end)
+            answers.append(
+                Answer(
+                    text[begin:end],
+                    math.exp(log_prob),
+                    begin,
+                    end,
+                    text[first:stop],
+                    begin - first,
+                    no_answer,
+                )
+            )
+        return answers
+
+    def _spans(
+        self, tokens: Tokens, asked: Tokens, count: int
+    ) -> list[tuple[float, float, int, int]]:
+        """The most probable spans of a text that do not overlap, best first: log-probability, that
+        of no answer in the same window, and where the span begins and ends."""
+        data = SquadData("", [], [""], ["question"], [""], np.zeros(1, np.int32), [[]],
+                         np.zeros(1, bool), True, "")  # fmt: skip
         windows = squad_utils.cut_windows(
-            data,
-            tokens,
-            squad_utils.truncate(asked, self.max_seq_length_q),
-            self.special,
-            self.length,
-            self.doc_stride,
-            for_training=False,
+            data, tokens, asked, self.special, self.length, self.doc_stride, for_training=False
         )
         offsets = tokens.offsets_of(0)
-        # One window at a time, and few spans of each: memory does not grow with their number.
+        taken = np.zeros(len(offsets), bool)
+        logits = [self._logits(windows, window) for window in range(len(windows))]
+        best = [self._best(windows, w, each, taken) for w, each in enumerate(logits)]
         spans: list[tuple[float, float, int, int]] = []
-        for window in range(len(windows)):
-            chosen = np.array([window])
-            arrays = squad_utils.make_batch(windows, chosen, pad_to=self.length)
-            start_logits, end_logits = self.infer(arrays)
-            at = windows.context_at[chosen]
-            first, last, log_prob, no_answer = squad_utils.best_spans(
-                start_logits, end_logits, windows.total_lengths[chosen], at, SPANS_A_WINDOW
-            )
-            shift = windows.first[window] - at[0]
-            for i in np.flatnonzero(np.isfinite(log_prob[0])):
-                begin = int(offsets[first[0, i] + shift, 0])
-                end = int(offsets[last[0, i] + shift, 1])
-                spans.append((float(log_prob[0, i]), float(no_answer[0]), begin, end))
-            spans = heapq.nlargest(SPANS_KEPT, spans)
+        while len(spans) < count:
+            log_prob, no_answer, first, last = max(best, key=lambda span: span[0])
+            if not np.isfinite(log_prob):
+                break
+            begin, end = int(offsets[first, 0]), int(offsets[last, 1])
+            spans.append((log_prob, no_answer, begin, end))
+            # Tokens may share a character.
+            new = (offsets[:, 0] < end) & (offsets[:, 1] > begin)
+            new[first : last + 1] = True
+            taken |= new
+            for w, each in enumerate(logits):
+                if new[windows.first[w] : windows.first[w] + windows.length[w]].any():
+                    best[w] = self._best(windows, w, each, taken)
         return spans
+
+    def _logits(self, windows: Windows, window: int) -> tuple[np.ndarray, np.ndarray]:
+        """Start and end logits of a window, float32 [1, L]."""
+        arrays = squad_utils.make_batch(windows, np.array([window]), pad_to=self.length)
+        start, end = self.infer(arrays)
+        real = slice(int(windows.total_lengths[window]))
+        if not (np.isfinite(start[0, real]).all() and np.isfinite(end[0, real]).all()):
+            raise UserError(f"--model: {self.folder} gives numbers that are not finite")
+        return start, end
+
+    def _best(
+        self,
+        windows: Windows,
+        window: int,
+        logits: tuple[np.ndarray, np.ndarray],
+        taken: np.ndarray,
+    ) -> tuple[float, float, int, int]:
+        """The most probable span of a window that holds no taken token: log-probability, that of
+        no answer, and the first and last token in the text."""
+        chosen = np.array([window])
+        first, at = int(windows.first[window]), int(windows.context_at[window])
+        length = int(windows.length[window])
+        in_window = np.zeros((1, self.length), bool)
+        in_window[0, at : at + length] = taken[first : first + length]
+        start, end, log_prob, no_answer = squad_utils.best_spans(
+            *logits,
+            windows.total_lengths[chosen],
+            windows.context_at[chosen],
+            self.max_answer_length,
+            in_window,
+        )
+        shift = first - at
+        return float(log_prob[0]), float(no_answer[0]), int(start[0]) + shift, int(end[0]) + shift
 
 
 def load(folder: str, runtime: Runtime | None = None) -> Reader:
@@ -169,18 +219,26 @@ def load(folder: str, runtime: Runtime | None = None) -> Reader:
     Raises:
         UserError: as `load_exported`.
     """
-    outputs = ["output_s", "output_e"]
-    runtime = runtime or Runtime()
-    model = load_exported(folder, "--model", "a QA model", "train_qa.py", outputs, runtime)
+    model = load_exported(folder, "--model", QA, runtime or Runtime())
+    lengths = model.settings.lengths
     return Reader(
-        model.compile(model.length),
+        os.path.dirname(model.path),
+        model.compile(lengths["max_seq_length"]),
         model.tokenizer,
-        model.special,
-        model.length,
-        model.arguments["max_seq_length_q"],
-        model.arguments["doc_stride"],
-        threshold=model.metrics.get("f1_threshold"),
+        model.settings.special,
+        lengths["max_seq_length"],
+        lengths["max_query_length"],
+        lengths["doc_stride"],
+        lengths["max_answer_length"],
+        model.settings.null_threshold,
     )
+
+
+def _overlap(one: Answer, other: Answer) -> bool:
+    """Whether two answers from paragraphs share characters of a file."""
+    assert one.source is not None and other.source is not None
+    same = one.source.path == other.source.path
+    return same and one.start < other.end and other.start < one.end
 
 
 def sentence_around(text: str, start: int, end: int) -> tuple[int, int]:

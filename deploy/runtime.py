@@ -6,20 +6,19 @@ Options are such that the numbers are PyTorch's on every CPU; a warning says whe
 from __future__ import annotations
 
 import importlib.util
-import json
 import mmap
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from tokenizers import Tokenizer
 
-from cli import UserError, in_one_line, read_text, tell, warn
+from cli import UserError, read_text, tell, warn
 from deploy.cpu import this_cpu
-from squad_utils import SpecialIds
+from deploy.settings import REMEDY, Kind, Settings, read_settings
 
+MODEL_FILE = "model.onnx"
 RUNTIMES = ("auto", "openvino", "onnxruntime")
 PRECISIONS = ("f32", "default")
 
@@ -48,30 +47,23 @@ class OnnxModel:
     Attributes:
         path: of model.onnx.
         compile: gives the function that runs the file at a length.
-        length: L that the file declares.
-        arguments, metrics: what it was made with, and all that metrics.json tells.
         arithmetic: what it computes in; files that compute in the same give the same numbers.
     """
 
     path: str
     compile: Callable[[int], Infer]
-    length: int
     tokenizer: Tokenizer
-    special: SpecialIds
-    arguments: dict[str, Any]
-    metrics: dict[str, Any]
+    settings: Settings
     arithmetic: str
 
 
-def load_exported(
-    folder: str, flag: str, kind: str, script: str, outputs: Sequence[str], runtime: Runtime
-) -> OnnxModel:
-    """Load model.onnx, tokenizer.json and metrics.json of an output folder.
+def load_exported(folder: str, flag: str, kind: Kind, runtime: Runtime) -> OnnxModel:
+    """Load model.onnx, tokenizer.json and the settings of an output folder.
 
     Args:
+        folder: it, or its model.onnx; ~ is the user's folder.
         flag: what the folder was given as.
-        kind, script: what it should be, and what makes such folders.
-        outputs: the names that the file's outputs should have.
+        kind: what it should be.
 
     Raises:
         UserError: a file is missing or unreadable, or the model is of another kind.
@@ -79,14 +71,24 @@ def load_exported(
     installed = importlib.util.find_spec("openvino") is not None
     if runtime.name == "openvino" and not installed:
         raise UserError("--runtime=openvino: pip install openvino, or --runtime=onnxruntime")
-    metrics_text = read_text(os.path.join(folder, "metrics.json"), flag)
-    tokenizer_text = read_text(os.path.join(folder, "tokenizer.json"), flag)
-    path = os.path.join(folder, "model.onnx")
+    folder = os.path.expanduser(folder)
+    if os.path.basename(folder) == MODEL_FILE and os.path.isfile(folder):
+        folder = os.path.dirname(folder) or "."
+    if not os.path.isdir(folder):
+        raise UserError(f"{flag}: no such folder: {folder}")
+    path = os.path.join(folder, MODEL_FILE)
     if not os.path.isfile(path):
-        raise UserError(f"{flag}: {folder} has no model.onnx; {script} writes it at its end")
-    with in_one_line(f"{flag}: {folder} does not load as {kind}"):
-        metrics, tokenizer = json.loads(metrics_text), Tokenizer.from_str(tokenizer_text)
-        arguments = metrics["arguments"]
+        raise UserError(f"{flag}: {folder} has no {MODEL_FILE}; {kind.script} writes it at its end")
+    tokenizer_path = os.path.join(folder, "tokenizer.json")
+    try:
+        tokenizer = Tokenizer.from_str(read_text(tokenizer_path, flag))
+    except UserError:
+        raise
+    except Exception as error:  # the library has no other kind
+        raise UserError(f"{flag}: {tokenizer_path} is damaged ({error}); {REMEDY}") from None
+    if not _is_whole(path):  # of which a runtime tells little, or a screenful
+        raise UserError(f"{flag}: {path} is cut or damaged; {REMEDY}")
+    try:
         why, cure = _overflow(path)
         in_openvino = installed and (
             runtime.name == "openvino" or (runtime.name == "auto" and not why)
@@ -95,11 +97,18 @@ def load_exported(
             opened = _openvino(path, runtime.precision, bool(why))
         else:
             opened = _onnxruntime(path, bool(why))
-    if sorted(opened.outputs) != sorted(outputs):
-        raise UserError(
-            f"{flag}: {folder} is not {kind}: its outputs are {', '.join(opened.outputs)},"
-            f" not {', '.join(outputs)}"
+    except Exception as error:  # a runtime's own errors are plain Exceptions
+        lines = [line for line in str(error).splitlines() if line.strip()]
+        reason = next(
+            (each for each in lines if not each.startswith("Exception from")), repr(error)
         )
+        raise UserError(f"{flag}: {path} does not load: {reason}; if damaged, {REMEDY}") from None
+    if sorted(opened.outputs) != sorted(kind.outputs):
+        raise UserError(
+            f"{flag}: {folder} is not {kind.name}: its outputs are {', '.join(opened.outputs)},"
+            f" not {', '.join(kind.outputs)}"
+        )
+    settings = read_settings(folder, flag, kind, tokenizer, opened.length)
     if why:
         now = "it runs in floating point, which is slower"
         if OVERFLOWS in opened.arithmetic:
@@ -107,19 +116,37 @@ def load_exported(
         warn(f"{flag} {folder}: {why}; {now}; {cure}")
     if in_openvino and runtime.precision == "f32" and this_cpu().has_bf16:
         tell(f"{flag} {folder} runs in f32; --runtime_precision=default is faster and less exact")
-    cls, sep, pad = (tokenizer.token_to_id(token) for token in ("[CLS]", "[SEP]", "[PAD]"))
-    if cls is None or sep is None or pad is None:
-        raise UserError(f"{flag}: the tokenizer of {folder} lacks [CLS], [SEP] or [PAD]")
-    return OnnxModel(
-        path,
-        opened.compile,
-        opened.length,
-        tokenizer,
-        SpecialIds(cls, sep, pad),
-        arguments,
-        metrics,
-        opened.arithmetic,
-    )
+    return OnnxModel(path, opened.compile, tokenizer, settings, opened.arithmetic)
+
+
+def _is_whole(path: str) -> bool:
+    """Whether a file is an ONNX model up to its end, by the lengths of its parts alone.
+
+    It is a list of fields, each a tag with its number and kind, and then its value or its length:
+    https://protobuf.dev/programming-guides/encoding.
+    """
+    size, fields = os.path.getsize(path), set()
+    with open(path, "rb") as file:
+
+        def number() -> int:
+            value, shift, more = 0, 0, True
+            while more:
+                (byte,) = file.read(1)
+                value |= (byte & 127) << shift
+                shift, more = shift + 7, byte > 127
+            return value
+
+        try:
+            while file.tell() < size:
+                field, kind = divmod(number(), 8)
+                if field == 0 or kind not in (0, 2):  # ModelProto has no others
+                    return False
+                length = number()
+                fields.add(field)
+                file.seek(length if kind == 2 else 0, os.SEEK_CUR)
+        except (ValueError, OSError):  # it ends within a number, or a length is nonsense
+            return False
+        return fields >= {7, 8} and file.tell() == size  # graph and opset_import
 
 
 def _overflow(path: str) -> tuple[str, str]:

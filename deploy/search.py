@@ -10,78 +10,27 @@ import contextlib
 import functools
 import hashlib
 import os
-import re
-from collections.abc import Callable, Sequence
+import secrets
+import signal
+import time
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from tokenizers import Tokenizer
 from tqdm import tqdm
 
 import squad_utils
-from cli import UserError, read_text, warn
+from cli import Interrupted, UserError, warn
+from deploy.documents import OPEN_FILE, SENTENCE_END, Paragraph, read_paragraphs
 from deploy.runtime import Infer, Runtime, load_exported
-from squad_utils import SpecialIds
+from deploy.settings import EMBEDDING
+from squad_utils import MAX_ANSWER_LENGTH, SpecialIds
 
-SUFFIXES = (".txt", ".md")  # of the files of a folder that are read
 INDEX_FILE = ".context_index.npz"
-BLANK_LINES = re.compile(r"\n\s*\n")
 SHAPES = (16, 32, 64, 128, 256, 384, 512)  # lengths that texts are padded to
-
-
-# ------------------------------------------------------------------------------------------------
-# Paragraphs
-
-
-@dataclass(frozen=True)
-class Paragraph:
-    """A paragraph of a file; `line` is that of its first character, from 1."""
-
-    text: str
-    path: str
-    line: int
-
-    @property
-    def source(self) -> str:
-        return f"{self.path}:{self.line}"
-
-
-def read_paragraphs(paths: Sequence[str], flag: str = "--context") -> list[Paragraph]:
-    """The paragraphs of files, and of the .txt and .md files of folders; blank lines part them.
-
-    Raises:
-        UserError: a path cannot be read, a folder has no such file, or there is no text at all.
-    """
-    files: list[str] = []
-    for path in paths:
-        if not os.path.isdir(path):
-            files.append(path)
-            continue
-        inside = sorted(
-            os.path.join(folder, name)
-            for folder, _, names in os.walk(path)
-            for name in names
-            if name.endswith(SUFFIXES)
-        )
-        if not inside:
-            raise UserError(f"{flag}: the folder {path} has no {' or '.join(SUFFIXES)} file")
-        files += inside
-    paragraphs = []
-    for path in dict.fromkeys(files):
-        text, begin = read_text(path, flag), 0
-        line, counted = 1, 0
-        for gap in [*BLANK_LINES.finditer(text), None]:
-            part = text[begin : gap.start() if gap else len(text)]
-            stripped = part.strip()
-            if stripped:
-                first = begin + part.index(stripped[0])
-                line, counted = line + text.count("\n", counted, first), first
-                paragraphs.append(Paragraph(stripped, path, line))
-            begin = gap.end() if gap else begin
-    if not paragraphs:
-        raise UserError(f"{flag}: {', '.join(paths)} has no text")
-    return paragraphs
+SAVE_SECONDS = 30  # between two savings of an index that grows
+ROWS = 4096  # vectors that are compared at once
 
 
 # ------------------------------------------------------------------------------------------------
@@ -93,10 +42,13 @@ class Embedder:
     """An exported embedding model.
 
     Attributes:
+        folder: it, for messages.
         compile: gives the function that runs it at a length.
+        max_seq_length_q, max_seq_length_c: tokens of questions and paragraphs, with [CLS], [SEP].
         key: what tells its vectors from those of other models and other arithmetic.
     """
 
+    folder: str
     compile: Callable[[int], Infer]
     tokenizer: Tokenizer
     special: SpecialIds
@@ -104,13 +56,36 @@ class Embedder:
     max_seq_length_c: int
     key: str
 
-    def vectors(self, texts: Sequence[str], max_length: int, description: str = "") -> np.ndarray:
+    def question(self, text: str) -> np.ndarray:
+        """Float32 [H] of a question; one that is too long is told."""
+        count = squad_utils.tokenize(self.tokenizer, [text], False, "").lengths[0]
+        if count > self.max_seq_length_q - 2:
+            warn(
+                f"the question has {count} tokens; the embedding model sees the first"
+                f" {self.max_seq_length_q - 2}"
+            )
+        return self.vectors([text], self.max_seq_length_q)[0]
+
+    def vectors(self, texts: Sequence[str], max_length: int) -> np.ndarray:
         """Float32 [texts, H]; each text cut to max_length tokens, [CLS] and [SEP] among them."""
+        found = dict(self.one_by_one(texts, max_length))
+        return np.stack([found[i] for i in range(len(texts))])
+
+    def one_by_one(
+        self, texts: Sequence[str], max_length: int, description: str = ""
+    ) -> Iterator[tuple[int, np.ndarray]]:
+        """Each text's place and its vector, float32 [H], the longest texts first.
+
+        Args:
+            description: shown beside a progress bar, if there is one.
+
+        Raises:
+            UserError: a vector is not finite.
+        """
         tokens = squad_utils.tokenize(self.tokenizer, list(texts), False, description)
         tokens = squad_utils.truncate(tokens, max_length - 2)
         shapes = [n for n in SHAPES if n < max_length] + [max_length]
         needed = np.searchsorted(shapes, tokens.lengths + 2)
-        found: list[Any] = [None] * len(texts)
         order = np.argsort(-needed, kind="stable")
         hidden = None if description else True
         run: Infer | None = None
@@ -121,8 +96,12 @@ class Embedder:
                 run, at = self.compile(length), length
             ids = tokens.ids[tokens.of(i)]
             (vector,) = run(squad_utils.token_rows([(ids,)], self.special, length))
-            found[i] = vector[0]
-        return np.stack(found).astype(np.float32)
+            if not np.isfinite(vector).all():
+                raise UserError(
+                    f"--model_emb: {self.folder} gives numbers that are not finite, of"
+                    f" {texts[i][:50]!r}"
+                )
+            yield int(i), vector[0].astype(np.float32)
 
 
 def load_embedder(folder: str, runtime: Runtime) -> Embedder:
@@ -131,20 +110,72 @@ def load_embedder(folder: str, runtime: Runtime) -> Embedder:
     Raises:
         UserError: as `load_exported`.
     """
-    model = load_exported(
-        folder, "--model_emb", "an embedding model", "train_qcemb.py", ["embedding"], runtime
-    )
-    longest = model.arguments["max_seq_length_c"]
+    model = load_exported(folder, "--model_emb", EMBEDDING, runtime)
+    lengths, special = model.settings.lengths, model.settings.special
+    longest = lengths["max_seq_length_c"]
     with open(model.path, "rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
+        digest = hashlib.file_digest(file, "sha256")
+    digest.update(model.tokenizer.to_str().encode())
     return Embedder(
+        os.path.dirname(model.path),
         functools.lru_cache(model.compile),
         model.tokenizer,
-        model.special,
-        model.arguments["max_seq_length_q"],
+        special,
+        lengths["max_seq_length_q"],
         longest,
-        key=f"{digest} {longest} {model.arithmetic}",
+        key=f"{digest.hexdigest()} {special} {longest} {model.arithmetic}",
     )
+
+
+# ------------------------------------------------------------------------------------------------
+# Paragraphs that are longer than the model reads
+
+
+def cut_long(paragraphs: list[Paragraph], tokenizer: Tokenizer, room: int) -> list[Paragraph]:
+    """The same, with those of more than `room` tokens cut into parts that overlap.
+
+    Parts begin and end with sentences where they can, with words else, and within a word only
+    where it is longer than a part. Any MAX_ANSWER_LENGTH tokens in a row, or half of `room` if
+    that is less, lie in some part. What has no tokens is left out.
+    """
+    texts = [each.text for each in paragraphs]
+    tokens = squad_utils.tokenize(tokenizer, texts, True, "reading paragraphs")
+    parts = []
+    for i, paragraph in enumerate(paragraphs):
+        if 0 < tokens.lengths[i] <= room:
+            parts.append(paragraph)
+        elif tokens.lengths[i]:
+            cuts = _cuts(paragraph.text, tokens.offsets_of(i)[:, 0], room)
+            some = [paragraph.part(begin, end) for begin, end in cuts]
+            # The part of a word may have more tokens than it had in the word.
+            shorter = [each for each in some if len(each.text) < len(paragraph.text)]
+            parts += cut_long(shorter, tokenizer, room) if shorter else [paragraph]
+    return parts
+
+
+def _cuts(text: str, starts: np.ndarray, room: int) -> Iterator[tuple[int, int]]:
+    """Where the parts of a text begin and end, as characters; `starts` are those of its tokens."""
+    gaps = [gap.end() for gap in SENTENCE_END.finditer(text)]
+    sentences = np.unique(np.searchsorted(starts, gaps))
+    words = np.flatnonzero([any(map(str.isspace, text[at - 1 : at + 1])) for at in starts])
+    anywhere = np.flatnonzero(np.diff(starts)) + 1  # but within a character of several tokens
+
+    def last(low: int, high: int) -> int:
+        """The last token in (low, high] that a part may begin with, or end before."""
+        for places in (sentences, words, anywhere):
+            i = np.searchsorted(places, high, side="right") - 1
+            if i >= 0 and places[i] > low:
+                return int(places[i])
+        return high
+
+    overlap = min(MAX_ANSWER_LENGTH, room // 2)
+    begin = end = 0
+    while len(starts) - begin > room:
+        # Over `overlap` tokens, so that the next part begins later, and further than the last one.
+        end = last(max(begin + overlap, end), begin + room)
+        yield int(starts[begin]), int(starts[end])
+        begin = last(begin, end - overlap)
+    yield int(starts[begin]), len(text)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -160,75 +191,122 @@ class ContextIndex:
 
     def nearest(self, vector: np.ndarray, count: int) -> list[tuple[Paragraph, float]]:
         """The `count` paragraphs nearest (L2) to a vector [H], and their distances."""
-        # |q - c|^2 orders paragraphs as |c|^2 - 2 q c does.
-        scores = np.square(self.vectors).sum(axis=1) - 2 * self.vectors @ vector
-        count = min(count, len(scores))
-        chosen = np.argpartition(scores, count - 1)[:count]
-        chosen = chosen[np.argsort(scores[chosen], kind="stable")]
-        distances = np.linalg.norm(self.vectors[chosen] - vector, axis=1)
-        return [(self.paragraphs[i], float(d)) for i, d in zip(chosen, distances, strict=True)]
+        # Not by |c|^2 - 2 q c, which loses the digits of distances that are small beside norms.
+        squares = np.empty(len(self.vectors))
+        for begin in range(0, len(squares), ROWS):
+            gaps = self.vectors[begin : begin + ROWS].astype(np.float64) - vector
+            squares[begin : begin + ROWS] = np.einsum("ij,ij->i", gaps, gaps)
+        chosen = np.argsort(squares, kind="stable")[:count]
+        return [(self.paragraphs[i], float(np.sqrt(squares[i]))) for i in chosen]
 
 
 def build_index(embedder: Embedder, paths: Sequence[str]) -> ContextIndex:
-    """The index of the paragraphs of files and folders; what is saved of it is not made again."""
-    paragraphs = _cut_long(read_paragraphs(paths), embedder)
-    path = index_path(paths[0])
-    saved = _read_saved(path, embedder.key)
-    names = [hashlib.sha256(each.text.encode()).hexdigest() for each in paragraphs]
-    missing = {
-        name: each.text for name, each in zip(names, paragraphs, strict=True) if name not in saved
-    }
-    if missing:
-        vectors = embedder.vectors(
-            list(missing.values()), embedder.max_seq_length_c, "indexing paragraphs"
-        )
-        saved |= dict(zip(missing, vectors, strict=True))
-    index = ContextIndex(paragraphs, np.stack([saved[name] for name in names]))
-    if missing or len(saved) != len(set(names)):
-        _save(path, embedder.key, names, index.vectors)
-    return index
+    """The index of the paragraphs of files and folders; what is saved of it is not made again.
 
-
-def _cut_long(paragraphs: list[Paragraph], embedder: Embedder) -> list[Paragraph]:
-    """The same, with those that are longer than the model reads cut into parts that are not."""
+    Paragraphs that differ only in white space count once. Each folder keeps the vectors of its own
+    files, so that neither other files nor their order matter.
+    """
     room = embedder.max_seq_length_c - 2
-    texts = [each.text for each in paragraphs]
-    tokens = squad_utils.tokenize(embedder.tokenizer, texts, True, "reading paragraphs")
-    parts = []
-    for i, paragraph in enumerate(paragraphs):
-        offsets = tokens.offsets_of(i)
-        for begin in range(0, max(len(offsets), 1), room):
-            if len(offsets) <= room:
-                parts.append(paragraph)
-                break
-            some = offsets[begin : begin + room]
-            first, last = int(some[0, 0]), int(some[-1, 1])
-            line = paragraph.line + paragraph.text.count("\n", 0, first)
-            parts.append(Paragraph(paragraph.text[first:last], paragraph.path, line))
-    return parts
+    paragraphs = cut_long(read_paragraphs(paths), embedder.tokenizer, room)
+    first: dict[str, Paragraph] = {}
+    for each in paragraphs:
+        first.setdefault(" ".join(each.text.split()), each)
+    if not first:
+        raise UserError(f"--context: {', '.join(paths)} has no text")
+    stores = _stores(paragraphs)
+    known = {
+        digest: vector
+        for folder in stores
+        for (_, digest), vector in _read_saved(folder, embedder.key).items()
+    }
+    missing = [each for each in first.values() if _digest(each) not in known]
+    texts = [each.text for each in missing]
+    done, saved_at = 0, time.monotonic()
+    try:
+        for i, vector in embedder.one_by_one(
+            texts, embedder.max_seq_length_c, "indexing paragraphs"
+        ):
+            known[_digest(missing[i])] = vector
+            done += 1
+            if time.monotonic() > saved_at + SAVE_SECONDS:
+                _save_all(stores, embedder.key, known)
+                saved_at = time.monotonic()
+    except KeyboardInterrupt:
+        raise Interrupted(
+            f"stopped: {done} of {len(missing)} new paragraphs are indexed; the same command goes"
+            " on from there",
+            signal.SIGINT,
+        ) from None
+    finally:
+        _save_all(stores, embedder.key, known)
+    unique = list(first.values())
+    return ContextIndex(unique, np.stack([known[_digest(each)] for each in unique]))
 
 
-def index_path(context: str) -> str:
-    """Where the index is: in the folder that is indexed, or beside the first file."""
-    if os.path.isdir(context):
-        return os.path.join(context, INDEX_FILE)
-    return os.path.join(os.path.dirname(context), f".{os.path.basename(context)}{INDEX_FILE}")
+Stores = dict[str, set[tuple[str, str]]]  # folder -> file in it and digest of each paragraph
 
 
-def _read_saved(path: str, key: str) -> dict[str, np.ndarray]:
-    """Vectors by the hash of their text; none where the file is another model's or damaged."""
-    with contextlib.suppress(Exception), np.load(path) as file:
-        if str(file["key"]) == key:
-            return dict(zip(map(str, file["names"]), file["vectors"], strict=True))
+def _digest(paragraph: Paragraph) -> str:
+    return hashlib.sha256(paragraph.text.encode()).hexdigest()
+
+
+def _stores(paragraphs: list[Paragraph]) -> Stores:
+    """The folders of some paragraphs, with what their indices have to hold."""
+    stores: Stores = {}
+    files = {each.path for each in paragraphs if not OPEN_FILE.fullmatch(each.path)}
+    places = {path: os.path.split(os.path.realpath(path)) for path in files}
+    for each in paragraphs:
+        if each.path in places:
+            folder, file = places[each.path]
+            stores.setdefault(folder, set()).add((file, _digest(each)))
+    return stores
+
+
+def _read_saved(folder: str, key: str) -> dict[tuple[str, str], np.ndarray]:
+    """Vectors by file and digest; none where the index is another model's, or damaged."""
+    with contextlib.suppress(Exception), np.load(os.path.join(folder, INDEX_FILE)) as saved:
+        if str(saved["key"]) == key:
+            names = zip(map(str, saved["files"]), map(str, saved["digests"]), strict=True)
+            return dict(zip(names, saved["vectors"], strict=True))
     return {}
 
 
-def _save(path: str, key: str, names: list[str], vectors: np.ndarray) -> None:
-    temporary = f"{path}.tmp.npz"
+def _save_all(stores: Stores, key: str, known: dict[str, np.ndarray]) -> None:
+    """Save the vectors that there are so far; a folder that cannot be written is given up."""
+    for folder, names in list(stores.items()):
+        try:
+            _save(folder, key, {name: known[name[1]] for name in names if name[1] in known})
+        except OSError as error:
+            del stores[folder]
+            path = os.path.join(folder, INDEX_FILE)
+            why = error.strerror or error
+            warn(f"the index cannot be saved as {path} ({why}); it is made anew next time")
+
+
+def _save(folder: str, key: str, vectors: dict[tuple[str, str], np.ndarray]) -> None:
+    """Save the vectors of a folder's files; those of files that were not read now stay."""
+    saved = _read_saved(folder, key)  # now, since others may write it too
+    read = {file for file, _ in vectors}
+    kept = {
+        name: vector
+        for name, vector in saved.items()
+        if name in vectors
+        or (name[0] not in read and os.path.exists(os.path.join(folder, name[0])))
+    }
+    kept |= vectors
+    if kept.keys() == saved.keys():
+        return
+    temporary = os.path.join(folder, f".{secrets.token_hex(8)}{INDEX_FILE}")  # of this writer alone
     try:
-        np.savez(temporary, key=key, names=np.array(names), vectors=vectors)
-        os.replace(temporary, path)
-    except OSError as error:
-        warn(f"the index cannot be saved as {path} ({error.strerror}); it is made anew next time")
-        with contextlib.suppress(OSError):
+        with open(temporary, "xb") as file:
+            np.savez(
+                file,
+                key=key,
+                files=np.array([name for name, _ in kept]),
+                digests=np.array([digest for _, digest in kept]),
+                vectors=np.stack(list(kept.values())),
+            )
+        os.replace(temporary, os.path.join(folder, INDEX_FILE))
+    finally:
+        with contextlib.suppress(FileNotFoundError):
             os.remove(temporary)

@@ -55,14 +55,14 @@ def window_batch(draw: st.DrawFn, logit: st.SearchStrategy[float]) -> dict:
     }
 
 
-def search(batch: dict, top_k: int, most: int) -> tuple[np.ndarray, ...]:
+def search(batch: dict, most: int, taken: list[list[bool]] | None = None) -> tuple[np.ndarray, ...]:
     return squad_utils.best_spans(
         np.array(batch["start"], np.float32),
         np.array(batch["end"], np.float32),
         np.array(batch["lengths"]),
         np.array(batch["context_at"]),
-        top_k,
         most,
+        None if taken is None else np.array(taken),
     )
 
 
@@ -81,29 +81,21 @@ def rows_of(batch: dict) -> list[tuple[list[float], list[float], int]]:
 
 
 @PROPERTY
-@given(
-    batch=window_batch(st.floats(-20, 20, width=32)),
-    top_k=st.integers(1, 12),
-    most=st.integers(1, 15),
-)
-def test_spans_are_those_of_the_double_loop(batch: dict, top_k: int, most: int) -> None:
-    """Log-probabilities of the top_k best spans, best first, and of no answer.
-
-    Each span that is given has the probability that is given for it, and none is given twice.
-    """
-    first, last, log_prob, no_answer = search(batch, top_k, most)
-    assert first.shape == last.shape == log_prob.shape == (len(batch["lengths"]), top_k)
+@given(batch=window_batch(st.floats(-20, 20, width=32)), most=st.integers(1, 15), data=st.data())
+def test_the_span_is_that_of_the_double_loop(batch: dict, most: int, data: st.DataObject) -> None:
+    """The best span that holds no taken position, its log-probability, and that of no answer."""
+    width = len(batch["start"][0])
+    positions = st.lists(st.booleans(), min_size=width, max_size=width)
+    taken = [data.draw(positions) for _ in batch["start"]]
+    first, last, log_prob, no_answer = search(batch, most, taken)
+    assert first.shape == last.shape == log_prob.shape == (len(batch["lengths"]),)
     for b, (start, end, at) in enumerate(rows_of(batch)):
-        spans = all_spans(start, end, at, most)
-        probabilities = [span[0] for span in spans[:top_k]]
-        found = len(probabilities)
-        assert log_prob[b, :found] == pytest.approx(probabilities, abs=CLOSE)
-        assert np.isneginf(log_prob[b, found:]).all()
-        by_place = {(i, j): probability for probability, i, j in spans}
-        given_spans = list(zip(first[b, :found].tolist(), last[b, :found].tolist(), strict=True))
-        assert len(set(given_spans)) == found
-        for k, span in enumerate(given_spans):
-            assert by_place[span] == pytest.approx(log_prob[b, k], abs=CLOSE)
+        spans = {(i, j): p for p, i, j in all_spans(start, end, at, most)
+                 if not any(taken[b][i : j + 1])}  # fmt: skip
+        assert np.isneginf(log_prob[b]) == (not spans)
+        if spans:
+            assert log_prob[b] == pytest.approx(max(spans.values()), abs=CLOSE)
+            assert spans[first[b], last[b]] == pytest.approx(log_prob[b], abs=CLOSE)
         nothing = log_softmax(start)[0] + log_softmax(end)[0]
         assert no_answer[b] == pytest.approx(nothing, abs=CLOSE)
 
@@ -112,36 +104,22 @@ def test_spans_are_those_of_the_double_loop(batch: dict, top_k: int, most: int) 
 @given(batch=window_batch(st.sampled_from([0.0, 1.0])), most=st.integers(1, 15))
 def test_of_equal_spans_the_first_wins(batch: dict, most: int) -> None:
     """Where several spans have the same best logits, the one that starts, then ends, first."""
-    first, last, log_prob, _ = search(batch, 1, most)
+    first, last, log_prob, _ = search(batch, most)
     for b, (start, end, at) in enumerate(rows_of(batch)):
         spans = [(-start[i] - end[j], i, j) for _, i, j in all_spans(start, end, at, most)]
         if spans and start[min(spans)[1]] + end[min(spans)[2]] != 1.0:
             # A sum of 1 is 0 + 1 or 1 + 0, equal by arithmetic but not in floating point.
-            assert (first[b, 0], last[b, 0]) == min(spans)[1:]
-        assert np.isneginf(log_prob[b, 0]) == (not spans)
+            assert (first[b], last[b]) == min(spans)[1:]
+        assert np.isneginf(log_prob[b]) == (not spans)
 
 
-@pytest.mark.parametrize("top_k", [1, 3, 20])
-def test_equal_logits_everywhere(top_k: int) -> None:
-    """All spans equal: they come in the order of their starts, then their ends."""
+def test_equal_logits_everywhere() -> None:
+    """All spans equal: the first place of the context wins."""
     zeros = np.zeros((1, 16))
-    first, last, log_prob, no_answer = squad_utils.best_spans(
-        zeros, zeros, np.array([7]), np.array([3]), top_k, 2
-    )
-    expected = [(3, 3), (3, 4), (4, 4), (4, 5), (5, 5)][:top_k]  # 3 .. 5 is the context
-    found = list(zip(first[0].tolist(), last[0].tolist(), strict=True))
-    assert found[: len(expected)] == expected
-    assert log_prob[0, : len(expected)] == pytest.approx([-2 * math.log(7)] * len(expected))
-    assert np.isneginf(log_prob[0, len(expected) :]).all()
-    assert no_answer[0] == pytest.approx(-2 * math.log(7))
-
-
-def test_fewer_places_than_top_k() -> None:
-    """top_k columns come back though the whole window has fewer pairs of positions."""
-    zeros = np.zeros((2, 4))
-    found = squad_utils.best_spans(zeros, zeros, np.array([4, 3]), np.array([2, 2]), 10, 1)
-    assert found[2].shape == (2, 10)
-    assert np.isneginf(found[2]).tolist() == [[False] + [True] * 9, [True] * 10]
+    lengths, context_at = np.array([7]), np.array([3])
+    first, last, log_prob, no_answer = squad_utils.best_spans(zeros, zeros, lengths, context_at, 2)
+    assert (first[0], last[0]) == (3, 3)
+    assert log_prob[0] == no_answer[0] == pytest.approx(-2 * math.log(7))
 
 
 def test_padding_question_and_special_tokens_are_never_chosen() -> None:
@@ -154,15 +132,15 @@ def test_padding_question_and_special_tokens_are_never_chosen() -> None:
         start, end, np.array([6]), np.array([3])
     )
     total = 4 * math.exp(5) + math.exp(1) + 1
-    assert (first[0, 0], last[0, 0]) == (4, 4)
-    assert log_prob[0, 0] == pytest.approx(2 * (1 - math.log(total)))
+    assert (first[0], last[0]) == (4, 4)
+    assert log_prob[0] == pytest.approx(2 * (1 - math.log(total)))
     assert no_answer[0] == pytest.approx(2 * (5 - math.log(total)))
 
 
 def test_large_logits_stay_finite() -> None:
     start = np.array([[0.0, 0, 3e4, -3e4, 0]], np.float32)
     _, _, log_prob, no_answer = squad_utils.best_spans(start, start, np.array([5]), np.array([2]))
-    assert log_prob[0, 0] == pytest.approx(0) and no_answer[0] == pytest.approx(-6e4)
+    assert log_prob[0] == pytest.approx(0) and no_answer[0] == pytest.approx(-6e4)
 
 
 # ------------------------------------------------------------------------------------------------

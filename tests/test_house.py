@@ -33,6 +33,8 @@ WITHOUT_TORCH = (
     "squad_utils",
     "ask",
     "deploy.cpu",
+    "deploy.documents",
+    "deploy.settings",
     "deploy.runtime",
     "deploy.search",
     "deploy.reader",

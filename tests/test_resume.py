@@ -234,6 +234,27 @@ def test_stopped_then_out_of_disk(
     assert_same(out, reference)
 
 
+def test_a_state_that_does_not_fit_the_disk_says_what_is_left(
+    accelerator: Accelerator,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture,
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(accelerator, "save_state", full)
+    states = States(accelerator, str(tmp_path), print)
+    assert not states.save({"step": 1})
+    assert (
+        "; there is none before it, so a run that stops now starts anew" in capfd.readouterr().err
+    )
+    (tmp_path / "state-000001").mkdir()
+    (tmp_path / "state-000001" / "position.json").write_text("{}")
+    assert not states.save({"step": 2})
+    assert "; the one before it stays" in capfd.readouterr().err
+
+
 def test_log_of_several_steps_a_record_goes_on(
     tiny_bert: Path, few: Path, reference: Path, tmp_path: Path, capfd: pytest.CaptureFixture
 ) -> None:

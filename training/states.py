@@ -173,10 +173,13 @@ class States:
             if self.main:
                 shutil.rmtree(temporary, ignore_errors=True)
                 free = shutil.disk_usage(self.folder).free
+                left = "the one before it stays"
+                if not self._states():
+                    left = "there is none before it, so a run that stops now starts anew"
                 warn(
                     f"the state at step {position['step']} could not be saved in"
                     f" {self.folder}, where {free / 1e6:,.0f} MB are free"
-                    f" ({problem or 'another process failed'}); the one before it stays"
+                    f" ({problem or 'another process failed'}); {left}"
                 )
             return False
         if self.main:
