@@ -11,6 +11,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +24,9 @@ from hypothesis import strategies as st
 from test_answers import all_spans
 from test_runtime import WEIGHT, qa_folder
 from tokenizers import Tokenizer
-from tokenizers.models import WordPiece
+from tokenizers.models import BPE, WordPiece
 from tokenizers.normalizers import BertNormalizer
-from tokenizers.pre_tokenizers import BertPreTokenizer
+from tokenizers.pre_tokenizers import BertPreTokenizer, ByteLevel
 
 import ask
 import squad_utils
@@ -814,6 +815,16 @@ def test_three_answers_where_there_are_three(top_k: int) -> None:
     assert len(found) == top_k
     for i, each in enumerate(found):
         assert all(each.end <= a.start or each.start >= a.end for a in found[:i])
+
+
+def test_answers_do_not_share_a_character_that_has_several_tokens() -> None:
+    letters = sorted(ByteLevel.alphabet())
+    tokenizer = Tokenizer(BPE({letter: i for i, letter in enumerate(letters)}, []))
+    tokenizer.pre_tokenizer = ByteLevel(add_prefix_space=False)
+    model = replace(make_reader(random_logits(0, 1.0)), tokenizer=tokenizer)
+    found = model.answers("😀🎉", "a", 9)  # of four tokens each
+    spans = sorted((each.start, each.end) for each in found)
+    assert spans in ([(0, 1), (1, 2)], [(0, 2)])
 
 
 def test_fewer_answers_where_there_are_fewer() -> None:
