@@ -128,10 +128,9 @@ def read_nncf_config(path: str) -> NncfConfig:
     _check_keys(settings, SETTINGS, path, "")
     arguments = {key: _build(SETTINGS[key], value, path, key) for key, value in settings.items()}
     for key, value in _leaves(settings):
-        for pattern, limit in LIMITS.items():
-            number = isinstance(value, int | float)
-            if fnmatch.fnmatchcase(key, pattern) and number and not limit.allows(value):
-                raise UserError(f"--nncf_config: {path}: {key} is {value}, not {limit.text}")
+        limits = [limit for pattern, limit in LIMITS.items() if fnmatch.fnmatchcase(key, pattern)]
+        if limits and isinstance(value, int | float) and not limits[0].allows(value):
+            raise UserError(f"--nncf_config: {path}: {key} is {value}, not {limits[0].text}")
     advanced = arguments.get("advanced_parameters")
     for name in ("weights", "activations"):
         _check_histogram(getattr(advanced, f"{name}_range_estimator_params", None), path, name)
@@ -154,7 +153,7 @@ def read_nncf_config(path: str) -> NncfConfig:
     return NncfConfig(path, raw, arguments, _weight_range(arguments, path), tuple(left_out))
 
 
-def _leaves(settings: Mapping[str, Any], where: str = "") -> Iterator[tuple[str, Any]]:
+def _leaves(settings: Mapping[str, object], where: str = "") -> Iterator[tuple[str, object]]:
     """The keys that hold no object with keys of NNCF, with those above them, and their values."""
     for key, value in settings.items():
         if isinstance(value, dict) and key != "backend_params":
@@ -163,7 +162,7 @@ def _leaves(settings: Mapping[str, Any], where: str = "") -> Iterator[tuple[str,
             yield f"{where}{key}", value
 
 
-def _idle_keys(settings: Mapping[str, Any]) -> Iterator[str]:
+def _idle_keys(settings: Mapping[str, object]) -> Iterator[str]:
     """Keys that change nothing: those that never do, and those that do not beside the others."""
     given = dict(_leaves(settings))
     advanced = "advanced_parameters"
