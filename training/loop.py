@@ -170,6 +170,7 @@ class Training:
     def _resume(self) -> None:
         """Take up the newest state if it is of this stage; else start alike on all processes."""
         run, stage = self.run, self.stage
+        machine.part_generators(self.accelerator)  # a state has those of the processes that it had
         earlier: ProgressState | None = None
         position = run.states.position()
         if position and position["stage"] == stage.name:
@@ -185,7 +186,6 @@ class Training:
         elif self.accelerator.num_processes > 1:
             for tensor in self.model.state_dict().values():
                 torch.distributed.broadcast(tensor, 0)
-            machine.part_generators(self.accelerator)
         run.forget_after(stage.name, self.step)
         self.progress = Progress(run, stage, self.step, self.total_steps, earlier)
         if stage.goes_back and earlier is None:
