@@ -17,6 +17,7 @@ import json
 import os
 import random
 import shlex
+import signal
 import subprocess
 import sys
 import time
@@ -26,7 +27,7 @@ from typing import Any
 
 import numpy as np
 
-from cli import ArgumentParser, UserError, number, run_main
+from cli import ArgumentParser, Interrupted, UserError, number, run_main
 
 ROOT = Path(__file__).resolve().parent.parent
 PACK_CFG = (
@@ -341,6 +342,7 @@ def table(rows: dict[str, Any], dev: str, model: str, output_dir: str) -> str:
 
 def main() -> None:
     args = parse_arguments()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: runs save their states
     chosen(args.only)
     output_dir = Path(args.output_dir)
     output_dir.mkdir(parents=True, exist_ok=True)
@@ -349,6 +351,8 @@ def main() -> None:
     train = subset(args.squad_train_data, args.questions, output_dir.resolve())
     try:
         run_all(args, make_jobs(args, train), rows, path)
+    except KeyboardInterrupt:
+        raise Interrupted("stopped; the same command goes on", signal.SIGINT) from None
     finally:
         text = table(rows, args.squad_dev_data, args.model, args.output_dir)
         (output_dir / "packing.md").write_text(f"{text}\n", encoding="utf-8")

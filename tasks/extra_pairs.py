@@ -60,6 +60,24 @@ def word_runs(text: str) -> Iterator[str]:
 # Windows of the pairs, three integers each: a question, its text's first token, its text's length
 
 
+def contexts_of_articles(data: SquadData) -> np.ndarray:
+    """How many contexts each article has, int64 [articles]."""
+    return np.array([len(article["paragraphs"]) for article in data.articles], np.int64)
+
+
+def check_articles(data: SquadData) -> None:
+    """Check that without plain texts there is something to draw.
+
+    Raises:
+        UserError: no question's article has a second context.
+    """
+    sizes = contexts_of_articles(data)
+    if np.repeat(sizes, sizes)[data.context_of].max() < 2:
+        raise UserError(
+            f"--extra_pairs: no article of {data.path} has a second context; give --extra_texts"
+        )
+
+
 @dataclass(frozen=True)
 class Pool:
     """What pairs are drawn from. Texts are the file's contexts, then plain ones.
@@ -82,24 +100,17 @@ class Pool:
 
     @classmethod
     def of(cls, data: SquadData, windows: Windows, texts: Tokens, room: np.ndarray) -> Pool:
-        """The pool of a file and of plain texts, which may be none.
+        """The pool of a file and of plain texts, which may be none; see `check_articles`.
 
         Args:
             windows: of that file; their tokens are used.
             room: as the attribute.
-
-        Raises:
-            UserError: there is no text but each question's own context.
         """
-        sizes = np.array([len(article["paragraphs"]) for article in data.articles], np.int64)
+        sizes = contexts_of_articles(data)
         count = np.repeat(sizes, sizes)
         questions = np.arange(len(data.questions))
         if not len(texts.lengths):
             questions = questions[count[data.context_of] > 1]
-        if not len(questions):
-            raise UserError(
-                f"--extra_pairs: no article of {data.path} has a second context; give --extra_texts"
-            )
         contexts = windows.contexts
         return cls(
             ids=np.concatenate([contexts.ids, texts.ids]),

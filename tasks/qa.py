@@ -29,7 +29,7 @@ from cli import UserError, warn
 from deploy import onnx_file
 from deploy.onnx_file import QA_OUTPUTS
 from squad_utils import SquadData, Windows
-from tasks.extra_pairs import ExtraBatches, Pool, read_texts
+from tasks.extra_pairs import ExtraBatches, Pool, check_articles, read_texts
 from tasks.hidden_states import OutputLoss, state_errors
 from tasks.squad_scores import Scorer, load_scorer
 from tasks.task import Rows, Task
@@ -101,6 +101,8 @@ class QaTask(Task):
                 "--squad_train_data has questions without an answer, --squad_dev_data has none: no"
                 " threshold can be fitted, so ask.py will not tell that a text has no answer"
             )
+        if getattr(args, "extra_pairs", 0.0) and not paths:
+            check_articles(self.train_data)
         self.scorer = load_scorer(args.squad_eval_script, self.dev_data)
 
     def hashes(self) -> dict[str, str]:

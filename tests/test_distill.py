@@ -710,6 +710,7 @@ def wrong(
         ("--passes=5", "--num_train_epochs: --passes=5 plans that"),
         ("--passes=0", "--passes"),
         ("--extra_pairs=-1", "--extra_pairs"),
+        ("--extra_pairs=1", "has a second context; give --extra_texts"),  # of articles of one each
         ("--extra_texts=README.md", "--extra_texts needs --extra_pairs"),
         ("--extra_texts=,", "has an empty name"),
         ("--model_teacher=,", "has an empty name"),

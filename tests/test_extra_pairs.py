@@ -160,10 +160,9 @@ def test_articles_of_one_context_need_plain_texts(tiny_bert: Path, tmp_path: Pat
     data = load_squad(str(path), "--squad_train_data")
     tokenizer = AutoTokenizer.from_pretrained(tiny_bert)
     windows = qa.make_windows(data, tokenizer, 16, 64, 32, for_training=True)
-    none = squad_utils.tokenize(tokenizer.backend_tokenizer, [], False, "")
-    room = np.array([40])
     with pytest.raises(UserError, match="has a second context; give --extra_texts"):
-        Pool.of(data, windows, none, room)
+        extra_pairs.check_articles(data)
+    room = np.array([40])
     text = squad_utils.tokenize(tokenizer.backend_tokenizer, [WORDS], False, "")
     rows = Pool.of(data, windows, text, room).draw(np.random.default_rng(0), 20)
     assert (rows[:, 1] == windows.contexts.bounds[-1]).all()
