@@ -118,13 +118,44 @@ def load_squad(path: str, flag: str) -> SquadData:
     """
     file = squad_layouts.read(path, flag)
     notes: Notes = defaultdict(list)
-    articles: list[ArticleRecord] = []
-    contexts: list[str] = []
-    questions: list[str] = []
-    context_of: list[int] = []
+    articles = _read_articles(file, notes)
+    paragraphs = [paragraph for article in articles for paragraph in article["paragraphs"]]
+    asked = [(n, qa) for n, paragraph in enumerate(paragraphs) for qa in paragraph["qas"]]
+    if not asked:
+        raise UserError(f"{flag}: {path} has no questions")
     answers: list[list[tuple[int, str]]] = []
-    answerable: list[bool] = []
-    seen: dict[str, tuple[object, str]] = {}  # id -> question, context, answers; and their place
+    for n, qa in asked:
+        context, name = paragraphs[n]["context"], qa["id"]
+        given = [(each["answer_start"], each["text"]) for each in qa["answers"]]
+        kept = [(at, text) for at, text in given if at >= 0 and context.startswith(text, at)]
+        answers.append(kept)
+        notes["misplaced"] += [name] * (len(given) - len(kept))
+        notes["lost" if given else "unanswered"] += [] if kept else [name]
+    version = str(file.root.get("version", ""))
+    version_2 = version.lstrip("vV").startswith("2")
+    _tell_notes(file, notes, len(asked), len(paragraphs), "" if version_2 else version or None)
+    return SquadData(
+        path=path,
+        articles=articles,
+        contexts=[paragraph["context"] for paragraph in paragraphs],
+        ids=[qa["id"] for _, qa in asked],
+        questions=[qa["question"] for _, qa in asked],
+        context_of=np.array([n for n, _ in asked], np.int32),
+        answers=answers,
+        answerable=np.array([bool(qa["answers"]) for _, qa in asked]),
+        version_2=version_2 or bool(notes["unanswered"]),
+        sha256=file.sha256,
+    )
+
+
+Notes = defaultdict[str, list[str]]  # what is to be told -> ids of the questions it is about
+Seen = dict[str, tuple[object, str]]  # id -> question, context and answers; and their place
+
+
+def _read_articles(file: DataFile, notes: Notes) -> list[ArticleRecord]:
+    """The articles of a file, checked, each question once."""
+    articles: list[ArticleRecord] = []
+    seen: Seen = {}
     places = iter(file.places or ())
     for a, article in enumerate(file.get(file.root, "", "data", list)):
         paragraphs: list[ParagraphRecord] = []
@@ -135,45 +166,15 @@ def load_squad(path: str, flag: str) -> SquadData:
             for q, qa in enumerate(file.get(paragraph, where, "qas", list)):
                 at = next(places, f"{where}.qas[{q}]")
                 name, question = file.get(qa, at, "id", str), file.get(qa, at, "question", str)
-                given = _read_answers(file, qa, at, context, notes)
-                spans = [(each["answer_start"], each["text"]) for each in given]
-                asked = (question, context, spans)
-                if name in seen:
-                    _check_same(file, name, asked, at, *seen[name])
+                answers = _read_answers(file, qa, at, context, notes)
+                spans = [(each["answer_start"], each["text"]) for each in answers]
+                if _is_repeated(file, name, (question, context, spans), at, seen):
                     notes["repeated"].append(name)
-                    continue
-                seen[name] = asked, at
-                kept = [(n, text) for n, text in spans if n >= 0 and context.startswith(text, n)]
-                questions.append(question)
-                context_of.append(len(contexts))
-                answers.append(kept)
-                answerable.append(bool(given))
-                notes["misplaced"] += [name] * (len(spans) - len(kept))
-                notes["lost" if given else "unanswered"] += [name] if not kept else []
-                qas.append({**qa, "id": name, "question": question, "answers": given})
-            contexts.append(context)
+                else:
+                    qas.append({**qa, "id": name, "question": question, "answers": answers})
             paragraphs.append({**paragraph, "context": context, "qas": qas})
         articles.append({**article, "paragraphs": paragraphs})
-    if not questions:
-        raise UserError(f"{flag}: {path} has no questions")
-    version = str(file.root.get("version", ""))
-    version_2 = version.lstrip("vV").startswith("2")
-    _tell_notes(file, notes, len(questions), len(contexts), "" if version_2 else version or None)
-    return SquadData(
-        path=path,
-        articles=articles,
-        contexts=contexts,
-        ids=list(seen),
-        questions=questions,
-        context_of=np.array(context_of, np.int32),
-        answers=answers,
-        answerable=np.array(answerable),
-        version_2=version_2 or not all(answerable),
-        sha256=file.sha256,
-    )
-
-
-Notes = defaultdict[str, list[str]]  # what is to be told -> ids of the questions it is about
+    return articles
 
 
 def _read_answers(
@@ -220,20 +221,20 @@ def _read_answers(
     return answers
 
 
-def _check_same(
-    file: DataFile, name: str, asked: object, at: str, earlier: object, place: str
-) -> None:
-    """Check that two questions of one id are one question.
+def _is_repeated(file: DataFile, name: str, asked: object, at: str, seen: Seen) -> bool:
+    """Whether a question has been seen; now it has.
 
     Raises:
-        UserError: they are not.
+        UserError: another one of its id has been.
     """
+    earlier, place = seen.setdefault(name, (asked, at))
     if asked != earlier:
         raise UserError(
             f"{file.flag}: {file.path}: the id {name!r} stands at {place.rstrip(':')} and, with"
             f" another question, context or answer, at {at.rstrip(':')}; each question needs an id"
             " of its own"
         )
+    return place != at
 
 
 def _tell_notes(

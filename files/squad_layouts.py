@@ -35,6 +35,7 @@ SPLITS = {  # of a folder: what the names of files say, by the flag that is to r
 LINES_SUFFIXES = (".jsonl", ".ndjson")
 CSV_SUFFIXES = (".csv", ".tsv")
 OF_A_QUESTION = ("id", "question", "answers", "is_impossible")  # keys of a row that SQuAD has too
+KINDS = {list: "a list", str: "a string", int: "a whole number"}
 TRUTHS = {"true": True, "1": True, "false": False, "0": False, "": None}  # of a CSV cell
 
 
@@ -62,23 +63,22 @@ class DataFile:
         Raises:
             UserError: it is missing or not of its kind.
         """
-        names = {list: "a list", str: "a string", int: "a whole number"}
-        here = within(where, key)
         if not isinstance(parent, dict):
             raise self.refused(f"{where or 'the top'} must be an object", not where)
         if key not in parent:
-            raise self.refused(f"{here} is missing", key in ("data", "paragraphs"))
-        if not isinstance(parent[key], kind) or isinstance(parent[key], bool):
-            raise self.refused(f"{here} must be {names[kind]}", not where)
-        if kind is str:
+            raise self.refused(f"{within(where, key)} is missing", key in ("data", "paragraphs"))
+        value = parent[key]
+        if not isinstance(value, kind) or isinstance(value, bool):
+            raise self.refused(f"{within(where, key)} must be {KINDS[kind]}", not where)
+        if isinstance(value, str) and not value.isascii():
             try:
-                parent[key].encode()
+                value.encode()
             except UnicodeEncodeError:
                 raise UserError(
-                    f"{self.flag}: {self.path}: {here} has half of a surrogate pair, which is not"
-                    " text"
+                    f"{self.flag}: {self.path}: {within(where, key)} has half of a surrogate pair,"
+                    " which is not text"
                 ) from None
-        return parent[key]
+        return value
 
     def refused(self, why: str, is_no_layout: bool = False) -> UserError:
         """The error that a record is not as it should be, or the file is of no layout at all."""
