@@ -105,7 +105,7 @@ def milliseconds(
             last = times[key][-1] if times[key] else 0.0
             time.sleep(min(REST, 5 * last))
             warm = _seconds(run, 1)  # of a run whose memory the others have driven out of caches
-            count = max(1, min(calls, int(turn / max(warm, 1e-9))))
+            count = max(1, int(min(calls, turn / max(warm, 1e-9))))
             times[key].append(_seconds(run, count))
         longest = max(longest, time.monotonic() - began)
     return {key: 1000 * statistics.median(each) for key, each in times.items()}
