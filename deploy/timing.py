@@ -29,7 +29,7 @@ FLAGS = {
     "ONNX Runtime": "--runtime=onnxruntime",
 }
 SECONDS = 60.0  # that timing may take at the end of a stage, with loading
-ROUNDS = 10
+ROUNDS = 5
 TURN, CALLS = 0.2, 5  # seconds and calls of a turn, whichever is less
 REST = 0.1  # seconds before a turn: threads of the runtime that ran before may wait busily
 
