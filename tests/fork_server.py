@@ -195,7 +195,7 @@ def time_in_one_runtime() -> None:
 
     OpenVINO takes longer to compile a tiny model than the model to train.
     """
-    from deploy import timing  # which is not there before a script has its folder
+    from deploy import timing  # which can be found once the script's folder is known
 
     compiled = timing.compiled
 
@@ -270,7 +270,8 @@ def run_as_main(argv: list[str]) -> None:
     """Run a script as the main module of this process."""
     sys.argv = argv
     sys.path[0] = str(Path(argv[0]).resolve().parent)
-    time_in_one_runtime()
+    if (Path(sys.path[0]) / "deploy").is_dir():  # a script of the project
+        time_in_one_runtime()
     main = ModuleType("__main__")
     main.__file__ = argv[0]
     sys.modules["__main__"] = main

@@ -26,7 +26,7 @@ from transformers import AutoModelForQuestionAnswering, PreTrainedModel
 
 import bert_pack  # noqa: F401 - registers packed models
 from bert.attention import fuse_attention
-from bert.model_folder import load_model
+from bert.model_folder import load_model, open_model
 from bert.packed import PackedBertConfig, PackedBertForQuestionAnswering
 from int8 import calibration, quantizers
 from int8.settings import NncfConfig, read_nncf_config
@@ -120,7 +120,8 @@ def test_a_loaded_folder_is_the_model_that_was_saved(kind: str, tmp_path: Path) 
         optimizer.zero_grad()
     folder, again = tmp_path / "folder", tmp_path / "again"
     quantizers.save_quantized(model, str(folder))
-    loaded = load_model(str(folder), "--model", AutoModelForQuestionAnswering, quiet=True).eval()
+    loaded = load_model(open_model(str(folder), "--model"), AutoModelForQuestionAnswering, True)
+    loaded.eval()
     assert loaded.state_dict().keys() == model.state_dict().keys()
     for name, value in model.state_dict().items():
         assert torch.equal(loaded.state_dict()[name], value), name
@@ -145,7 +146,8 @@ def test_a_folder_of_scaled_weights_loads_and_trains_as_before(
     file.write_text(json.dumps(config))
     saved = load_file(tmp_path / "model.safetensors")
     assert all(torch.equal(value, model.state_dict()[name]) for name, value in saved.items())
-    loaded = load_model(str(tmp_path), "--model", AutoModelForQuestionAnswering, quiet=True).eval()
+    loaded = load_model(open_model(str(tmp_path), "--model"), AutoModelForQuestionAnswering, True)
+    loaded.eval()
     assert torch.equal(logits(loaded), logits(model))
     scales = [name for name, _ in loaded.named_parameters() if name.endswith("_scale_value")]
     assert len(scales) == 9
