@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import re
 import shlex
 import signal
 import subprocess
@@ -888,6 +889,8 @@ def test_parts_hold_every_answer_and_are_short_enough(
     longest = min(squad_utils.MAX_ANSWER_LENGTH, room // 2)
     if max(map(len, text.split())) * 2 > room:
         return  # words that are longer than a part have to be cut
+    ends = [each.start + len(each.text) for each in parts]
+    assert ends == sorted(set(ends))  # no part lies within another
     for first in range(len(offsets)):
         begin, end = offsets[first][0], offsets[min(first + longest, len(offsets)) - 1][1]
         assert any(p.start <= begin and end <= p.start + len(p.text) for p in parts)
@@ -900,6 +903,8 @@ PARTS: dict[str, tuple[str, int, list[str] | None]] = {
         ["Ada a b c. Ada d e f.", "Ada d e f. Ada g h i.", "Ada g h i. Ada j k l."]),
     "words": ("a b c d e f g h", 4, ["a b c d", "c d e f", "e f g h"]),
     "lines": ("a b c\nd e f\ng h i", 7, ["a b c\nd e f", "d e f\ng h i"]),
+    "line ends of all kinds": (
+        "a b\r\nc d\re f\ng h", 4, ["a b\r\nc d", "c d\re f", "e f\ng h"]),
     "Chinese": ("東京塔。大阪城。京都寺。", 8, ["東京塔。大阪城。", "大阪城。京都寺。"]),
     "a word that is too long": ("abcdefghij", 4, ["abcd", "cdef", "efgh", "ghij"]),
     "marks at a cut": ("e\u0301 o\u0301 u\u0301 i\u0301", 2,
@@ -915,7 +920,7 @@ def test_a_long_paragraph_is_cut_at_sentences_or_at_words(name: str) -> None:
     assert [each.text for each in parts] == expected
     for each in parts:
         assert text[each.start - 7 :].startswith(each.text)
-        assert each.line == 3 + text[: each.start - 7].count("\n")
+        assert each.line == 2 + len(re.split("\r\n|\r|\n", text[: each.start - 7]))
 
 
 # ------------------------------------------------------------------------------------------------
