@@ -29,7 +29,7 @@ from calls import (
     states,
     wait_for,
 )
-from conftest import ROOT, command_of, run
+from conftest import ROOT, command_of, run, run_flags
 from safetensors.torch import load_file
 from transformers import AutoModelForQuestionAnswering, BertForQuestionAnswering, BertModel
 
@@ -435,7 +435,7 @@ def a_run(accelerator: Accelerator, folder: Path, save_minutes: float) -> Iterat
     numbers = (signal.SIGINT, signal.SIGTERM)
     handlers = [signal.getsignal(number) for number in numbers]
     try:
-        yield Run(accelerator, str(folder), {}, "new", save_minutes, 1, "none")
+        yield Run(accelerator, run_flags(folder, save_minutes), {}, "new")
     finally:
         for number, handler in zip(numbers, handlers, strict=True):
             signal.signal(number, handler)

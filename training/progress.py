@@ -87,7 +87,7 @@ class Progress:
         self.step += 1
         self._bar.update()
         self._window.append(sums)
-        if self.step % self.run.log_steps and self.step != self.total:
+        if self.step % self.run.args.log_steps and self.step != self.total:
             return
         now = time.monotonic()
         spent = max(now - self._window_began, 1e-9)
