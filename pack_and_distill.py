@@ -49,10 +49,11 @@ from training.flags import (
     positive,
     rate,
 )
-from training.loop import Stage, train, warm_up, warm_up_linear_decay
+from training.loop import train
 from training.machine import in_half, make_accelerator, running, use_all_gpus
 from training.passes import to_device
 from training.run import Run, check_output_dir
+from training.stage import Stage, warm_up, warm_up_linear_decay
 
 signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends the imports silently
 

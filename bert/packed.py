@@ -121,10 +121,8 @@ class PackedLayer(nn.Module):
 
     def forward(self, states: Tensor, mask: Tensor | None) -> Tensor:
         """[B, L, h] to [B, L, h]; mask as in `attention.attend`."""
-        return self.after_attention(self.attention(states, mask))
-
-    def attention(self, states: Tensor, mask: Tensor | None) -> Tensor:
-        return self.attention_norm(states + self.attention_output(self.context(states, mask)))
+        attended = self.attention_output(self.context(states, mask))
+        return self.after_attention(self.attention_norm(states + attended))
 
     def context(self, states: Tensor, mask: Tensor | None) -> Tensor:
         """The heads' outputs side by side, [B, L, heads x head size]."""

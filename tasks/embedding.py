@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import os
 from collections.abc import Mapping, Sequence
-from functools import cached_property
 from typing import ClassVar, cast
 
 import numpy as np
@@ -13,7 +12,6 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-import squad_utils
 from bert.embedding import AutoModelForEmbedding, BertForEmbedding
 from bert.model_folder import AutoClass
 from cli import UserError, is_main_process, warn
@@ -23,7 +21,7 @@ from tasks import embedding_loss
 from tasks.hidden_states import OutputLoss
 from tasks.task import Rows, Task
 from tasks.texts import CONTEXT_BLOCK, Encoder, Pairs, Texts, make_pairs, make_texts, once
-from training.passes import Batches, LossFunction
+from training.passes import Batches, BatchesByLength, LossFunction
 from training.results import TaskCard
 from training.run import Run
 
@@ -93,7 +91,7 @@ class EmbEvaluation:
         """`top_1` ... `top_200` and `mrr`, in percent; each text is encoded once.
 
         Args:
-            fp32: as in `loop.Evaluation`.
+            fp32: as in `stage.Evaluation`.
             index_model: embeds the contexts in place of `model`.
         """
         encode = Encoder(self.run, self.batch_size, fp32, may_stop=True)
@@ -111,23 +109,13 @@ class EmbEvaluation:
 # The task as the scripts see it
 
 
-class TextBatches(Batches):
+class TextBatches(BatchesByLength):
     """Batches of single texts for losses that need no pairs: all questions, then all contexts."""
 
     def __init__(self, pairs: Pairs, step_size: int, seed: int) -> None:
-        self.pairs, self.step_size, self.seed = pairs, step_size, seed
-
-    @cached_property
-    def lengths(self) -> np.ndarray:
-        return np.concatenate(
-            [self.pairs.questions.total_lengths, self.pairs.contexts.total_lengths]
-        )
-
-    def steps(self, epoch: int) -> list[np.ndarray]:
-        return squad_utils.plan_steps(self.lengths, self.step_size, self.seed, epoch)
-
-    def tokens(self, chosen: np.ndarray) -> np.ndarray:
-        return self.lengths[chosen]
+        lengths = [pairs.questions.total_lengths, pairs.contexts.total_lengths]
+        super().__init__(np.concatenate(lengths), step_size, seed)
+        self.pairs = pairs
 
     def batch(self, epoch: int, chosen: np.ndarray) -> dict[str, Tensor]:
         """Inputs [B, L]."""
@@ -202,6 +190,10 @@ class EmbeddingTask(Task):
                     f"{flag}: {len(pairs)} questions of {len(pairs.contexts)} different contexts;"
                     " at least one of two is needed"
                 )
+        self.train_rows, self.dev_rows = (
+            Rows(each.contexts.total_lengths, each.contexts.batch)
+            for each in (self.train_pairs, self.dev_pairs)
+        )
         self.searched = self.dev_pairs.contexts
         if "extra" in self.data:
             extra = self.data["extra"]
@@ -274,14 +266,6 @@ class EmbeddingTask(Task):
         """`EmbeddingError`, by --embedding_weight."""
         weight = self.args.embedding_weight
         return embedding_loss.EmbeddingError(run, teachers[0], weight) if weight else None
-
-    def train_rows(self) -> Rows:
-        contexts = self.train_pairs.contexts
-        return Rows(contexts.total_lengths, contexts.batch)
-
-    def dev_rows(self) -> Rows:
-        contexts = self.dev_pairs.contexts
-        return Rows(contexts.total_lengths, contexts.batch)
 
     @property
     def num_examples(self) -> int:

@@ -15,13 +15,12 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import ModelOutput
 
-import squad_utils
 from bert.embedding import Embedding, EmbeddingOutput
 from cli import UserError, key_values, one_of, warn
 from squad_utils import INPUTS
 from tasks.hidden_states import state_errors
 from tasks.texts import Encoder, Pairs, split_passes
-from training.passes import Batches, to_device
+from training.passes import BatchesByLength, to_device
 from training.run import Run
 
 PASS_TEXTS = 16  # texts of similar length per pass on a CPU: mined ones may have any length
@@ -281,17 +280,13 @@ def all_distances(a: Tensor, b: Tensor) -> Tensor:
 # Batches
 
 
-class PairBatches(Batches):
+class PairBatches(BatchesByLength):
     """Batches of pairs with their hard negatives."""
 
     def __init__(self, pairs: Pairs, negatives: HardNegatives, step_size: int, seed: int) -> None:
+        """`lengths` are those of the contexts."""
+        super().__init__(pairs.contexts.total_lengths[pairs.context], step_size, seed)
         self.pairs, self.negatives = pairs, negatives
-        self.step_size, self.seed = step_size, seed
-
-    def steps(self, epoch: int) -> list[np.ndarray]:
-        """The pairs of each optimisation step of an epoch; their contexts are of similar length."""
-        lengths = self.pairs.contexts.total_lengths[self.pairs.context]
-        return squad_utils.plan_steps(lengths, self.step_size, self.seed, epoch)
 
     def prepare(self, model: nn.Module, step: int, chosen: np.ndarray) -> None:
         """Mine the step's negatives."""
@@ -300,9 +295,8 @@ class PairBatches(Batches):
     def tokens(self, chosen: np.ndarray) -> np.ndarray:
         """Tokens of each pair without padding, int64 [len(chosen)]: its question and twice its
         context, since the mined context is unknown before the step."""
-        pairs = self.pairs
-        contexts = pairs.contexts.total_lengths[pairs.context[chosen]]
-        return pairs.questions.total_lengths[pairs.question[chosen]] + 2 * contexts
+        questions = self.pairs.questions.total_lengths[self.pairs.question[chosen]]
+        return questions + 2 * self.lengths[chosen]
 
     def batch(self, epoch: int, chosen: np.ndarray) -> dict[str, Tensor]:
         """The texts of a few pairs, in groups of similar length, with indices into the groups.

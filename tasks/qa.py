@@ -33,7 +33,7 @@ from tasks.extra_pairs import ExtraBatches, Pool, check_articles, read_texts
 from tasks.hidden_states import OutputLoss, state_errors
 from tasks.squad_scores import Scorer, load_scorer
 from tasks.task import Rows, Task
-from training.passes import Batches, LossFunction, to_device
+from training.passes import Batches, BatchesByLength, LossFunction, to_device
 from training.results import TaskCard
 from training.run import Run
 from training.states import write_json
@@ -119,6 +119,7 @@ class QaTask(Task):
         lengths = (self.args.max_seq_length_q, self.args.max_seq_length_c, self.args.doc_stride)
         self.train_windows = make_windows(self.train_data, tokenizer, *lengths, for_training=True)
         self.dev_windows = make_windows(self.dev_data, tokenizer, *lengths, for_training=False)
+        self.train_rows, self.dev_rows = rows_of(self.train_windows), rows_of(self.dev_windows)
         if not len(self.train_windows):
             raise UserError(
                 f"--squad_train_data: none of the answers in {self.train_data.path} is in its"
@@ -175,12 +176,6 @@ class QaTask(Task):
         weight = LOGITS_WEIGHT if weight is None else weight
         temperature = LOGITS_TEMPERATURE if temperature is None else temperature
         return LogitsLoss(run, teachers, weight, temperature) if weight else None
-
-    def train_rows(self) -> Rows:
-        return rows_of(self.train_windows)
-
-    def dev_rows(self) -> Rows:
-        return rows_of(self.dev_windows)
 
     @property
     def num_examples(self) -> int:
@@ -288,23 +283,17 @@ def rows_of(windows: Windows) -> Rows:
     return Rows(windows.total_lengths, functools.partial(squad_utils.make_batch, windows))
 
 
-class QaBatches(Batches):
+class QaBatches(BatchesByLength):
     """Batches of windows with the spans to learn."""
 
     def __init__(self, windows: Windows, step_size: int, seed: int) -> None:
-        self.windows, self.step_size, self.seed = windows, step_size, seed
+        super().__init__(windows.total_lengths, step_size, seed)
+        self.windows = windows
         self._targets = functools.lru_cache(maxsize=1)(self._draw_targets)
 
     def _draw_targets(self, epoch: int) -> np.ndarray:
         # A stream of its own: the order of the windows must not depend on the answers.
         return squad_utils.targets(self.windows, np.random.default_rng([self.seed, epoch, 1]))
-
-    def steps(self, epoch: int) -> list[np.ndarray]:
-        lengths = self.windows.total_lengths
-        return squad_utils.plan_steps(lengths, self.step_size, self.seed, epoch)
-
-    def tokens(self, chosen: np.ndarray) -> np.ndarray:
-        return self.windows.total_lengths[chosen]
 
     def batch(self, epoch: int, chosen: np.ndarray) -> dict[str, Tensor]:
         """Inputs [B, L], and `targets` [B, 2]: positions of the answer's first and last token."""
@@ -467,7 +456,7 @@ class QaEvaluation:
         self.no_answer_scores: dict[str, float] = {}
 
     def __call__(self, model: nn.Module, fp32: bool = False) -> dict[str, float]:
-        """Figures of the scorer, `f1` and `exact_match` in percent; see `loop.Evaluation`."""
+        """Figures of the scorer, `f1` and `exact_match` in percent; see `stage.Evaluation`."""
         accelerator = self.run.accelerator
         answers = squad_utils.Answers(self.data, self.windows, self.max_answer_length)
         # Longest first: a batch that does not fit in memory fails at once.

@@ -26,10 +26,10 @@ from deploy.onnx_check import Check
 from squad_utils import SquadData, load_squad
 from tasks.hidden_states import OutputLoss
 from training.fine_tuning import FineTunable
-from training.loop import Evaluation
 from training.passes import Batches, LossFunction
 from training.results import TaskCard
 from training.run import Run
+from training.stage import Evaluation
 from training.states import write_json
 
 CHECKED_ROWS = 8  # the exported file is compared with PyTorch on so many rows
@@ -58,6 +58,8 @@ class Task(ABC):
         score_names: from the main figures to their labels.
         outputs: the outputs of its exported file.
         data: the files; the names are those of their hashes in a run's arguments.
+        train_rows, dev_rows: the rows of both files (of several kinds, the longest), to calibrate
+            and to check the exported file; set by `tokenize`.
         evaluation: set by `make_evaluation`.
     """
 
@@ -66,6 +68,8 @@ class Task(ABC):
     best_by: ClassVar[str]
     score_names: ClassVar[dict[str, str]]
     outputs: ClassVar[onnx_file.Outputs]
+    train_rows: Rows
+    dev_rows: Rows
     evaluation: Evaluation
 
     def __init__(self, args: argparse.Namespace) -> None:
@@ -165,14 +169,10 @@ class Task(ABC):
             batch = batches.batch(0, some)
             yield {name: batch[name] for name in onnx_file.INPUTS}
 
-    @abstractmethod
-    def train_rows(self) -> Rows:
-        """Rows of the training file; of several kinds, the longest."""
-
     def calibration(self, count: int) -> Iterator[dict[str, Tensor]]:
         """`count` training rows, or all if there are fewer, padded as the exported file reads
         them: inputs [1, max_seq_length_c] each."""
-        rows = self.train_rows()
+        rows = self.train_rows
         order = np.random.default_rng([self.args.seed, 3]).permutation(len(rows.lengths))
         for row in order[:count]:
             arrays = rows.batch(row[None], self.args.max_seq_length_c)
@@ -220,14 +220,10 @@ class Task(ABC):
         entries = {**settings, "special_ids": asdict(special_ids(tokenizer))}
         write_json(os.path.join(self.args.output_dir, "reader.json"), entries)
 
-    @abstractmethod
-    def dev_rows(self) -> Rows:
-        """Rows of the dev file; some of them check the exported file."""
-
     def export(self) -> Check:
         """Export the checkpoint in the output folder to model.onnx beside it."""
         args = self.args
-        return export(type(self), args.output_dir, self.dev_rows(), args.max_seq_length_c)
+        return export(type(self), args.output_dir, self.dev_rows, args.max_seq_length_c)
 
 
 def export(task: type[Task], folder: str, rows: Rows, length: int) -> Check:

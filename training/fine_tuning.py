@@ -41,10 +41,10 @@ from int8.settings import NncfConfig, read_nncf_config
 from squad_utils import INPUTS
 from training import flags, results
 from training.flags import check_arguments, not_negative, rate
-from training.loop import Evaluation, Stage, constant_rate
 from training.machine import make_accelerator, use_all_gpus
 from training.passes import Batches, LossFunction, to_device
 from training.run import CHECKPOINTS, Run, check_output_dir
+from training.stage import Evaluation, Stage, constant_rate
 
 QUANTIZER_RATE = 0.01  # learning rate of the quantizers' ranges while only they train
 

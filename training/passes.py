@@ -50,6 +50,23 @@ class Batches(ABC):
         """Called with the examples of a step before its batches are made."""
 
 
+class BatchesByLength(Batches):
+    """Batches whose steps hold examples of similar length.
+
+    Attributes:
+        lengths: int64 [examples], tokens without padding.
+    """
+
+    def __init__(self, lengths: np.ndarray, step_size: int, seed: int) -> None:
+        self.lengths, self.step_size, self.seed = lengths, step_size, seed
+
+    def steps(self, epoch: int) -> list[np.ndarray]:
+        return squad_utils.plan_steps(self.lengths, self.step_size, self.seed, epoch)
+
+    def tokens(self, chosen: np.ndarray) -> np.ndarray:
+        return self.lengths[chosen]
+
+
 # From model and batch to named losses, each [B], one figure per example. Training minimises their
 # sum.
 LossFunction = Callable[[nn.Module, dict[str, Tensor]], dict[str, Tensor]]

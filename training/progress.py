@@ -4,34 +4,21 @@ from __future__ import annotations
 
 import sys
 import time
-from typing import Protocol
 
 from tqdm import tqdm
 
 from training.run import Run
+from training.stage import Stage
 from training.states import ProgressState
 
 PLAIN_LINE_SECONDS = 30.0  # between two progress lines without a terminal
-
-
-class ShownStage(Protocol):
-    """The fields of a stage that are shown; loop.Stage documents them."""
-
-    @property
-    def name(self) -> str: ...
-    @property
-    def number(self) -> int: ...
-    @property
-    def count(self) -> int: ...
-    @property
-    def work_after(self) -> float: ...
 
 
 class Progress:
     """Shows progress by a bar on a terminal, else by plain lines now and then; writes the log."""
 
     def __init__(
-        self, run: Run, stage: ShownStage, step: int, total: int, earlier: ProgressState | None
+        self, run: Run, stage: Stage, step: int, total: int, earlier: ProgressState | None
     ) -> None:
         """Begin at a step of `total`; `earlier` is the `state` at that step, if it was saved."""
         self.run, self.stage, self.total = run, stage, total

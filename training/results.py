@@ -179,28 +179,21 @@ def describe_run(run: Run) -> dict[str, object]:
     for record in read_log(run.output_dir):
         stage = record["stage"]
         seconds[stage] = max(seconds.get(stage, 0.0), record.get("seconds", 0.0))
+    device, gpu = run.accelerator.device, None
+    if device.type == "cuda":
+        name, peak = torch.cuda.get_device_name(device), torch.cuda.max_memory_reserved(device)
+        gpu = {"name": name, "peak_bytes": peak}
     return {
         "train_seconds": sum(seconds.values()),
         "total_seconds": time.time() - run.started,
         "precision": run.precision,
         "evaluated_in": "fp32",
         "processes": run.accelerator.num_processes,
-        "device": run.accelerator.device.type,
+        "device": device.type,
         "cpu": asdict(this_cpu()),
-        "gpu": describe_gpu(run),
+        "gpu": gpu,
         "arguments": run.arguments,
         "versions": versions(),
-    }
-
-
-def describe_gpu(run: Run) -> dict[str, str | int] | None:
-    """The GPU of this process and its peak memory, or None on a CPU."""
-    device = run.accelerator.device
-    if device.type != "cuda":
-        return None
-    return {
-        "name": torch.cuda.get_device_name(device),
-        "peak_bytes": torch.cuda.max_memory_reserved(device),
     }
 
 

@@ -40,21 +40,17 @@ class ProgressState(TypedDict):
     window: list[dict[str, float]]
 
 
-class DivergenceState(TypedDict):
-    """The fields of `loop.Divergence`."""
-
-    recent: list[float]
-    good: float | None
-    factor: float
-
-
 class Position(TypedDict):
-    """The place of a state in the run; `pass_tokens` is `StepGradient.all_pass_tokens`."""
+    """The place of a state in the run.
+
+    `divergence` has the fields of `loop.Divergence`, `pass_tokens` is
+    `StepGradient.all_pass_tokens`.
+    """
 
     stage: str
     step: int
     progress: ProgressState
-    divergence: DivergenceState
+    divergence: dict[str, Any]
     pass_tokens: list[int]
 
 
