@@ -230,51 +230,57 @@ def plan_epochs(args: argparse.Namespace, num_layers: int) -> dict[str, float]:
     return {**epochs, "embeddings": QUARTER} if "embeddings" in epochs else epochs
 
 
+def equal_weights(k: int) -> tuple[float, ...]:
+    """The weights of states 0..k whose weighted sum is the mean."""
+    return (1 / (k + 1),) * (k + 1)
+
+
 def plan_stages(args: argparse.Namespace, num_layers: int) -> list[Distillation]:
     """The stages of --stages or --passes, for a student with `num_layers` layers."""
     epochs, n = plan_epochs(args, num_layers), num_layers
-    mean = (1 / (n + 1),) * (n + 1)
     growing = [args.loss_weight_alpha**i for i in range(n + 1)]
-    stage = Stage(
-        name="",
-        num_epochs=0.0,
-        learning_rate=args.learning_rate,
-        total_batch_size=args.total_train_batch_size,
-        micro_batch_size=args.per_gpu_train_batch_size,
-        schedule=functools.partial(warm_up, steps=args.warm_up_steps),
-        max_steps=args.max_steps_per_stage,
-        goes_back=True,
-    )
-
-    def named(name: str, part: str = "") -> Stage:
-        return replace(stage, name=name + part, num_epochs=epochs[name])
-
     embeddings = ("_map.", "embeddings.LayerNorm.", "state_maps.0.")
     everything = ("_map.", "embeddings.LayerNorm.", "state_maps.", "layers.")
-    plan = []
-    if "embeddings" in epochs:
-        plan.append(Distillation(named("embeddings"), (1.0,), embeddings))
-    if "grow" in epochs:
-        for k in range(1, n + 1):
-            layers = tuple(f"layers.{i}." for i in range(k))
-            maps = tuple(f"state_maps.{i + 1}." for i in range(k))
-            equal = (1 / (k + 1),) * (k + 1)
-            plan.append(Distillation(named("grow", f" {k}"), equal, embeddings + layers + maps))
-    if "feed-forward" in epochs:
-        attention = (".qkv.", ".attention_output.")
-        plan.append(Distillation(named("feed-forward"), mean, everything, except_for=attention))
-    if "heads" in epochs:
-        plan.append(Distillation(named("heads"), mean, everything))
-    if "final" in epochs:
-        final = replace(
-            named("final"),
-            learning_rate=args.learning_rate_for_tune,
-            total_batch_size=args.total_train_batch_size_for_tune,
-            schedule=functools.partial(warm_up_linear_decay, steps=args.warm_up_steps),
+    attention = (".qkv.", ".attention_output.")
+
+    def stage(name: str, part: str = "") -> Stage:
+        return Stage(
+            name=name + part,
+            num_epochs=epochs.get(name, 0.0),
+            learning_rate=args.learning_rate,
+            total_batch_size=args.total_train_batch_size,
+            micro_batch_size=args.per_gpu_train_batch_size,
+            schedule=functools.partial(warm_up, steps=args.warm_up_steps),
+            max_steps=args.max_steps_per_stage,
+            goes_back=True,
         )
-        weights = tuple(weight / sum(growing) for weight in growing)
-        plan.append(Distillation(final, weights, everything))
-    return [replace(part, outputs=part.stage.name in OUTPUTS_IN) for part in plan]
+
+    def layers(k: int) -> tuple[str, ...]:
+        """The first k layers with the maps after them."""
+        return tuple(name for i in range(k) for name in (f"layers.{i}.", f"state_maps.{i + 1}."))
+
+    final = replace(
+        stage("final"),
+        learning_rate=args.learning_rate_for_tune,
+        total_batch_size=args.total_train_batch_size_for_tune,
+        schedule=functools.partial(warm_up_linear_decay, steps=args.warm_up_steps),
+    )
+    grow = [
+        Distillation(stage("grow", f" {k}"), equal_weights(k), embeddings + layers(k))
+        for k in range(1, n + 1)
+    ]
+    plan = [
+        Distillation(stage("embeddings"), equal_weights(0), embeddings),
+        *grow,
+        Distillation(stage("feed-forward"), equal_weights(n), everything, except_for=attention),
+        Distillation(stage("heads"), equal_weights(n), everything),
+        Distillation(final, tuple(weight / sum(growing) for weight in growing), everything),
+    ]
+    return [
+        replace(part, outputs=part.stage.name in OUTPUTS_IN)
+        for part in plan
+        if part.stage.num_epochs
+    ]
 
 
 def number_stages(plan: list[Distillation], examples: int) -> list[Distillation]:
@@ -474,8 +480,7 @@ def measure_importance(
     """Measure the importance of all heads on a sample, if no earlier stage has measured it."""
     run.say(f"measuring the importance of heads on {SAMPLE_WINDOWS} windows")
     num_layers = student.config.num_hidden_layers
-    mean = (1 / (num_layers + 1),) * (num_layers + 1)
-    loss = StateLoss(run, teacher, num_layers, mean)
+    loss = StateLoss(run, teacher, num_layers, equal_weights(num_layers))
     importance.insert(student)
     for batch in task.sample(SAMPLE_WINDOWS):
         with running():

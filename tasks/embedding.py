@@ -21,7 +21,7 @@ from tasks import embedding_loss
 from tasks.hidden_states import OutputLoss
 from tasks.task import Rows, Task
 from tasks.texts import CONTEXT_BLOCK, Encoder, Pairs, Texts, make_pairs, make_texts, once
-from training.passes import Batches, BatchesByLength, LossFunction
+from training.passes import Batches, BatchesByLength, LossFunction, as_tensors
 from training.results import TaskCard
 from training.run import Run
 
@@ -126,11 +126,11 @@ class TextBatches(BatchesByLength):
         )
         arrays = [texts.batch(some) for texts, some in parts if len(some)]
         longest = max(each["input_ids"].shape[1] for each in arrays)
-        merged = {}
-        for name in INPUTS:
-            rows = [np.pad(e[name], ((0, 0), (0, longest - e[name].shape[1]))) for e in arrays]
-            merged[name] = torch.from_numpy(np.concatenate(rows))
-        return merged
+
+        def padded(name: str) -> list[np.ndarray]:
+            return [np.pad(e[name], ((0, 0), (0, longest - e[name].shape[1]))) for e in arrays]
+
+        return as_tensors({name: np.concatenate(padded(name)) for name in INPUTS})
 
 
 class EmbeddingTask(Task):
@@ -290,8 +290,7 @@ class EmbeddingTask(Task):
         }
 
     def card(self, figures: Mapping[str, float]) -> TaskCard:
-        args, counts = self.args, self.counts()
-        dev = os.path.basename(args.squad_dev_data)
+        args, counts, dev = self.args, self.counts(), os.path.basename(self.args.squad_dev_data)
         return TaskCard(
             title="Embeddings of questions and contexts",
             tag="sentence-similarity",

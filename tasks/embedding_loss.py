@@ -20,7 +20,7 @@ from cli import UserError, key_values, one_of, warn
 from squad_utils import INPUTS
 from tasks.hidden_states import state_errors
 from tasks.texts import Encoder, Pairs, split_passes
-from training.passes import BatchesByLength, to_device
+from training.passes import BatchesByLength, as_tensors, to_device
 from training.run import Run
 
 PASS_TEXTS = 16  # texts of similar length per pass on a CPU: mined ones may have any length
@@ -161,9 +161,9 @@ class HardNegatives:
 
     def _distances(self, questions: Tensor) -> Tensor:
         """Distances [Q, candidates], multiplied by alpha^age."""
-        ages = [self.mining.alpha**age for age in range(len(self.kept))]
-        parts = zip(ages, self.kept, strict=True)
-        return torch.cat([all_distances(questions, v) * factor for factor, (_, v) in parts], dim=1)
+        alpha, kept = self.mining.alpha, enumerate(self.kept)
+        parts = [all_distances(questions, v) * alpha**age for age, (_, v) in kept]
+        return torch.cat(parts, dim=1)
 
     def _nearest(
         self, step: int, chosen: np.ndarray, candidates: np.ndarray, distances: Tensor
@@ -212,8 +212,7 @@ class HardNegatives:
         others = np.array([[pairs.answered_by(pair, c) for c in texts] for pair in chosen])
         others[np.arange(count), place[:count]] = False
         arrays = {"excluded": others, "places": place, "uses": np.bincount(place)}
-        tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
-        excluded, places, uses = to_device(tensors, questions.device).values()
+        excluded, places, uses = to_device(as_tensors(arrays), questions.device).values()
         own = places[:count]
         scores = (-all_distances(questions, contexts)).masked_fill(excluded, float("-inf"))
         now: float | Tensor | None = self.cfg.temperature
@@ -236,8 +235,7 @@ class HardNegatives:
     def load_state_dict(self, state: MinedState) -> None:
         self.temperature = state["temperature"]
         self.kept.clear()
-        device = self.run.accelerator.device
-        vectors = [each.to(device) for each in state["vectors"]]
+        vectors = [each.to(self.run.accelerator.device) for each in state["vectors"]]
         self.kept.extend(zip(state["ids"], vectors, strict=True))
 
 
@@ -330,7 +328,7 @@ class PairBatches(BatchesByLength):
         arrays["has_negative"] = (pairs.context[chosen] != negatives).astype(np.float32)
         masks = [array.ravel() for name, array in arrays.items() if name.endswith("_mask")]
         arrays["attention_mask"] = np.concatenate(masks)[None]
-        batch = {name: torch.from_numpy(array) for name, array in arrays.items()}
+        batch = as_tensors(arrays)
         if mined.in_batch is not None:
             ours = torch.tensor([mined.row[int(pair)] for pair in chosen])
             ours = to_device({"rows": ours}, accelerator.device)["rows"]
@@ -393,12 +391,10 @@ class EmbeddingLoss:
         c, n = contexts.index_select(0, batch["place"]).split(count)
         losses = {}
         if self.cfg.triplet_num:
-            losses["triplet"] = F.softplus(row_distance(q, c) - row_distance(q, n))
+            triplet = F.softplus(row_distance(q, c) - row_distance(q, n))
             if self.cfg.triplet_num == 2:
-                losses["triplet"] = losses["triplet"] + F.softplus(
-                    row_distance(q, c) - row_distance(c, n)
-                )
-            losses["triplet"] = losses["triplet"] * batch["has_negative"]
+                triplet = triplet + F.softplus(row_distance(q, c) - row_distance(c, n))
+            losses["triplet"] = triplet * batch["has_negative"]
         if self.cfg.in_batch:
             of_c, of_n = batch["gradient_c"].split(count)
             along = (batch["gradient_q"] * q + of_c * c + of_n * n).sum(dim=1)
@@ -454,9 +450,8 @@ class EmbeddingError:
     ) -> dict[str, Tensor]:
         with torch.no_grad(), self.run.accelerator.autocast():
             target = self.teacher.embed(state, batch["attention_mask"])
-        found = cast(EmbeddingOutput, outputs).embedding
-        error = (found.float() - target.float()).square().mean(dim=1)
-        return {"embedding": self.weight * error}
+        difference = cast(EmbeddingOutput, outputs).embedding.float() - target.float()
+        return {"embedding": self.weight * difference.square().mean(dim=1)}
 
 
 def row_distance(a: Tensor, b: Tensor) -> Tensor:

@@ -13,14 +13,13 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 from torch import Tensor
 
 import squad_utils
 from cli import UserError, tell
 from deploy.search import read_paragraphs
 from squad_utils import SquadData, Tokens, Windows
-from training.passes import Batches
+from training.passes import Batches, as_tensors
 
 TEXT_SHARE = 0.5  # share of the pairs with a plain text, if there are plain texts
 SHARED_WORDS = 13  # words in a row that mark a dev text, as for GPT-3 (Brown et al., 2020, app. C)
@@ -157,9 +156,9 @@ class ExtraBatches(Batches):
         """Each epoch draws `number` windows from the pool."""
         self.windows, self.pool, self.number = windows, pool, number
         self.step_size, self.seed = step_size, seed
-        contexts = windows.contexts.bounds[windows.context_of[windows.question]]
-        rows = (windows.question, contexts + windows.first, windows.length)
-        self.of_file = np.stack(rows, axis=1).astype(np.int32)
+        first = windows.contexts.bounds[windows.context_of[windows.question]] + windows.first
+        rows = np.stack([windows.question, first, windows.length], axis=1)
+        self.of_file = rows.astype(np.int32)
         self._rows = functools.lru_cache(maxsize=1)(self._draw_rows)
 
     def _draw_rows(self, epoch: int) -> np.ndarray:
@@ -192,5 +191,4 @@ class ExtraBatches(Batches):
         for question, first, length in self._chosen(chosen):
             asked = questions.ids[questions.of(question)]
             rows.append((asked, self.pool.ids[first : first + length]))
-        arrays = squad_utils.token_rows(rows, self.windows.special)
-        return {name: torch.from_numpy(array) for name, array in arrays.items()}
+        return as_tensors(squad_utils.token_rows(rows, self.windows.special))

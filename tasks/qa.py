@@ -33,7 +33,7 @@ from tasks.extra_pairs import ExtraBatches, Pool, check_articles, read_texts
 from tasks.hidden_states import OutputLoss, state_errors
 from tasks.squad_scores import Scorer, load_scorer
 from tasks.task import Rows, Task
-from training.passes import Batches, BatchesByLength, LossFunction, to_device
+from training.passes import Batches, BatchesByLength, LossFunction, as_tensors, to_device
 from training.results import TaskCard
 from training.run import Run
 from training.states import write_json
@@ -298,8 +298,7 @@ class QaBatches(BatchesByLength):
     def batch(self, epoch: int, chosen: np.ndarray) -> dict[str, Tensor]:
         """Inputs [B, L], and `targets` [B, 2]: positions of the answer's first and last token."""
         arrays = squad_utils.make_batch(self.windows, chosen)
-        arrays["targets"] = self._targets(epoch)[chosen]
-        return {name: torch.from_numpy(array) for name, array in arrays.items()}
+        return as_tensors({**arrays, "targets": self._targets(epoch)[chosen]})
 
 
 # ------------------------------------------------------------------------------------------------
@@ -365,10 +364,8 @@ class QaLoss:
         if self.teacher is not None:
             with torch.no_grad(), self.run.accelerator.autocast():
                 taught = forward(self.teacher, batch, hidden_states=True)
-            teacher_log_probs = log_probabilities(taught, mask)
-            losses["distillation"] = self.kd_weight * soft_cross_entropy(
-                log_probs, teacher_log_probs
-            )
+            distillation = soft_cross_entropy(log_probs, log_probabilities(taught, mask))
+            losses["distillation"] = self.kd_weight * distillation
             states = outputs.hidden_states
             if self.state_maps is not None:
                 with self.run.accelerator.autocast():
@@ -465,8 +462,7 @@ class QaEvaluation:
         model.eval()
         for chosen in batches[accelerator.process_index :: accelerator.num_processes]:
             self.run.stop_if_asked()
-            arrays = squad_utils.make_batch(self.windows, chosen)
-            batch = {name: torch.from_numpy(array) for name, array in arrays.items()}
+            batch = as_tensors(squad_utils.make_batch(self.windows, chosen))
             cast = contextlib.nullcontext() if fp32 else accelerator.autocast()
             with torch.inference_mode(), cast:
                 outputs = forward(model, to_device(batch, accelerator.device))

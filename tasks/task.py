@@ -15,7 +15,6 @@ from dataclasses import asdict, dataclass
 from typing import ClassVar
 
 import numpy as np
-import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
@@ -26,7 +25,7 @@ from deploy.onnx_check import Check
 from squad_utils import SquadData, load_squad
 from tasks.hidden_states import OutputLoss
 from training.fine_tuning import FineTunable
-from training.passes import Batches, LossFunction
+from training.passes import Batches, LossFunction, as_tensors
 from training.results import TaskCard
 from training.run import Run
 from training.stage import Evaluation
@@ -175,8 +174,7 @@ class Task(ABC):
         rows = self.train_rows
         order = np.random.default_rng([self.args.seed, 3]).permutation(len(rows.lengths))
         for row in order[:count]:
-            arrays = rows.batch(row[None], self.args.max_seq_length_c)
-            yield {name: torch.from_numpy(arrays[name]) for name in onnx_file.INPUTS}
+            yield as_tensors(rows.batch(row[None], self.args.max_seq_length_c))
 
     # -- evaluation
 
@@ -216,8 +214,8 @@ class Task(ABC):
         self, tokenizer: PreTrainedTokenizerFast, figures: Mapping[str, float]
     ) -> None:
         """Write `reader_settings`, and the ids of the special tokens, to reader.json."""
-        settings = self.reader_settings(figures)
-        entries = {**settings, "special_ids": asdict(special_ids(tokenizer))}
+        ids = asdict(special_ids(tokenizer))
+        entries = {**self.reader_settings(figures), "special_ids": ids}
         write_json(os.path.join(self.args.output_dir, "reader.json"), entries)
 
     def export(self) -> Check:

@@ -19,7 +19,7 @@ from bert.embedding import Embedding
 from bert.model_folder import special_ids
 from cli import warn
 from squad_utils import SpecialIds, SquadData, Tokens
-from training.passes import to_device
+from training.passes import as_tensors, to_device
 from training.run import Run
 
 CONTEXT_BLOCK = 65536  # vectors that are added or compared at once
@@ -243,8 +243,7 @@ class Encoder:
             if self.may_stop:
                 self.run.stop_if_asked()
             arrays = {**texts.batch(chosen[order[places]]), "rows": order[places]}
-            batch = {name: torch.from_numpy(array) for name, array in arrays.items()}
-            batch = to_device(batch, accelerator.device)
+            batch = to_device(as_tensors(arrays), accelerator.device)
             rows = batch.pop("rows")
             with contextlib.nullcontext() if self.fp32 else accelerator.autocast():
                 embedding = model(**batch).embedding

@@ -347,8 +347,8 @@ def check_nncf_config(path: str, student: OpenedModel, auto_class: AutoClass) ->
     if config.without_effect:
         warn(f"--nncf_config: {path}: keys without effect: {', '.join(config.without_effect)}")
     if not student.quantized:
-        model = load_model(student, auto_class, quiet=True)
-        check_scope(config, fuse_attention(model, separate_products=True).eval())
+        model = fuse_attention(load_model(student, auto_class, quiet=True), separate_products=True)
+        check_scope(config, model.eval())
         _try_settings(config)
     return config
 

@@ -165,8 +165,7 @@ class StepGradient:
         if not len(mine):
             return []
         # All rows of a pass are padded to the longest.
-        longest = squad_utils.padded(int(self.batches.tokens(mine).max()))
-        rows = max(1, self.pass_tokens // longest)
+        rows = self.pass_tokens // squad_utils.padded(int(self.batches.tokens(mine).max())) or 1
         return np.array_split(mine, -(-len(mine) // rows))
 
     def _share_of_step(self, epoch: int, chosen: np.ndarray) -> Tensor:
@@ -274,6 +273,11 @@ def make_gradients(parameters: list[nn.Parameter]) -> None:
 def drops(model: nn.Module) -> bool:
     """Whether a model has active dropout: a graph would not draw the same random numbers."""
     return any(isinstance(module, nn.Dropout) and module.p > 0 for module in model.modules())
+
+
+def as_tensors(arrays: dict[str, np.ndarray]) -> dict[str, Tensor]:
+    """The arrays of a batch as tensors."""
+    return {name: torch.from_numpy(array) for name, array in arrays.items()}
 
 
 def to_device(batch: dict[str, Tensor], device: torch.device) -> dict[str, Tensor]:

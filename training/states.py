@@ -124,8 +124,7 @@ class States:
         """Load the best weights, if any, into the model, and print their stage and step."""
         self.accelerator.wait_for_everyone()
         if best := self.best():
-            path = os.path.join(self.folder, BEST, "weights.safetensors")
-            model.load_state_dict(load_file(path))
+            model.load_state_dict(load_file(os.path.join(self.folder, BEST, "weights.safetensors")))
             self.say(f"kept: {best['stage']}, step {best['step']}, the best on dev")
 
     def _states(self) -> list[str]:
