@@ -1,8 +1,8 @@
-"""Packing: a teacher becomes a student that `bert.packed` describes.
+"""Packing: make a student (`bert.packed`) of a teacher, and prune its heads.
 
-The student's weights are fitted to the teacher's hidden states, its least important heads are
-pruned, and its sizes are counted. `import bert_pack` lets the library's Auto classes load packed
-models and embedding models.
+The student's weights are fitted to the teacher's hidden states. Training then finds its least
+important heads, which are removed. `import bert_pack` also lets the library's Auto classes load
+packed models and embedding models.
 
     pack(teacher, cfg, sample) -> student    training -> prune_heads -> training -> merge
 """
@@ -47,16 +47,16 @@ from cli import UserError, key_values, number, one_of
 
 @dataclass(frozen=True)
 class PackCfg:
-    """What --pack_cfg says, checked by itself; `check_pack_cfg` checks it against a teacher.
+    """The values of --pack_cfg; `check_pack_cfg` checks them against a teacher.
 
     Attributes:
-        num_hidden_layers: n; layer i is packed from the teacher's layer N (i + 1) / n - 1.
-        ff_iter_num: h x h layers in place of the feed-forward, with the activation between them;
-            0 keeps the teacher's two layers and the width between them.
-        num_attention_heads: heads of a layer, of the teacher's head size.
+        num_hidden_layers: n; layer i is made of the teacher's layer N (i + 1) / n - 1.
+        ff_iter_num: number of h x h layers that replace the feed-forward, with the activation
+            between them; 0 keeps the teacher's two layers and the width between them.
+        num_attention_heads: heads per layer, of the teacher's head size.
         hidden_size: h.
-        pack_emb: 1: embedding tables are mapped to h each, and merge to h-wide tables; 0: they
-            stay H wide, and one map feeds the encoder.
+        pack_emb: 1 maps each embedding table to h, and merging makes h-wide tables; 0 keeps the
+            tables H wide, and one map feeds the encoder.
         hidden_act: "orig" for the teacher's, or an activation of the Transformers library.
     """
 
@@ -87,10 +87,10 @@ PACK_KINDS: dict[str, Callable[[str], Any]] = {
 
 
 def parse_pack_cfg(text: str) -> PackCfg:
-    """The value of --pack_cfg; a key that is left out keeps its default.
+    """Parse --pack_cfg; an omitted key keeps its default.
 
     Raises:
-        UserError: as `cli.key_values`; a hidden size that the heads do not divide.
+        UserError: as `cli.key_values`; or the heads do not divide the hidden size.
     """
     cfg = PackCfg(**key_values(text, "--pack_cfg", PACK_KINDS))
     heads, size = cfg.num_attention_heads, cfg.hidden_size
@@ -104,10 +104,10 @@ def parse_pack_cfg(text: str) -> PackCfg:
 
 
 def check_pack_cfg(cfg: PackCfg, teacher: PreTrainedConfig) -> None:
-    """Check that a BERT of configuration `teacher` can be packed so.
+    """Check that a BERT with the configuration `teacher` can be packed by `cfg`.
 
     Raises:
-        UserError: more layers or heads, or a larger hidden size, than the teacher has.
+        UserError: `cfg` asks for more layers, more heads or a larger hidden size than it has.
     """
     for key in ("num_hidden_layers", "num_attention_heads", "hidden_size"):
         if getattr(cfg, key) > getattr(teacher, key):
@@ -118,7 +118,7 @@ def check_pack_cfg(cfg: PackCfg, teacher: PreTrainedConfig) -> None:
 
 
 def packed_config(teacher: PreTrainedConfig, cfg: PackCfg) -> PackedBertConfig:
-    """The configuration of a student of `teacher` packed by `cfg`, all heads still there."""
+    """The configuration of a student of `teacher`, packed by `cfg`, with all of its heads."""
     return PackedBertConfig(
         vocab_size=teacher.vocab_size,
         max_position_embeddings=teacher.max_position_embeddings,
@@ -142,12 +142,12 @@ def packed_config(teacher: PreTrainedConfig, cfg: PackCfg) -> PackedBertConfig:
 # ------------------------------------------------------------------------------------------------
 # Packing
 
-FIT_STEPS = 500  # of a short regression, ...
-FIT_TOKENS = 1024  # ... each of so many tokens of the sample
-FIT_RATE = 2e-3
-RIDGE = 1e-4  # of least squares, times the mean variance of what is mapped
+FIT_STEPS = 500  # steps of a short regression
+FIT_TOKENS = 1024  # tokens of the sample per step
+FIT_RATE = 2e-3  # its learning rate at the first step
+RIDGE = 1e-4  # ridge of least squares, times the mean variance of the inputs
 
-# The packed model of each BERT that can be packed.
+# From each BERT that can be packed to its packed model.
 PACKED: dict[type[PreTrainedModel], type[PackedBertPreTrainedModel]] = {
     BertForQuestionAnswering: PackedBertForQuestionAnswering,
     BertForEmbedding: PackedBertForEmbedding,
@@ -166,19 +166,19 @@ def pack(
     start: str = "teacher",
     bf16: bool = False,
 ) -> PreTrainedModel:
-    """A student of `teacher`, with all of the teacher's heads, in eval mode.
+    """Make a student of `teacher` with all of the teacher's attention heads, in eval mode.
 
-    Tables and head are the teacher's; the packed weights and the maps are what `start` makes them.
+    The student copies the teacher's tables and output head. `start` sets all other weights.
 
     Args:
         teacher: a fine-tuned BERT in FP32.
-        batches: a sample to fit to, inputs [B, L] on the teacher's device.
-        report: called with a layer's number and how many there are, before it is fitted.
+        batches: the sample to fit to, inputs [B, L] on the teacher's device.
+        report: called with a layer's number and the number of layers, before the layer is fitted.
         start: a name in STARTS.
         bf16: let models compute in bfloat16; sums over the sample stay in FP32.
     """
     student = PACKED[type(teacher)](packed_config(teacher.config, cfg))
-    # The library's own `to` is not typed so that it can be called.
+    # mypy cannot call the library's own `to`.
     student = nn.Module.to(student, teacher.device).eval()
     student.copy_head(teacher)
     embeddings = cast(PackedBertModel, student.base_model).embeddings
@@ -197,18 +197,18 @@ def fit_to_teacher(
     report: Report,
     bf16: bool,
 ) -> None:
-    """Fit weights and maps to the teacher's hidden states on a sample; arguments as `pack`'s.
+    """Fit weights and maps to the teacher's hidden states on a sample; arguments as in `pack`.
 
-    From the embeddings up, each layer is fitted on what the packed layers below it really give:
+    Layers are fitted from the embeddings up, each to the real outputs of the packed layers below:
 
-    - The maps begin as projections onto principal directions of the teacher's states, P [H, h],
-      and the packed weights as the teacher's between such projections.
-    - Least squares then make up for what P leaves out and for the layers that are skipped.
-    - Stacked feed-forward layers are like nothing in the teacher. A short regression on the
-      sample's tokens finds them, and another refines the maps of the embeddings.
+    - Maps start as projections onto principal directions of the teacher's states, P [H, h]. Packed
+      weights start as the teacher's weights between such projections.
+    - Least squares then compensate for the directions that P lacks, and for skipped layers.
+    - Stacked feed-forward layers have no counterpart in the teacher. A short regression on the
+      sample's tokens trains them; another one refines the maps of the embeddings.
 
-    At full width P is the identity, and with the teacher's feed-forward (ff_iter_num 0) and all
-    its layers the student's states are the teacher's.
+    At full width P is the identity. If the student also keeps the teacher's feed-forward
+    (ff_iter_num 0) and all layers, its states equal the teacher's.
     """
     bert = cast(BertModel, teacher.base_model)
     packed = cast(PackedBertModel, student.base_model)
@@ -235,12 +235,12 @@ def fit_to_teacher(
 Start = Callable[[PreTrainedModel, PreTrainedModel, Iterable[Batch], Report, bool], None]
 STARTS: dict[str, Start] = {
     "teacher": fit_to_teacher,
-    "random": lambda *_: None,  # as the student was made: normal, of deviation 0.02
+    "random": lambda *_: None,  # the library's initial weights: normal, deviation 0.02
 }
 
 
 class Sample:
-    """The tokens of some batches side by side, [T, ...], padding left out."""
+    """The T tokens of some batches in a row, without padding."""
 
     def __init__(self, batches: Sequence[Batch], autocast: Callable[[], Any]) -> None:
         self.autocast = autocast
@@ -251,11 +251,11 @@ class Sample:
         }
 
     def embed(self, embeddings: nn.Module) -> Tensor:
-        """[T, width]: what a model's embeddings give."""
+        """The outputs [T, width] of a model's embeddings."""
         return embeddings(**{name: ids[None] for name, ids in self.inputs.items()})[0]
 
     def attend(self, layer: Callable[[Tensor, Tensor], Any], tokens: Tensor) -> Tensor:
-        """What `layer(states [B, L, width], mask)` gives for the states `tokens`, [T, ...]."""
+        """Run `layer(states [B, L, width], mask)` on the states `tokens`, [T, width]."""
         results, begin = [], 0
         for mask in self.masks:
             states = tokens.new_zeros(*mask.shape, tokens.shape[1])
@@ -272,10 +272,11 @@ class Sample:
 def principal_directions(bert: BertModel, sample: Sample, width: int) -> Tensor:
     """Orthonormal directions P [H, h] that keep most of the teacher's hidden states.
 
-    The principal directions of all its states together, each state's second moments scaled to
-    trace 1. Not centred: LayerNorm divides by a norm that the mean is a part of. A LayerNorm also
-    takes away the direction (1, ..., 1); a reflection gives it the place of the last of the
-    principal directions, so that this costs least. At full width P is the identity.
+    They are the principal directions of all states together, with the second moments of each state
+    scaled to trace 1. The states are not centred, because LayerNorm divides by a norm that contains
+    the mean. LayerNorm also removes the direction (1, ..., 1). A reflection therefore turns the
+    last principal direction, whose loss costs least, into this direction. At full width P is the
+    identity.
     """
     full = bert.config.hidden_size
     device = sample.inputs["input_ids"].device
@@ -297,13 +298,12 @@ def principal_directions(bert: BertModel, sample: Sample, width: int) -> Tensor:
 def least_squares(
     inputs: Tensor, outputs: Tensor, prior: Tensor, origin: Tensor | float = 0.0
 ) -> tuple[Tensor, Tensor]:
-    """Weight W and bias b of outputs ~ W inputs + b, ridge regression towards `prior`.
+    """Weight W and bias b of outputs ~ W inputs + b, by ridge regression towards `prior`.
 
     Args:
         inputs: [T, I].
         outputs: [T, O].
-        prior: [O, I], which W is where the inputs tell nothing, and exactly where it leaves no
-            error.
+        prior: [O, I]; W equals it in directions without inputs, and exactly if it has no error.
         origin: [O], the prior's bias.
     """
     prior = prior.double()
@@ -335,7 +335,7 @@ def _fit_norm(norm: nn.LayerNorm, inputs: Tensor, outputs: Tensor) -> None:
 
 
 class Regression:
-    """A short training of some modules on tokens of the sample, the same for each call."""
+    """Trains some modules for a short time on tokens of the sample."""
 
     def __init__(self, autocast: Callable[[], Any]) -> None:
         self.generator, self.autocast = torch.Generator().manual_seed(0), autocast
@@ -343,7 +343,11 @@ class Regression:
     def __call__(
         self, function: Callable[[Tensor], Tensor], modules: Sequence[nn.Module], targets: Tensor
     ) -> None:
-        """Train `modules` so that function(indices of tokens) is near their targets [T, H]."""
+        """Train `modules` so that function(indices of tokens) approaches targets[indices].
+
+        Args:
+            targets: [T, H].
+        """
         trained = [p for module in modules for p in module.parameters()]
         optimizer = torch.optim.AdamW(trained, weight_decay=0.0, fused=True)
         for step in range(FIT_STEPS):
@@ -363,7 +367,7 @@ class Regression:
 
 @dataclass(frozen=True)
 class Fit:
-    """What a student is fitted with.
+    """The sample, directions and regression with which all layers of a student are fitted.
 
     Attributes:
         directions: P, float64 [H, h].
@@ -375,12 +379,12 @@ class Fit:
 
 
 def _state_map(packed: PackedBertModel, i: int) -> nn.Linear:
-    """The map of state i of a student that is not merged."""
+    """The map of state i of an unmerged student."""
     return cast(nn.Linear, cast(nn.ModuleList, packed.state_maps)[i])
 
 
 def _fit_embeddings(packed: PackedBertModel, fit: Fit, target: Tensor) -> Tensor:
-    """Fit the embeddings and the map of state 0 to the teacher's, `target` [T, H].
+    """Fit the embeddings and the map of state 0 to the teacher's state 0, `target` [T, H].
 
     Returns:
         the packed state 0, [T, h].
@@ -421,14 +425,14 @@ def _fit_layer(
     state: Tensor,
     target: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    """Fit a layer and the map behind it to the teacher's layer `original`.
+    """Fit a layer and the map after it to the teacher's layer `original`.
 
     Args:
-        state: packed state before the layer, [T, h].
-        target: the teacher's before `original`, [T, H].
+        state: the packed state before the layer, [T, h].
+        target: the teacher's state before `original`, [T, H].
 
     Returns:
-        both after it.
+        both states after the layer.
     """
     up, down = fit.directions, fit.directions.T  # h to H and H to h
     with torch.no_grad():
@@ -459,16 +463,15 @@ def _fit_layer(
 def _fit_attention(
     layer: PackedLayer, original: BertLayer, fit: Fit, state: Tensor, target: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Fit the attention of a layer; arguments and results as `_fit_layer`'s, the latter as they
-    are between attention and feed-forward."""
+    """Fit a layer's attention; as `_fit_layer`, but it returns the states after attention."""
     up, down = fit.directions, fit.directions.T
     narrow, attention = up.to(state.dtype), original.attention
-    # Query, key and value of the teacher's state as it can be told from the packed one.
+    # Query, key and value of the teacher's state, as least squares predict it from the packed one.
     weight, bias = least_squares(state, target, up)
     parts = (attention.self.query, attention.self.key, attention.self.value)
     qkv = torch.cat([part.weight for part in parts]).double()
     _set(layer.qkv, qkv @ weight, qkv @ bias + torch.cat([part.bias for part in parts]))
-    # What attention adds: the teacher's sum before LayerNorm, less the state it is added to.
+    # Attention should add the teacher's sum before LayerNorm, less the packed state.
     output = attention.output.dense
     target_sum = target + output(fit.sample.attend(attention.self, target))
     target = attention.output.LayerNorm(target_sum)
@@ -484,7 +487,12 @@ def _fit_attention(
 def _start_stacked(
     layer: PackedLayer, state: Tensor, added: Tensor, generator: torch.Generator
 ) -> None:
-    """Begin stacked feed-forward layers: random (He et al., 2015), the last by least squares."""
+    """Initialise stacked feed-forward layers: random (He et al., 2015), the last by least squares.
+
+    Args:
+        state: [T, h], the input.
+        added: [T, h], the output that least squares approach.
+    """
     *random, last = layer.linears
     inner = state
     for linear in random:
@@ -502,9 +510,9 @@ def _start_stacked(
 def size_of(
     make: Callable[[PreTrainedConfig], PreTrainedModel], config: PreTrainedConfig, length: int
 ) -> tuple[int, float]:
-    """Parameters, and 1e9 operations (2 x multiply-adds) at 1 x `length` tokens.
+    """Number of parameters, and 1e9 operations (2 x multiply-adds) at 1 x `length` tokens.
 
-    Counted on the meta device: no weights are made and nothing is computed.
+    They are counted on the meta device, without weights or computation.
     """
     config = copy.deepcopy(config)
     config._attn_implementation = "eager"
@@ -521,15 +529,15 @@ def size_of(
 
 
 class HeadImportance:
-    """Running mean of |d loss / d gate|, of a gate of 1 on each head's output.
+    """Running mean of |d loss / d gate|, for a gate of 1 on the output of each head.
 
     Michel et al., 2019, "Are Sixteen Heads Really Better than One?", eq. 2, with the gradient of
-    an optimisation step's mean loss. `insert` puts the gates into the model, `remove` takes them
-    out. Saved and restored with a run's state.
+    an optimisation step's mean loss. `insert` adds the gates to a model, `remove` removes them. The
+    mean is saved and restored with a run's state.
 
     Attributes:
         mean: float64 [layers, heads].
-        steps: that the mean is over.
+        steps: the number of steps in the mean.
     """
 
     def __init__(self, student: PreTrainedModel, device: torch.device) -> None:
@@ -539,14 +547,14 @@ class HeadImportance:
         self._hooks: list[Any] = []
 
     def insert(self, student: PreTrainedModel) -> None:
-        """Put the gates on the heads of a model."""
+        """Add the gates to the heads of a model."""
         self._hooks = [
             layer.attention_output.register_forward_pre_hook(functools.partial(self._gate, i))
             for i, layer in enumerate(cast(PackedBertModel, student.base_model).packed_layers)
         ]
 
     def remove(self) -> None:
-        """Take the gates out of the model."""
+        """Remove the gates from the model."""
         for hook in self._hooks:
             hook.remove()
 
@@ -556,7 +564,7 @@ class HeadImportance:
         return ((heads * self.gates[i, :, None].to(context.dtype)).flatten(-2),)
 
     def update(self, accelerator: Accelerator) -> None:
-        """Count the gradient that a step's backward passes have left in the gates."""
+        """Add the gradient that a step's backward passes left in the gates to the mean."""
         own = self.gates.grad
         assert own is not None  # a backward pass has left it
         gradient = accelerator.reduce(own, reduction="sum").double().abs()
@@ -564,7 +572,7 @@ class HeadImportance:
             gradient = gradient / accelerator.scaler.scale(torch.ones_like(gradient))
         own.zero_()
         self.steps += 1
-        # On the device, without a wait; what is not finite does not count.
+        # On the device, without a wait; a gradient that is not finite does not count.
         step = (gradient - self.mean) / self.steps
         self.mean += torch.where(gradient.isfinite().all(), step, torch.zeros_like(step))
 
@@ -581,7 +589,7 @@ class HeadImportance:
 
 @torch.no_grad()
 def prune_heads(student: PreTrainedModel, kept: Tensor) -> PreTrainedModel:
-    """A student with only some of its heads.
+    """The student with only some of its heads.
 
     Args:
         kept: indices of the heads that stay, [layers, new number of heads].

@@ -1,7 +1,7 @@
 """Fine-tune a BERT for extractive QA on SQuAD and export it to ONNX; or quantize it to INT8.
 
-The output folder gets the PyTorch checkpoint, model.onnx beside it, and what happened: metrics,
-predictions, curves. The same command again goes on where it was stopped.
+The output folder gets the PyTorch checkpoint, its model.onnx, metrics, predictions and curves. The
+same command again continues a stopped run.
 """
 
 from __future__ import annotations
@@ -10,8 +10,7 @@ import argparse
 import functools
 import signal
 
-signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends the seconds of imports without a word
-
+signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends the imports silently
 
 from cli import ArgumentParser, run_main
 from tasks import TASKS, QaTask
@@ -32,8 +31,8 @@ def parse_arguments() -> argparse.Namespace:
     fine_tuning.add_fine_tuning_arguments(parser, teacher="QA model")
     parser.group(TRAINING).add_argument(
         "--kd_weight", type=not_negative, default=1.0, metavar="WEIGHT",
-        help="weight of the cross-entropy with the teacher's distributions of start and"
-        " end")  # fmt: skip
+        help="weight of the cross-entropy between the teacher's and the student's distributions"
+        " of start and end")  # fmt: skip
     add_data_arguments(parser, max_seq_length_q=64)
     add_run_arguments(parser)
     return parser.parse_args()
@@ -41,18 +40,26 @@ def parse_arguments() -> argparse.Namespace:
 
 def main() -> None:
     args = parse_arguments()
+
+    # Check: find a user's mistakes before anything takes long.
     job = fine_tuning.check(args, QaTask, TASKS)
-    if job is None:  # the output folder has its results
+    if job is None:  # the output folder has the results
         return
+
+    # Load student and teacher; prepare the student: with --nncf_config, insert quantizers.
     run, student, teacher = fine_tuning.load(job)
     student = fine_tuning.add_quantizers(job, run, student)
+
+    # Train stage by stage by the losses of tasks.qa.QaLoss.
     guide = None if teacher is None else in_half(teacher, run.accelerator)
     loss, batches = job.task.fine_tuning(run, guide, job.student.state_maps)
-    # What INT8 arithmetic gives is that of FP32 with rounding, not that of bf16.
+    # INT8 arithmetic is FP32 with rounding, so a quantized model is not evaluated in bf16.
     evaluation = functools.partial(job.task.evaluation, fp32=job.quantized)
     for stage in fine_tuning.stages_to_go(job, run):
         fine_tuning.select_trained(student, stage, args.freeze_list)
-        train(run, student, stage, batches, loss, evaluation, keep=job.best_by)
+        train(run, student, stage, batches, loss, evaluation)
+
+    # Keep the best weights on dev, or the last; save, evaluate and export them.
     if job.best_by:
         run.states.load_best(student)
     fine_tuning.deliver(job, run, student, teacher)

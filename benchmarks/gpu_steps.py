@@ -34,7 +34,7 @@ from bert import attention
 from bert.attention import fuse_attention
 from bert.embedding import BertForEmbedding
 from int8 import calibration, settings
-from tasks.embedding_loss import EmbeddingLoss, HardNegatives, PairBatches, parse_loss_cfg
+from tasks.embedding_loss import EmbeddingLoss, HardNegatives, Mining, PairBatches, parse_loss_cfg
 from tasks.hidden_states import StateLoss
 from tasks.qa import QaLoss
 from tasks.texts import Pairs, Texts
@@ -268,7 +268,7 @@ def measure_embeddings(bench: Bench) -> dict[str, Any]:
         model = fuse_attention(bench.make(BertForEmbedding, bench.config()))
         freeze(model, "embeddings")
         with timing_run(bench.precision, bench.device == "cpu") as run:
-            mining = HardNegatives(run, pairs, sizes.mined, 8, 32, 1.0, 0, cfg)
+            mining = HardNegatives(run, pairs, Mining(sizes.mined, 8, 32, 1.0), 0, cfg)
             batches = PairBatches(pairs, mining, count, 0)
             loss = EmbeddingLoss(run, teacher, cfg, 0.02)
             found = timed(bench, run, model, batches, loss, count, 2)

@@ -93,7 +93,7 @@ def main() -> None:
         accelerator = make_accelerator(args.precision, args.no_cuda, args.seed)
         teacher = load_teacher(opened, task.auto_class, accelerator.device)
         task.tokenize(opened.tokenizer)
-        run = Run(accelerator, folder, {}, "new", args.save_minutes, args.log_steps, "none")
+        run = Run(accelerator, args, {}, "new")
         evaluation = task.make_evaluation(run)
         sample = list(task.sample(SAMPLE_WINDOWS))
         sample = [{k: v.to(accelerator.device) for k, v in batch.items()} for batch in sample]

@@ -1,4 +1,4 @@
-"""Attention at the rate of its matrix products, for the library's BERT and for the packed one."""
+"""Attention as fast as its matrix products, for the library's BERT and the packed BERT."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from transformers.models.bert.modeling_bert import BertCrossAttention, BertLayer
 try:
     from torch.nn.attention.varlen import varlen_attn  # since torch 2.10
 except ImportError:
-    varlen_attn = None  # type: ignore[assignment]  # in the place of a function
+    varlen_attn = None  # type: ignore[assignment]  # replaces a function
 
 
 def attend(
@@ -27,20 +27,20 @@ def attend(
 ) -> Tensor:
     """Scaled-dot-product attention (Vaswani et al., 2017, eq. 1).
 
-    It is torch's fused kernel, except in three cases:
-    - On a CPU with gradients it is two batched products and a softmax. Forward and backward then
+    It runs torch's fused kernel, except in three cases:
+    - On a CPU with gradients it runs two batched products and a softmax. Forward and backward then
       take half the time of the fused kernel, whose backward pass recomputes. Without gradients the
-      fused kernel takes half the time.
-    - In a graph that is exported it is the same products: the pattern that OpenVINO fuses.
-    - On a GPU in half precision it is the flash kernel for texts of different lengths, which takes
-      no mask.
+      fused kernel takes half the time of the products.
+    - An exported graph has the same products, since OpenVINO fuses this pattern.
+    - On a GPU in half precision it runs the flash kernel for texts of different lengths, which
+      takes no mask.
 
     Args:
-        parts: query, key and value, [B, L, A] each, of `heads` heads.
-        mask: [B, 1, 1 or L, L]; bool, True for tokens and False for padding (all rows alike), or
-            a float that is added to the scores; or None. Or int32 [1, 1, 1, 2 B + 1]: `segments`.
+        parts: query, key and value, [B, L, A] each, with `heads` heads side by side.
+        mask: None; or [B, 1, 1 or L, L], either bool, True for tokens and False for padding (all
+            rows alike), or float, added to the scores; or int32 [1, 1, 1, 2 B + 1], `segments`.
         dropout: probability with which a weight is dropped.
-        separate_products: two products on a GPU too, for the quantizers of their inputs.
+        separate_products: run two products on a GPU too, whose inputs have quantizers.
 
     Returns:
         [B, L, A].
@@ -58,17 +58,17 @@ def attend(
     on_cpu = query.device.type == "cpu"
     if separate_products or (on_cpu and (torch.is_grad_enabled() or torch.jit.is_tracing())):
         scores = torch.matmul(query * head_size**-0.5, key.transpose(2, 3))
-        # Always one multiplication, one addition, two products, whatever the mask is: quantizers
-        # know an operation by its place among those of its kind.
+        # Any mask gives one multiplication, one addition and two products: quantizers know an
+        # operation by its place among operations of its kind.
         if mask is None:
             mask = scores.new_zeros(1)
         elif mask.dtype == torch.bool:
-            # Added, not filled in: an addition costs the backward pass nothing.
+            # Added, not filled in: the backward pass of an addition costs nothing.
             lowest = torch.finfo(scores.dtype).min
             mask = scores.new_zeros(1).masked_fill(~mask[:, :, :1], lowest)
         scores = scores + mask.to(scores.dtype)
         weights = torch.softmax(scores, dim=-1, dtype=scores.dtype)
-        if dropout:  # an exported graph must not have one, not even of probability 0
+        if dropout:  # an exported graph must have no dropout, not even with probability 0
             weights = F.dropout(weights, dropout)
         context = torch.matmul(weights, value)
     else:
@@ -81,17 +81,17 @@ def attend(
 
 
 def segments(attention_mask: Tensor) -> Tensor:
-    """A mask as the flash kernel takes it: where the tokens, and then the padding, of each row end.
+    """The mask for the flash kernel: the ends of the tokens and of the padding of each row.
 
-    Padding attends to padding alone and no token to it, so that nothing need be taken out of the
-    batch and put back.
+    Padding becomes a text of its own: it attends only to itself, and no token attends to it. So
+    the batch keeps its padding.
 
     Args:
         attention_mask: [B, L], 1 for tokens and then 0 for padding.
 
     Returns:
-        int32 [1, 1, 1, 2 B + 1], of the rows one behind the other, with a 0 in front. It has the
-        four dimensions of a mask that the library passes on as it is.
+        int32 [1, 1, 1, 2 B + 1]: a 0, then the ends, with all rows in sequence. The library passes
+        on a mask with four dimensions as it is.
     """
     rows, length = attention_mask.shape
     begins = torch.arange(rows, device=attention_mask.device, dtype=torch.int32) * length
@@ -107,10 +107,11 @@ def has_flash() -> bool:
 
 
 def mask_for(attention_mask: Tensor, head_size: int, masked: bool = False) -> Tensor:
-    """[B, L], 1 for tokens and 0 for padding, as `attend` takes it; without a wait for a GPU.
+    """Convert a mask, 1 for tokens and 0 for padding, for `attend`, without waiting for a GPU.
 
     Args:
-        masked: whether the flash kernel will not do: there are quantizers, or dropout.
+        attention_mask: [B, L].
+        masked: rule out the flash kernel, because of quantizers or dropout.
     """
     half = attention_mask.is_cuda and torch.is_autocast_enabled("cuda")
     if half and not masked and head_size % 8 == 0 and has_flash():
@@ -119,15 +120,17 @@ def mask_for(attention_mask: Tensor, head_size: int, masked: bool = False) -> Te
 
 
 def bert_layers(bert: BertModel) -> list[BertLayer]:
-    """The layers of the library's encoder, with their type, which a ModuleList does not have."""
+    """The layers of the library's encoder, with their type, which a ModuleList hides."""
     return cast("list[BertLayer]", list(bert.encoder.layer))
 
 
 def _give_mask(
     bert: BertModel, args: tuple[object, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[object, ...], dict[str, Any]] | None:
-    """Before a BERT's forward on a GPU, take the place of the library's mask: making that waits
-    for the GPU, and having it rules the flash kernel out."""
+    """Hook before a BERT's forward on a GPU: replace the library's mask.
+
+    Making the library's mask waits for the GPU, and using it rules out the flash kernel.
+    """
     mask = kwargs.get("attention_mask")
     if mask is None or mask.dim() != 2 or mask.device.type == "cpu":
         return None
@@ -140,9 +143,9 @@ def _give_mask(
 class FusedSelfAttention(nn.Module):
     """BERT's self-attention with one matrix product for query, key and value, or with three.
 
-    Takes the place of the library's module and holds its parameters under the same names, so a
-    state dict does not change. Three products of a small hidden size run at half the rate of one
-    three times as wide; but quantizers need the three, whose weights are parameters.
+    It replaces the library's module and holds its parameters under the same names, so a state dict
+    does not change. With a small hidden size, three products run at half the rate of one that is
+    three times as wide. Quantizers need three, whose weights are parameters.
     """
 
     def __init__(
@@ -158,7 +161,7 @@ class FusedSelfAttention(nn.Module):
     def forward(
         self, hidden_states: Tensor, attention_mask: Tensor | None = None, **_: Any
     ) -> tuple[Tensor, None]:
-        """hidden_states [B, L, H]; attention_mask as in `attend`. Returns [B, L, H]."""
+        """hidden_states [B, L, H] to [B, L, H]; attention_mask as in `attend`."""
         parts = (self.query, self.key, self.value)
         if self.separate_products:
             qkv = tuple(part(hidden_states) for part in parts)
@@ -171,22 +174,22 @@ class FusedSelfAttention(nn.Module):
 
 
 def fuse_attention(model: PreTrainedModel, separate_products: bool = False) -> PreTrainedModel:
-    """Make a BERT's attention fast, and return it; a packed BERT's is so already.
+    """Make a BERT's attention fast, and return the BERT; a packed BERT's attention already is.
 
     Args:
-        separate_products: one operation for each product, as quantizers need them.
+        separate_products: run each product as its own operation, as quantizers need it.
     """
     encoder = model.base_model
     if model.config.model_type == "bert":
         encoder = cast(BertModel, encoder)
-        model.set_attn_implementation("sdpa")  # whose masks are bool, True for what is seen
+        model.set_attn_implementation("sdpa")  # its masks are bool, True for tokens
         if not isinstance(bert_layers(encoder)[0].attention.self, FusedSelfAttention):
             encoder.register_forward_pre_hook(_give_mask, with_kwargs=True)
             for layer in bert_layers(encoder):
                 fused = FusedSelfAttention(layer.attention.self, separate_products)
-                layer.attention.self = fused  # type: ignore[assignment]  # in its place
+                layer.attention.self = fused  # type: ignore[assignment]  # replaces it
     else:
-        layers: Any = encoder.layers  # of a packed BERT, which this module does not know
+        layers: Any = encoder.layers  # of a packed BERT, whose module imports this one
         for packed in layers:
             packed.separate_products |= separate_products
     return model

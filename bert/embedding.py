@@ -1,4 +1,4 @@
-"""The embedding model: one vector for a question or a context, by a BERT or a packed one."""
+"""The embedding model, a BERT or a packed BERT: one vector per question or context."""
 
 from __future__ import annotations
 
@@ -18,19 +18,20 @@ POOLERS = ("pretrained", "identity")
 
 @dataclass
 class EmbeddingOutput(ModelOutput):
-    """`embedding` [B, H], and hidden_states if asked for."""
+    """The `embedding` [B, H], and hidden_states if asked for."""
 
     embedding: Tensor
     hidden_states: tuple[Tensor, ...] | None = None
 
 
 def pool(states: Tensor, attention_mask: Tensor | None, pooling: str) -> Tensor:
-    """The state that stands for a text, [B, width]: that of [CLS], or the mean over its tokens.
+    """Pool the states of each text to one, [B, width]: the state of [CLS], or the mean over tokens.
 
     Args:
         states: [B, L, width].
         attention_mask: [B, L], 1 for tokens and 0 for padding; or [B, 1, 1, L], 0 for tokens and
-            far below for padding, as it is added to scores; or None, where all are tokens.
+            large negative for padding, as added to scores; or None if all are tokens.
+        pooling: "cls" or "mean".
     """
     if pooling == "cls":
         return states[:, 0]
@@ -42,10 +43,10 @@ def pool(states: Tensor, attention_mask: Tensor | None, pooling: str) -> Tensor:
 
 
 class LinearPooler(nn.Module):
-    """BERT's pooler without its tanh, which `BertForEmbedding` applies itself.
+    """BERT's pooler without tanh; `BertForEmbedding` applies its linear layer.
 
-    It has the library's parameter names, so that a pretrained pooler is kept, and passes on the
-    states where the library's model calls it.
+    It has the library's parameter names, so that a pretrained pooler loads. When the library's
+    model calls it, it returns the states unchanged.
     """
 
     def __init__(self, config: PretrainedConfig) -> None:
@@ -57,9 +58,11 @@ class LinearPooler(nn.Module):
 
 
 class Embedding:
-    """What both models do after their encoder `bert`: pool, their linear layer `output_map`, and
-    one learned scale exp(s), where the library's pooler has tanh. `config.pooling` is "cls" or
-    "mean"."""
+    """The part of both models after their encoder `bert`.
+
+    It pools by `config.pooling` ("cls" or "mean") and applies the linear layer `output_map` and a
+    learned scale exp(s), in place of the tanh of the library's pooler.
+    """
 
     bert: nn.Module
     config: Any  # of either model
@@ -67,31 +70,30 @@ class Embedding:
 
     @property
     def output_map(self) -> nn.Linear:
-        """The linear layer behind pooling."""
+        """The linear layer after pooling."""
         raise NotImplementedError
 
     def _init_weights(self, module: nn.Module) -> None:
-        super()._init_weights(module)  # type: ignore[misc]  # of the library's class beside it
+        super()._init_weights(module)  # type: ignore[misc]  # the next base class is the library's
         if module is cast(nn.Module, self):
             nn.init.zeros_(self.log_scale)
 
     def forward(
         self, input_ids: Tensor, attention_mask: Tensor | None = None, **inputs: Any
     ) -> EmbeddingOutput:
-        """Arguments of the encoder's forward; returns an EmbeddingOutput."""
+        """Embed texts; the arguments are those of the encoder."""
         outputs = self.bert(input_ids, attention_mask=attention_mask, **inputs)
         embedding = self.embed(outputs.last_hidden_state, attention_mask)
         return EmbeddingOutput(embedding=embedding, hidden_states=outputs.hidden_states)
 
     def embed(self, states: Tensor, attention_mask: Tensor | None) -> Tensor:
-        """The embeddings [B, H] of texts with these last states; arguments as those of `pool`."""
-        return self.output_map(pool(states, attention_mask, self.config.pooling)) * (
-            self.log_scale.exp()
-        )
+        """The embeddings [B, H] of texts with these last states; arguments as in `pool`."""
+        pooled = pool(states, attention_mask, self.config.pooling)
+        return self.output_map(pooled) * self.log_scale.exp()
 
 
 class BertForEmbedding(Embedding, BertPreTrainedModel):
-    """BERT and the linear layer of its pooler. The output is H wide."""
+    """BERT with the linear layer of its pooler; the output is H wide."""
 
     bert: BertModel
 
@@ -99,7 +101,7 @@ class BertForEmbedding(Embedding, BertPreTrainedModel):
         super().__init__(config)
         config.pooling = getattr(config, "pooling", "cls")
         self.bert = BertModel(config, add_pooling_layer=False)
-        self.bert.pooler = LinearPooler(config)  # type: ignore[assignment]  # in its place
+        self.bert.pooler = LinearPooler(config)  # type: ignore[assignment]  # replaces it
         self.log_scale = nn.Parameter(torch.zeros(()))
         self.post_init()
 
@@ -108,13 +110,13 @@ class BertForEmbedding(Embedding, BertPreTrainedModel):
         return cast(LinearPooler, self.bert.pooler).dense
 
     def start_pooler_anew(self) -> None:
-        """Make the linear layer the identity: the embedding is then the pooled state itself."""
+        """Make the linear layer the identity, so that the embedding is the pooled state."""
         nn.init.eye_(self.output_map.weight)
         nn.init.zeros_(self.output_map.bias)
 
 
 class PackedBertForEmbedding(Embedding, PackedBertPreTrainedModel):
-    """The packed encoder with its teacher's pooler and scale; the output is H wide as well."""
+    """The packed encoder with its teacher's pooler and scale; the output is H wide too."""
 
     head = "pooler"
     bert: PackedBertModel
@@ -133,13 +135,13 @@ class PackedBertForEmbedding(Embedding, PackedBertPreTrainedModel):
 
     @torch.no_grad()
     def copy_head(self, teacher: BertForEmbedding) -> None:
-        """Take over what reads the last state."""
+        """Copy the teacher's pooler and scale."""
         self.pooler.load_state_dict(teacher.output_map.state_dict())
         self.log_scale.copy_(teacher.log_scale)
 
 
 class AutoModelForEmbedding:
-    """The embedding model of a configuration, as the library's Auto classes are used."""
+    """Chooses the embedding model by its configuration, as the library's Auto classes do."""
 
     @staticmethod
     def _class_of(config: PretrainedConfig) -> type[BertForEmbedding | PackedBertForEmbedding]:
@@ -147,10 +149,10 @@ class AutoModelForEmbedding:
 
     @classmethod
     def from_config(cls, config: PretrainedConfig) -> BertForEmbedding | PackedBertForEmbedding:
-        return cls._class_of(config)(cast(Any, config))  # which its class takes
+        return cls._class_of(config)(cast(Any, config))  # each class takes its own
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str, **kwargs: Any) -> Any:
-        where = {k: v for k, v in kwargs.items() if k == "local_files_only"}
-        config = AutoConfig.from_pretrained(pretrained_model_name_or_path, **where)
+        local = kwargs.get("local_files_only", False)
+        config = AutoConfig.from_pretrained(pretrained_model_name_or_path, local_files_only=local)
         return cls._class_of(config).from_pretrained(pretrained_model_name_or_path, **kwargs)

@@ -1,4 +1,4 @@
-"""The folder of a BERT, packed or not: found, checked, loaded, saved."""
+"""The folder of a BERT, packed or not: find, check, load and save it."""
 
 from __future__ import annotations
 
@@ -30,47 +30,47 @@ from int8 import quantizers
 from int8.weight_range import WeightRange
 from squad_utils import SpecialIds
 
-MODEL_TYPES = ("bert", PackedBertConfig.model_type)  # of config.json, which these scripts train
+MODEL_TYPES = ("bert", PackedBertConfig.model_type)  # the model_type of models that scripts take
 WEIGHT_FILES = (
     "model.safetensors",
     "model.safetensors.index.json",
     "pytorch_model.bin",
     "pytorch_model.bin.index.json",
 )
-STATE_MAPS = "state_maps.safetensors"  # in the folder of a merged one: maps that losses need
-UNMERGED = "unmerged"  # the folder, in that of a packed model, of the model before merging
-HUB_TIMEOUT = 5.0  # seconds that the hub has to answer; its own client retries for half a minute
+STATE_MAPS = "state_maps.safetensors"  # beside a merged model: the maps that losses need
+UNMERGED = "unmerged"  # inside a packed model's folder: the folder of the unmerged model
+HUB_TIMEOUT = 5.0  # seconds for the hub to answer; its own client retries for half a minute
 
 transformers_logging.set_verbosity_error()
-transformers_logging.disable_progress_bar()  # of reading weights; a download still shows its own
+transformers_logging.disable_progress_bar()  # for reading weights; downloads keep theirs
 huggingface_hub.utils.enable_progress_bars()
 
 
 class AutoClass(Protocol):
-    """One of the library's Auto classes, or ours: AutoModelForQuestionAnswering itself, say."""
+    """One of the library's Auto classes, e.g. AutoModelForQuestionAnswering, or one of ours."""
 
     def from_config(self, config: PretrainedConfig) -> PreTrainedModel:
-        """A model with random weights."""
+        """Make a model with random weights."""
 
     def from_pretrained(self, pretrained_model_name_or_path: str, **kwargs: Any) -> Any:
-        """A model, or with output_loading_info the model and a dict."""
+        """Load a model; with output_loading_info, return a dict too."""
 
 
 # ------------------------------------------------------------------------------------------------
-# Found and checked
+# Find and check
 
 
 @dataclass(frozen=True)
 class OpenedModel:
-    """A model as its folder tells it, before its weights are read.
+    """A model that is found and checked, but whose weights are not loaded yet.
 
     Attributes:
-        name: a folder or a hub name, as `flag` gives it.
-        folder: where it is loaded from: `name`, or the folder in it of the model before merging.
-        local: whether that is here, so that the hub is not asked.
+        name: a folder or a hub name, the value of `flag`.
+        folder: the folder to load: `name`, or in it the folder of the unmerged model.
+        local: whether the files are here, so that the hub is not asked.
         quantized: whether it has quantizers.
-        state_maps: of a merged model, from its states to its teacher's hidden size, which only
-            losses need; None where the folder does not have them.
+        state_maps: for a merged model, maps from its states to its teacher's hidden size, which
+            only losses need; None if the folder has none.
     """
 
     name: str
@@ -83,19 +83,19 @@ class OpenedModel:
 
     @functools.cached_property
     def tokenizer(self) -> PreTrainedTokenizerFast:
-        """Its fast tokenizer, read when it is first asked for.
+        """Its fast tokenizer, loaded at the first use.
 
         Raises:
-            UserError: there is none, it lacks one of [CLS], [SEP], [PAD], or it has more tokens
-                than the model.
+            UserError: there is none; it lacks [CLS], [SEP] or [PAD]; or it has more tokens than
+                the model.
         """
         where, size = f"{self.flag}: the tokenizer of {self.folder}", self.config.vocab_size
         with in_one_line(f"{where} does not load"):
             found = AutoTokenizer.from_pretrained(
                 self.folder, local_files_only=self.local, use_fast=True
             )
-        tokenizer = cast(PreTrainedTokenizerFast, found)  # if not, an error now
-        # Without files the library makes up a tokenizer that knows its special tokens alone.
+        tokenizer = cast(PreTrainedTokenizerFast, found)  # checked below
+        # Without files the library makes up a tokenizer that has only special tokens.
         made_up = set(tokenizer.get_vocab()) <= set(tokenizer.all_special_tokens)
         ids = (tokenizer.cls_token_id, tokenizer.sep_token_id, tokenizer.pad_token_id)
         if made_up or not tokenizer.is_fast or None in ids:
@@ -109,7 +109,7 @@ class OpenedModel:
 
     @property
     def architecture(self) -> str:
-        """The class of the model, or "" where its configuration names none."""
+        """The class of the model, or "" if its configuration names none."""
         return (self.config.architectures or [""])[0]
 
     @property
@@ -125,16 +125,16 @@ class OpenedModel:
 def open_model(
     name: str, flag: str, length: int | None = None, *, before_merging: bool = False
 ) -> OpenedModel:
-    """Find a BERT, packed or not, and check all of it but its weights.
+    """Find a BERT, packed or not, and check everything except its weights.
 
     Args:
-        length: tokens that it must take, of --max_seq_length_c; None where it is to read no texts
-            now, and its tokenizer is not checked.
-        before_merging: take a packed model as it was before merging, where its folder has that
-            and it is not quantized.
+        length: the tokens that it must take (--max_seq_length_c). None: it will read no texts, and
+            its tokenizer is not checked.
+        before_merging: open the unmerged model if the folder has one and is not quantized.
 
     Raises:
-        UserError: neither a folder nor on the hub; a file is missing or damaged; not a BERT.
+        UserError: it is neither a folder nor on the hub; a file is missing or damaged; it is no
+            BERT; it takes fewer tokens.
     """
     folder, inner = name, os.path.join(name, UNMERGED)
     quantized = os.path.isfile(os.path.join(name, quantizers.QUANTIZERS))
@@ -161,15 +161,15 @@ def open_model(
         state_maps = _load_state_maps(folder, flag, config)
     opened = OpenedModel(name, flag, folder, local, quantized, config, state_maps)
     if length is not None:
-        _ = opened.tokenizer  # a bad one is told now
+        _ = opened.tokenizer  # load it now: a bad one is an error
     return opened
 
 
 def _find(name: str, flag: str) -> bool:
-    """Check that a model is there: a local folder with weights, or a name that the hub knows.
+    """Check that a model exists: as a local folder with weights, or on the hub.
 
     Returns:
-        whether it is here: a folder, or what the hub gave earlier where it cannot be asked now.
+        whether its files are here: in the folder, or cached, if the hub does not answer.
     """
     if os.path.isdir(name):
         if not os.path.isfile(os.path.join(name, "config.json")):
@@ -195,7 +195,7 @@ def _find(name: str, flag: str) -> bool:
 
 
 def _load_state_maps(folder: str, flag: str, config: PretrainedConfig) -> nn.ModuleList | None:
-    """`OpenedModel.state_maps`, from a file of their own or from the model before merging."""
+    """`OpenedModel.state_maps`, from their own file or from the unmerged model."""
     path, prefix = os.path.join(folder, STATE_MAPS), ""
     if not os.path.isfile(path):
         inner = os.path.join(folder, UNMERGED)
@@ -213,10 +213,10 @@ def _load_state_maps(folder: str, flag: str, config: PretrainedConfig) -> nn.Mod
 
 
 def check_teacher(teacher: OpenedModel, student: OpenedModel) -> None:
-    """Check that hidden states of one can teach the other.
+    """Check that the student can learn the teacher's hidden states.
 
     Raises:
-        UserError: their hidden states differ in size, or their vocabularies differ.
+        UserError: their hidden sizes or vocabularies differ, or one is merged and has no maps.
     """
     for model in (teacher, student):
         if model.merged and (model is teacher or student.state_maps is None):
@@ -236,18 +236,18 @@ def check_teacher(teacher: OpenedModel, student: OpenedModel) -> None:
 
 
 # ------------------------------------------------------------------------------------------------
-# Loaded
+# Load
 
 
 def load_model(model: OpenedModel, auto_class: AutoClass, quiet: bool = False) -> PreTrainedModel:
-    """The model in FP32 on the CPU, with its quantizers if it has any; says which of its weights
-    start anew, unless quiet.
+    """Load a model in FP32 on the CPU, with its quantizers if it has any.
 
     Args:
         auto_class: e.g. transformers.AutoModelForQuestionAnswering.
+        quiet: else print the number of weights and the names of those that start anew.
 
     Raises:
-        UserError: weights that cannot be read.
+        UserError: the weights cannot be read.
     """
     folder, flag = model.folder, model.flag
     with in_one_line(f"{flag}: the weights of {folder} do not load"):
@@ -269,32 +269,32 @@ def load_model(model: OpenedModel, auto_class: AutoClass, quiet: bool = False) -
     return loaded
 
 
-def warn_of_overflow(model: nn.Module, what: str) -> None:
-    """Say that integer kernels of this CPU overflow with a model's weights, where that is so."""
+def warn_of_overflow(model: nn.Module, name: str) -> None:
+    """Warn if integer kernels of this CPU overflow with the weights of the model `name`."""
     cpu = this_cpu()
     if model.weight_range == WeightRange.FULL and not cpu.sums_exactly:
         here = f"this one, {cpu.name}" if cpu.features else "this one may be"
         warn(
-            f"{what}: its INT8 weights use the full range: integer kernels overflow on CPUs without"
+            f"{name}: its INT8 weights use the full range: integer kernels overflow on CPUs without"
             f" VNNI, such as {here}. Train it on with --nncf_config and weight_range: pairs"
         )
 
 
 def load_for_export(folder: str, auto_class: AutoClass) -> tuple[PreTrainedModel, bool]:
-    """A saved checkpoint as it is exported to ONNX, and whether it has quantizers."""
+    """Load a saved checkpoint for its export to ONNX; return whether it has quantizers, too."""
     opened = open_model(folder, "--output_dir")
     model = load_model(opened, auto_class, quiet=True)
     if opened.quantized:
         quantizers.make_exportable(model)
     elif not opened.packed:
-        model.set_attn_implementation("eager")  # whose pattern OpenVINO fuses
+        model.set_attn_implementation("eager")  # OpenVINO fuses its pattern
     return model, opened.quantized
 
 
 def load_teacher(
     model: OpenedModel, auto_class: AutoClass, device: torch.device
 ) -> PreTrainedModel:
-    """A teacher as it is needed: with fast attention, in eval mode, not training.
+    """Load a teacher with fast attention, in eval mode, without gradients.
 
     Raises:
         UserError: as `load_model`.
@@ -304,27 +304,26 @@ def load_teacher(
 
 
 def special_ids(tokenizer: PreTrainedTokenizerFast) -> SpecialIds:
-    """Ids of the special tokens of BERT's input format."""
+    """The ids of the special tokens in BERT's input format."""
     return SpecialIds(tokenizer.cls_token_id, tokenizer.sep_token_id, tokenizer.pad_token_id)
 
 
 # ------------------------------------------------------------------------------------------------
-# Saved
+# Save
 
 
 def save_state_maps(maps: nn.ModuleList, folder: str) -> None:
-    """Keep the maps beside a merged model, for `open_model`."""
+    """Save the maps beside a merged model, where `open_model` finds them."""
     save_file(maps.cpu().state_dict(), os.path.join(folder, STATE_MAPS))
 
 
 def count_parameters(model: nn.Module) -> int:
-    """Weights of a model, without the quantizers'."""
+    """The number of a model's weights, without those of quantizers."""
     return sum(p.numel() for name, p in model.named_parameters() if "__nncf_hooks" not in name)
 
 
 def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, folder: str) -> None:
-    """Save a model on the CPU with its tokenizer; of a quantized one, the quantizers in files of
-    their own."""
+    """Save a model on the CPU with its tokenizer; quantizers get files of their own."""
     if hasattr(model, "__nncf_hooks"):
         quantizers.save_quantized(model, folder)
     else:
@@ -333,7 +332,7 @@ def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, folde
 
 
 def save_vocabulary(tokenizer: PreTrainedTokenizerFast, output_dir: str) -> None:
-    """Save the tokenizer's files, and vocab.txt (a token a line, by id) for other programs."""
+    """Save the tokenizer's files, and vocab.txt (one token per line, by id) for other programs."""
     tokenizer.save_pretrained(output_dir)
     by_id = sorted(tokenizer.get_vocab().items(), key=lambda item: item[1])
     with open(os.path.join(output_dir, "vocab.txt"), "w", encoding="utf-8") as file:

@@ -1,10 +1,9 @@
 """The packed BERT: its configuration, its modules, and merging.
 
-The packed encoder is narrower than the teacher (hidden size h instead of H), may have fewer
-layers, fewer heads, and has stacked h x h layers in place of the wide feed-forward. Linear maps
-tie it to the teacher: H -> h behind the embedding tables, h -> H behind each layer, so that its
-hidden states can be compared with the teacher's. `merge` folds away the maps that outputs need
-and drops the others.
+The packed encoder is narrower than its teacher (hidden size h instead of H), may have fewer layers
+and heads, and has stacked h x h layers in place of the wide feed-forward. Linear maps H -> h after
+the embedding tables and h -> H after each layer make its hidden states comparable with the
+teacher's. `merge` folds the maps that outputs need into other weights and drops the rest.
 """
 
 from __future__ import annotations
@@ -32,8 +31,8 @@ from bert.attention import attend, mask_for
 class PackedBertConfig(PreTrainedConfig):
     """Configuration of a packed BERT.
 
-    `hidden_size` is h, `state_size` the H of the teacher, `num_attention_heads` those that are
-    left (a student has the teacher's until `prune_heads`). `pack_cfg` is what it was packed for.
+    `hidden_size` is h and `state_size` the teacher's H. `num_attention_heads` is the number of
+    heads left: all of the teacher's until `prune_heads`. `pack_cfg` is the --pack_cfg it came from.
     """
 
     model_type = "packed_bert"
@@ -47,15 +46,15 @@ class PackedBertConfig(PreTrainedConfig):
     num_hidden_layers: int = 12
     num_attention_heads: int = 8
     ff_iter_num: int = 4
-    intermediate_size: int = 4096  # of ff_iter_num 0
+    intermediate_size: int = 4096  # if ff_iter_num is 0
     pack_emb: bool = True
     hidden_act: str = "gelu"
     layer_norm_eps: float = 1e-12
     initializer_range: float = 0.02
     pad_token_id: int | None = 0
-    pooling: str = "cls"  # of an embedding model
+    pooling: str = "cls"  # for an embedding model
     merged: bool = False
-    pack_cfg: dict | None = None  # type: ignore[type-arg]  # the library checks values by it
+    pack_cfg: dict | None = None  # type: ignore[type-arg]  # the library checks values by the type
 
 
 # ------------------------------------------------------------------------------------------------
@@ -63,7 +62,7 @@ class PackedBertConfig(PreTrainedConfig):
 
 
 class PackedEmbeddings(nn.Module):
-    """Word, position and type embeddings to the encoder's input, [B, L, h]."""
+    """Embeds tokens: the sum of word, position and type embeddings, as the encoder's input."""
 
     def __init__(self, config: PackedBertConfig) -> None:
         super().__init__()
@@ -82,17 +81,17 @@ class PackedEmbeddings(nn.Module):
         self.LayerNorm = nn.LayerNorm(packed if config.pack_emb else full, config.layer_norm_eps)
 
     def maps(self) -> list[nn.Linear]:
-        """Those of words, positions and types; none where the sum has one, or they are merged."""
+        """The maps of words, positions and types; none if the sum has one, or after merging."""
         maps = (self.word_map, self.position_map, self.token_type_map)
         return [each for each in maps if each is not None]
 
     def forward(self, input_ids: Tensor, token_type_ids: Tensor, position_ids: Tensor) -> Tensor:
-        """int64 [B, L] each."""
+        """Three int64 [B, L] to [B, L, h]."""
         states = self.LayerNorm(self.summed(input_ids, token_type_ids, position_ids))
         return states if self.sum_map is None else self.sum_map(states)
 
     def summed(self, input_ids: Tensor, token_type_ids: Tensor, position_ids: Tensor) -> Tensor:
-        """What LayerNorm reads."""
+        """The sum that LayerNorm reads."""
         words = self.word_embeddings(input_ids)
         positions = self.position_embeddings(position_ids)
         types = self.token_type_embeddings(token_type_ids)
@@ -103,7 +102,7 @@ class PackedEmbeddings(nn.Module):
 
 
 class PackedLayer(nn.Module):
-    """Self-attention and stacked feed-forward, each behind a residual and a LayerNorm."""
+    """Self-attention and stacked feed-forward, each followed by a residual sum and a LayerNorm."""
 
     def __init__(self, config: PackedBertConfig) -> None:
         super().__init__()
@@ -122,10 +121,8 @@ class PackedLayer(nn.Module):
 
     def forward(self, states: Tensor, mask: Tensor | None) -> Tensor:
         """[B, L, h] to [B, L, h]; mask as in `attention.attend`."""
-        return self.after_attention(self.attention(states, mask))
-
-    def attention(self, states: Tensor, mask: Tensor | None) -> Tensor:
-        return self.attention_norm(states + self.attention_output(self.context(states, mask)))
+        attended = self.attention_output(self.context(states, mask))
+        return self.after_attention(self.attention_norm(states + attended))
 
     def context(self, states: Tensor, mask: Tensor | None) -> Tensor:
         """The heads' outputs side by side, [B, L, heads x head size]."""
@@ -134,7 +131,7 @@ class PackedLayer(nn.Module):
 
     @property
     def linears(self) -> list[nn.Linear]:
-        """`feed_forward`, with the type of its layers."""
+        """`feed_forward` as a list, with the type of its layers."""
         return cast("list[nn.Linear]", list(self.feed_forward))
 
     def after_attention(self, states: Tensor) -> Tensor:
@@ -149,23 +146,22 @@ class PackedLayer(nn.Module):
 
 
 class PackedBertPreTrainedModel(PreTrainedModel):
-    """What the packed models share, for the library."""
+    """The base of all packed models, as the library needs it."""
 
     config_class = PackedBertConfig
     base_model_prefix = "bert"
     _supports_sdpa = True
-    head: str  # the linear layer that reads the last state
+    head: str  # the name of the linear layer that reads the last state
 
     def copy_head(self, teacher: Any) -> None:
-        """Take over what reads the last state, of a teacher of the same task."""
+        """Copy the weights that read the last state from a teacher of the same task."""
         raise NotImplementedError
 
 
 class PackedBertModel(PackedBertPreTrainedModel):
     """The packed encoder.
 
-    Unmerged, its hidden states are H wide: each through the map of its layer. Merged, they are h
-    wide, as they are in the encoder.
+    Unmerged, it returns hidden states H wide, by a map per state. Merged, it returns them h wide.
     """
 
     def __init__(self, config: PackedBertConfig) -> None:
@@ -182,7 +178,7 @@ class PackedBertModel(PackedBertPreTrainedModel):
 
     @property
     def packed_layers(self) -> list[PackedLayer]:
-        """`layers`, with their type."""
+        """`layers` as a list, with their type."""
         return cast("list[PackedLayer]", list(self.layers))
 
     def get_input_embeddings(self) -> nn.Module:
@@ -202,11 +198,11 @@ class PackedBertModel(PackedBertPreTrainedModel):
 
         Args:
             input_ids, token_type_ids, position_ids: int64 [B, L].
-            attention_mask: [B, L], 1 for tokens and 0 for padding; or [B, 1, 1, L] as
-                `attention.attend` takes it.
+            attention_mask: [B, L], 1 for tokens and 0 for padding; or [B, 1, 1, L] as in
+                `attention.attend`.
 
         Returns:
-            last_hidden_state, and hidden_states (num_layers + 1 of them) if asked for.
+            last_hidden_state, and num_layers + 1 hidden_states if asked for.
         """
         if token_type_ids is None:
             token_type_ids = torch.zeros_like(input_ids)
@@ -225,7 +221,7 @@ class PackedBertModel(PackedBertPreTrainedModel):
         return BaseModelOutput(last_hidden_state=last, hidden_states=hidden)
 
     def to_state(self, i: int, packed: Tensor) -> Tensor:
-        """State i as the outside sees it: [B, L, H], or [B, L, h] of a merged model."""
+        """Map state i to the state that is returned: [B, L, H], or [B, L, h] if merged."""
         return packed if self.state_maps is None else self.state_maps[i](packed)
 
 
@@ -243,11 +239,11 @@ class PackedBertForQuestionAnswering(PackedBertPreTrainedModel):
         self.post_init()
 
     def copy_head(self, teacher: BertForQuestionAnswering) -> None:
-        """Take over what reads the last state."""
+        """Copy the teacher's QA head."""
         self.qa_outputs.load_state_dict(teacher.qa_outputs.state_dict())
 
     def forward(self, input_ids: Tensor, **inputs: Any) -> QuestionAnsweringModelOutput:
-        """Arguments of `PackedBertModel.forward`; start and end logits, [B, L] each."""
+        """Start and end logits, [B, L] each; the arguments are those of `PackedBertModel`."""
         outputs = self.bert(input_ids, **inputs)
         start_logits, end_logits = self.qa_outputs(outputs.last_hidden_state).unbind(dim=-1)
         return QuestionAnsweringModelOutput(
@@ -268,8 +264,11 @@ AutoModelForQuestionAnswering.register(PackedBertConfig, PackedBertForQuestionAn
 
 @torch.no_grad()
 def merge(student: PreTrainedModel) -> PreTrainedModel:
-    """The same function without linear maps: embedding maps go into the tables, the last output
-    map into the head, those that only losses use away. On the CPU, in eval mode."""
+    """A student that computes the same without linear maps, on the CPU, in eval mode.
+
+    The embedding maps are folded into the tables, and the last output map into the head. The maps
+    that only losses use are dropped.
+    """
     config = copy.deepcopy(student.config)
     config.merged = True
     merged = type(student)(config).eval()
@@ -285,10 +284,9 @@ def merge(student: PreTrainedModel) -> PreTrainedModel:
             weight, bias = pop(f"{prefix}.embeddings.{kind}_map")
             table = f"{prefix}.embeddings.{kind}_embeddings.weight"
             weights[table] = weights[table].double() @ weight.T + bias
-    head = str(student.head)
-    weight, bias = pop(head)
+    weight, bias = pop(str(student.head))
     maps = [pop(f"{prefix}.state_maps.{i}") for i in range(config.num_hidden_layers + 1)]
-    weights[f"{head}.weight"] = weight @ maps[-1][0]
-    weights[f"{head}.bias"] = weight @ maps[-1][1] + bias
+    weights[f"{student.head}.weight"] = weight @ maps[-1][0]
+    weights[f"{student.head}.bias"] = weight @ maps[-1][1] + bias
     merged.load_state_dict(weights)
     return merged

@@ -1,4 +1,4 @@
-"""All tasks. A third one is a module beside these and a name in TASKS."""
+"""All tasks. To add one, write a module beside these and name its class in TASKS."""
 
 from tasks.embedding import EmbeddingTask
 from tasks.qa import QaTask

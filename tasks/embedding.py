@@ -1,11 +1,10 @@
-"""Embeddings as a task for the training loop: texts, vectors, metrics, export."""
+"""Embeddings as a task: ranks of contexts, evaluation, batches of texts."""
 
 from __future__ import annotations
 
 import argparse
 import os
 from collections.abc import Mapping, Sequence
-from functools import cached_property
 from typing import ClassVar, cast
 
 import numpy as np
@@ -13,7 +12,6 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-import squad_utils
 from bert.embedding import AutoModelForEmbedding, BertForEmbedding
 from bert.model_folder import AutoClass
 from cli import UserError, is_main_process, warn
@@ -22,32 +20,35 @@ from squad_utils import INPUTS, load_squad
 from tasks import embedding_loss
 from tasks.hidden_states import OutputLoss
 from tasks.task import Rows, Task
-from tasks.texts import CONTEXT_BLOCK, Pairs, Texts, encode, make_pairs, make_texts, once
-from training.passes import Batches, LossFunction
+from tasks.texts import CONTEXT_BLOCK, Encoder, Pairs, Texts, make_pairs, make_texts, once
+from training.passes import Batches, BatchesByLength, LossFunction, as_tensors
 from training.results import TaskCard
 from training.run import Run
 
-TOP = (1, 5, 10, 100, 200)  # of the nearest contexts
-QUESTION_BLOCK = 1024  # of the distances computed at once: 256 MB with the contexts
+TOP = (1, 5, 10, 100, 200)  # the numbers of nearest contexts that figures are about
+QUESTION_BLOCK = 1024  # questions whose distances are computed at once: 256 MB with the contexts
 
 
 # ------------------------------------------------------------------------------------------------
-# Vectors and ranks
+# Ranks
 
 
 def ranks(questions: Tensor, contexts: Tensor, own: Tensor) -> Tensor:
-    """How many contexts are nearer (L2) to each question than its own is: int64 [questions].
+    """Count, for each question, the contexts that are nearer (L2) than its own.
 
-    A context that is as near, to rounding, counts as nearer. So vectors that are all alike find
-    nothing, and vectors that are not finite find nothing either.
+    A context at the same distance, to rounding, counts as nearer. So vectors that are all equal,
+    or not finite, find nothing.
 
-    Distances are matrix products in blocks, so memory hardly grows with the number of vectors. They
-    are computed where the arguments are, all on one device; nothing is read from it.
+    Distances are matrix products in blocks, so memory hardly grows with the number of vectors. All
+    arguments are on one device, which computes without a wait.
 
     Args:
         questions: [Q, H].
         contexts: [C, H].
         own: int64 [Q], the index of each question's own context.
+
+    Returns:
+        int64 [Q].
     """
     # |q - c|^2 orders contexts as |c|^2 / 2 - q c does.
     blocks = contexts.split(CONTEXT_BLOCK)
@@ -62,7 +63,7 @@ def ranks(questions: Tensor, contexts: Tensor, own: Tensor) -> Tensor:
             there = slice(begin, begin + CONTEXT_BLOCK)
             scores = torch.addmm(halves[there], q, contexts[there].T, alpha=-1)
             nearer = ~(scores > limit[:, None] + rounding)
-            # A question's own context is not nearer than itself, whatever rounding makes of it.
+            # A question's own context must not count, even if rounding makes it nearer.
             column = (mine - begin).clamp(0, scores.shape[1] - 1)[:, None]
             elsewhere = column != (mine - begin)[:, None]
             nearer.scatter_(1, column, nearer.gather(1, column) & elsewhere)
@@ -71,7 +72,7 @@ def ranks(questions: Tensor, contexts: Tensor, own: Tensor) -> Tensor:
 
 
 def retrieval_figures(found: Tensor) -> dict[str, float]:
-    """Share of questions whose own context is among the nearest, and mean reciprocal rank, in %."""
+    """Percentage of questions whose own context is among the nearest, and mean reciprocal rank."""
     found = found.cpu()
     figures = {f"top_{k}": float((found < k).double().mean() * 100) for k in TOP}
     figures["mrr"] = float((1.0 / (found + 1).double()).mean() * 100)
@@ -79,7 +80,7 @@ def retrieval_figures(found: Tensor) -> dict[str, float]:
 
 
 class EmbEvaluation:
-    """Retrieval on the dev file's questions, among contexts of which its own are the first."""
+    """Retrieval by the dev file's questions among `contexts`, which begin with the file's own."""
 
     def __init__(self, run: Run, pairs: Pairs, contexts: Texts, batch_size: int) -> None:
         self.run, self.pairs, self.contexts, self.batch_size = run, pairs, contexts, batch_size
@@ -90,15 +91,13 @@ class EmbEvaluation:
         """`top_1` ... `top_200` and `mrr`, in percent; each text is encoded once.
 
         Args:
-            index_model: what embeds the contexts in the place of `model`.
+            fp32: as in `stage.Evaluation`.
+            index_model: embeds the contexts in place of `model`.
         """
-
-        def vectors(of: nn.Module, texts: Texts) -> Tensor:
-            every = np.arange(len(texts))
-            return encode(self.run, of, texts, every, self.batch_size, fp32, may_stop=True)
-
-        contexts = vectors(index_model or model, self.contexts)
-        questions = vectors(model, self.pairs.questions)
+        encode = Encoder(self.run, self.batch_size, fp32, may_stop=True)
+        texts = self.pairs.questions
+        contexts = encode(index_model or model, self.contexts, np.arange(len(self.contexts)))
+        questions = encode(model, texts, np.arange(len(texts)))
         asked, own = (
             torch.from_numpy(each).to(contexts.device)
             for each in (self.pairs.question, self.pairs.context)
@@ -110,48 +109,36 @@ class EmbEvaluation:
 # The task as the scripts see it
 
 
-class TextBatches(Batches):
-    """Batches of single texts, questions and contexts, for losses that need no pairs."""
+class TextBatches(BatchesByLength):
+    """Batches of single texts for losses that need no pairs: all questions, then all contexts."""
 
     def __init__(self, pairs: Pairs, step_size: int, seed: int) -> None:
-        self.pairs, self.step_size, self.seed = pairs, step_size, seed
-
-    @cached_property
-    def lengths(self) -> np.ndarray:
-        return np.concatenate(
-            [self.pairs.questions.total_lengths, self.pairs.contexts.total_lengths]
-        )
-
-    def steps(self, epoch: int) -> list[np.ndarray]:
-        """The texts of each optimisation step of an epoch: questions first, then contexts."""
-        return squad_utils.plan_steps(self.lengths, self.step_size, self.seed, epoch)
-
-    def tokens(self, chosen: np.ndarray) -> np.ndarray:
-        """Tokens of each text without padding, int64 [len(chosen)]."""
-        return self.lengths[chosen]
+        lengths = [pairs.questions.total_lengths, pairs.contexts.total_lengths]
+        super().__init__(np.concatenate(lengths), step_size, seed)
+        self.pairs = pairs
 
     def batch(self, epoch: int, chosen: np.ndarray) -> dict[str, Tensor]:
         """Inputs [B, L]."""
-        count = len(self.pairs.questions)
-        asked = self.pairs.questions.batch(chosen[chosen < count]) if (chosen < count).any() else {}
-        given = chosen[chosen >= count] - count
-        arrays = [asked] if asked else []
-        if len(given):
-            arrays.append(self.pairs.contexts.batch(given))
+        pairs, count = self.pairs, len(self.pairs.questions)
+        parts = (
+            (pairs.questions, chosen[chosen < count]),
+            (pairs.contexts, chosen[chosen >= count] - count),
+        )
+        arrays = [texts.batch(some) for texts, some in parts if len(some)]
         longest = max(each["input_ids"].shape[1] for each in arrays)
-        merged = {}
-        for name in INPUTS:
-            rows = [np.pad(e[name], ((0, 0), (0, longest - e[name].shape[1]))) for e in arrays]
-            merged[name] = torch.from_numpy(np.concatenate(rows))
-        return merged
+
+        def padded(name: str) -> list[np.ndarray]:
+            return [np.pad(e[name], ((0, 0), (0, longest - e[name].shape[1]))) for e in arrays]
+
+        return as_tensors({name: np.concatenate(padded(name)) for name in INPUTS})
 
 
 class EmbeddingTask(Task):
-    """Embeddings for a script: texts, and the nearest contexts.
+    """Embeddings: texts, and the nearest contexts.
 
     Attributes:
-        train_pairs, dev_pairs: after `tokenize`.
-        searched: the dev file's contexts, then the further ones of --eval_extra_contexts.
+        train_pairs, dev_pairs: set by `tokenize`.
+        searched: the dev file's contexts, then those of --eval_extra_contexts.
     """
 
     auto_class: ClassVar[AutoClass] = AutoModelForEmbedding
@@ -165,10 +152,10 @@ class EmbeddingTask(Task):
     evaluation: EmbEvaluation
 
     def __init__(self, args: argparse.Namespace) -> None:
-        """Read the files that args names.
+        """Read the files that the flags name.
 
         Raises:
-            UserError: one of them is not what it should be, or a length leaves no room for a text.
+            UserError: a file cannot be used, or a length leaves no room for a text.
         """
         for name in ("max_seq_length_q", "max_seq_length_c"):
             if getattr(args, name) < 3:
@@ -203,6 +190,10 @@ class EmbeddingTask(Task):
                     f"{flag}: {len(pairs)} questions of {len(pairs.contexts)} different contexts;"
                     " at least one of two is needed"
                 )
+        self.train_rows, self.dev_rows = (
+            Rows(each.contexts.total_lengths, each.contexts.batch)
+            for each in (self.train_pairs, self.dev_pairs)
+        )
         self.searched = self.dev_pairs.contexts
         if "extra" in self.data:
             extra = self.data["extra"]
@@ -216,7 +207,7 @@ class EmbeddingTask(Task):
                 )
 
     def apply_flags(self, student: PreTrainedModel) -> None:
-        """Give a student that is to be fine-tuned what --pooling and --pooler say.
+        """Apply --pooling and --pooler to a student before fine-tuning.
 
         Raises:
             UserError: --pooler would undo what the student has learned.
@@ -235,7 +226,6 @@ class EmbeddingTask(Task):
                 print(f"--model_student {name}: the pooler starts as the identity")
 
     def make_evaluation(self, run: Run) -> EmbEvaluation:
-        """The evaluation on the dev file."""
         size = self.args.per_gpu_eval_batch_size
         self.evaluation = EmbEvaluation(run, self.dev_pairs, self.searched, size)
         return self.evaluation
@@ -243,15 +233,14 @@ class EmbeddingTask(Task):
     def score_in_teacher_index(
         self, student: nn.Module, teacher: nn.Module
     ) -> dict[str, dict[str, float]]:
-        """Retrieval of the student's questions among the teacher's contexts."""
+        """Retrieval by the student's questions among contexts that the teacher embeds."""
         return {"teacher_index": self.evaluation(student, fp32=True, index_model=teacher)}
 
     def batches(self, step_size: int) -> TextBatches:
-        """Batches of the training file's texts."""
         return TextBatches(self.train_pairs, step_size, self.args.seed)
 
     def draw(self, rng: np.random.Generator, count: int) -> np.ndarray:
-        """`count` random texts, half of them questions."""
+        """Half of the `count` random texts are questions."""
         asked, given = len(self.train_pairs.questions), len(self.train_pairs.contexts)
         return np.concatenate(
             [rng.permutation(asked)[: count // 2], asked + rng.permutation(given)[: count // 2]]
@@ -260,47 +249,29 @@ class EmbeddingTask(Task):
     def fine_tuning(
         self, run: Run, teacher: PreTrainedModel | None, state_maps: nn.ModuleList | None
     ) -> tuple[LossFunction, Batches]:
-        """The losses of --loss_cfg, and batches of pairs with their hard negatives."""
+        """`EmbeddingLoss` by --loss_cfg, and batches of pairs with their hard negatives."""
         args = self.args
         cfg = embedding_loss.parse_loss_cfg(args.loss_cfg)
-        negatives = embedding_loss.HardNegatives(
-            run,
-            self.train_pairs,
-            args.hnm_num,
-            args.hnm_batch_size,
-            args.hnm_hist_num,
-            args.hnm_hist_alpha,
-            args.seed,
-            cfg,
+        mining = embedding_loss.Mining(
+            args.hnm_num, args.hnm_batch_size, args.hnm_hist_num, args.hnm_hist_alpha
         )
+        pairs, size, seed = self.train_pairs, args.total_train_batch_size, args.seed
+        negatives = embedding_loss.HardNegatives(run, pairs, mining, seed, cfg)
         run.accelerator.register_for_checkpointing(negatives)
-        size, seed = args.total_train_batch_size, args.seed
-        batches = embedding_loss.PairBatches(self.train_pairs, negatives, size, seed)
+        batches = embedding_loss.PairBatches(pairs, negatives, size, seed)
         weight = args.supervision_weight
         return embedding_loss.EmbeddingLoss(run, teacher, cfg, weight, state_maps), batches
 
     def output_loss(self, run: Run, teachers: Sequence[PreTrainedModel]) -> OutputLoss | None:
-        """The error of the embedding, by --embedding_weight."""
+        """`EmbeddingError`, by --embedding_weight."""
         weight = self.args.embedding_weight
         return embedding_loss.EmbeddingError(run, teachers[0], weight) if weight else None
 
-    def train_rows(self) -> Rows:
-        """The training contexts."""
-        contexts = self.train_pairs.contexts
-        return Rows(contexts.total_lengths, contexts.batch)
-
-    def dev_rows(self) -> Rows:
-        """The dev contexts."""
-        contexts = self.dev_pairs.contexts
-        return Rows(contexts.total_lengths, contexts.batch)
-
     @property
     def num_examples(self) -> int:
-        """Examples of an epoch of `batches`."""
         return len(self.train_pairs.questions) + len(self.train_pairs.contexts)
 
     def describe(self) -> str:
-        """One line on the data."""
         extra = len(self.searched) - len(self.dev_pairs.contexts)
         more = f" and {extra:,} more" if extra else ""
         return (
@@ -310,7 +281,6 @@ class EmbeddingTask(Task):
         )
 
     def counts(self) -> dict[str, int]:
-        """For metrics.json."""
         return {
             "train_pairs": len(self.train_pairs),
             "train_contexts": len(self.train_pairs.contexts),
@@ -320,9 +290,7 @@ class EmbeddingTask(Task):
         }
 
     def card(self, figures: Mapping[str, float]) -> TaskCard:
-        """Its part of the model card."""
-        args, counts = self.args, self.counts()
-        dev = os.path.basename(args.squad_dev_data)
+        args, counts, dev = self.args, self.counts(), os.path.basename(self.args.squad_dev_data)
         return TaskCard(
             title="Embeddings of questions and contexts",
             tag="sentence-similarity",
@@ -341,5 +309,5 @@ class EmbeddingTask(Task):
         )
 
     def reader_settings(self, figures: Mapping[str, float]) -> dict[str, float | None]:
-        """The lengths that texts are cut to."""
+        """The lengths to which texts are cut."""
         return {name: getattr(self.args, name) for name in ("max_seq_length_q", "max_seq_length_c")}

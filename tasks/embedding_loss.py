@@ -15,18 +15,17 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import ModelOutput
 
-import squad_utils
 from bert.embedding import Embedding, EmbeddingOutput
 from cli import UserError, key_values, one_of, warn
 from squad_utils import INPUTS
 from tasks.hidden_states import state_errors
-from tasks.texts import Pairs, Texts, encode, split_passes
-from training.passes import Batches, to_device
+from tasks.texts import Encoder, Pairs, split_passes
+from training.passes import BatchesByLength, as_tensors, to_device
 from training.run import Run
 
-PASS_TEXTS = 16  # of similar length, in one pass of a CPU: what is mined has any length
-NEAREST = 32  # contexts read of each question: hardly ever do so many answer it
-NEAR_ZERO = 1e-12  # squared distances below it have no direction
+PASS_TEXTS = 16  # texts of similar length per pass on a CPU: mined ones may have any length
+NEAREST = 32  # contexts that are read first per question: so many hardly ever answer it
+NEAR_ZERO = 1e-12  # smaller squared distances get a gradient of 0
 
 
 # ------------------------------------------------------------------------------------------------
@@ -35,14 +34,14 @@ NEAR_ZERO = 1e-12  # squared distances below it have no direction
 
 @dataclass(frozen=True)
 class LossCfg:
-    """What --loss_cfg says.
+    """The values of --loss_cfg.
 
     Attributes:
         triplet_num: terms of the triplet loss: 0, 1 or 2.
-        emb_loss: the distance between the teacher's embedding and the student's that counts:
-            "none", "L1" or "L2".
+        emb_loss: "L1" or "L2" adds this distance between the teacher's and the student's embedding;
+            "none" adds nothing.
         in_batch: 1 adds a softmax over all contexts of the step and those mined for it.
-        temperature: of that softmax; None: learned, see `fit_temperature`.
+        temperature: the temperature of that softmax; None: learned, see `fit_temperature`.
     """
 
     triplet_num: int = 1
@@ -70,17 +69,17 @@ LOSS_KINDS: dict[str, Callable[[str], object]] = {
 
 
 def parse_loss_cfg(text: str) -> LossCfg:
-    """The value of --loss_cfg; a key that is left out keeps its default.
+    """Parse --loss_cfg; an omitted key keeps its default.
 
     Raises:
-        UserError: as `cli.key_values`, or nothing is left of the loss.
+        UserError: as `cli.key_values`; or the loss has no term; or a temperature without in_batch.
     """
     values = key_values(text, "--loss_cfg", LOSS_KINDS)
     cfg = LossCfg(**values)
     if not cfg.triplet_num and not cfg.in_batch:
         raise UserError("--loss_cfg: triplet_num:0 leaves no loss without in_batch:1")
     if "temperature" in values and not cfg.in_batch:
-        raise UserError("--loss_cfg: temperature is of in_batch:1, which is not there")
+        raise UserError("--loss_cfg: temperature belongs to in_batch:1, which is missing")
     return cfg
 
 
@@ -88,8 +87,25 @@ def parse_loss_cfg(text: str) -> LossCfg:
 # Hard negatives
 
 
+@dataclass(frozen=True)
+class Mining:
+    """How contexts are mined.
+
+    Attributes:
+        num: random contexts that each step embeds.
+        batch_size: contexts per pass of one process on a CPU.
+        history: steps whose contexts are candidates.
+        alpha: distances of contexts that are n steps old are multiplied by alpha^n.
+    """
+
+    num: int
+    batch_size: int
+    history: int
+    alpha: float
+
+
 class MinedState(TypedDict):
-    """Mined contexts of the last steps, newest first, and their vectors; the temperature."""
+    """The contexts of the last steps, newest first, with their vectors; and the temperature."""
 
     ids: list[np.ndarray]
     vectors: list[Tensor]
@@ -97,44 +113,33 @@ class MinedState(TypedDict):
 
 
 class HardNegatives:
-    """The nearest context that does not answer, for each question of an optimisation step.
+    """For each question of an optimisation step, the nearest context that does not answer it.
 
-    Vectors and distances stay on the device. A step reads from it once: which contexts are nearest.
+    Each step embeds `num` random contexts without gradient. These and the contexts of the steps
+    before, `history` steps in all, are the candidates. Distances of older ones are multiplied by
+    alpha^age. Vectors and distances stay on the device: a step reads only the order of contexts.
+    All of it is saved and restored with a run's state.
 
-    Each step embeds `num` random contexts, without gradient. They and those of the steps before
-    it, `history` steps in all, are the candidates; the distances of older ones count times
-    alpha^age. Saved and restored with a run's state.
-
-    With in_batch it also finds each question's loss against all contexts of the step and those
-    mined for it, and its gradient in their vectors. The passes of the step then need no more than
-    that gradient, so that the loss is over the whole step whatever its micro-batches and
+    With in_batch it also computes the loss of each question against all contexts of the step and
+    those mined for it, and the gradient of this loss in their vectors. The passes of the step need
+    only this gradient, so the loss spans the whole step, however it is split into passes and
     processes (Gao et al., 2021, "Scaling Deep Contrastive Learning Batch Size under Memory Limited
-    Setup"). Kept vectors only choose: against them, which no gradient moves, all new vectors could
-    win by moving away together.
+    Setup"). Vectors of earlier steps only help to choose negatives: no gradient moves them, so in
+    the softmax all new vectors could win by moving away from them together.
 
     Attributes:
-        negative_of: pair -> context, of the present step; its own where the file has no other
-            that does not answer it: the triplet does not count then.
+        negative_of: from each pair of the present step to its negative context. It is the pair's
+            own context if every other context of the file answers it; the triplet then counts 0.
         in_batch: losses [Q] of the present step's pairs, and gradients in their questions,
-            contexts and mined ones, [Q, H] each, on the device; None without in_batch.
-        row: pair -> row of `in_batch`.
-        temperature: of in_batch, as of the last step; learned, an FP64 scalar on the device.
+            contexts and mined contexts, [Q, H] each, on the device; None without in_batch.
+        row: from a pair to its row in `in_batch`.
+        temperature: the temperature at the last step; if learned, an FP64 scalar on the device.
     """
 
-    def __init__(
-        self,
-        run: Run,
-        pairs: Pairs,
-        num: int,
-        batch_size: int,
-        history: int,
-        alpha: float,
-        seed: int,
-        cfg: LossCfg,
-    ) -> None:
-        self.run, self.pairs, self.num, self.batch_size = run, pairs, num, batch_size
-        self.alpha, self.seed, self.cfg = alpha, seed, cfg
-        self.kept: deque[tuple[np.ndarray, Tensor]] = deque(maxlen=history)
+    def __init__(self, run: Run, pairs: Pairs, mining: Mining, seed: int, cfg: LossCfg) -> None:
+        self.run, self.pairs, self.mining, self.seed, self.cfg = run, pairs, mining, seed, cfg
+        self.encode = Encoder(run, mining.batch_size)
+        self.kept: deque[tuple[np.ndarray, Tensor]] = deque(maxlen=mining.history)
         self.temperature: float | Tensor | None = cfg.temperature
         self.negative_of: dict[int, int] = {}
         self.told: set[str] = set()
@@ -142,31 +147,28 @@ class HardNegatives:
         self.row: dict[int, int] = {}
 
     def __call__(self, model: nn.Module, step: int, chosen: np.ndarray) -> None:
-        """Mine for the pairs `chosen`, on all processes alike."""
+        """Mine negatives for the pairs `chosen`, the same on all processes."""
         pairs, count = self.pairs, len(self.pairs.contexts)
         rng = np.random.default_rng([self.seed, step, 4])
-        drawn = rng.choice(count, min(self.num, count), replace=False)
-        self.kept.appendleft((drawn, self._encode(model, pairs.contexts, drawn)))
-        questions = self._encode(model, pairs.questions, pairs.question[chosen])
+        drawn = rng.choice(count, min(self.mining.num, count), replace=False)
+        self.kept.appendleft((drawn, self.encode(model, pairs.contexts, drawn)))
+        questions = self.encode(model, pairs.questions, pairs.question[chosen])
         candidates = np.concatenate([ids for ids, _ in self.kept])
         self.negative_of = self._nearest(step, chosen, candidates, self._distances(questions))
         if self.cfg.in_batch:
             self.in_batch = self._softmax(model, chosen, questions)
             self.row = {int(pair): row for row, pair in enumerate(chosen)}
 
-    def _encode(self, model: nn.Module, texts: Texts, chosen: np.ndarray) -> Tensor:
-        return encode(self.run, model, texts, chosen, self.batch_size)
-
     def _distances(self, questions: Tensor) -> Tensor:
-        """Of each question to all candidates, with their age."""
-        parts = [
-            all_distances(questions, v) * self.alpha**age for age, (_, v) in enumerate(self.kept)
-        ]
+        """Distances [Q, candidates], multiplied by alpha^age."""
+        alpha, kept = self.mining.alpha, enumerate(self.kept)
+        parts = [all_distances(questions, v) * alpha**age for age, (_, v) in kept]
         return torch.cat(parts, dim=1)
 
     def _nearest(
         self, step: int, chosen: np.ndarray, candidates: np.ndarray, distances: Tensor
     ) -> dict[int, int]:
+        """`negative_of`; reads the order of the NEAREST candidates, and of the others if needed."""
         order = distances.argsort(dim=1)
         nearest = candidates[order[:, :NEAREST].cpu().numpy()]
 
@@ -182,33 +184,35 @@ class HardNegatives:
         return found
 
     def _random(self, step: int, pair: int) -> int:
-        """A random context that does not answer a pair, all mined ones do; its own if all do."""
-        order = np.random.default_rng([self.seed, step, pair, 5])
-        contexts = order.permutation(len(self.pairs.contexts)).tolist()
+        """A random context that does not answer the pair; its own context if all answer it.
+
+        It is for pairs that all candidates answer.
+        """
+        rng = np.random.default_rng([self.seed, step, pair, 5])
+        contexts = rng.permutation(len(self.pairs.contexts)).tolist()
         wrong = next((c for c in contexts if not self.pairs.answered_by(pair, c)), None)
-        what = "it gets another one at random"
+        remedy = "it gets another one at random"
         if wrong is None:
-            what = "and so has every other one of its file, so it counts out of the triplet"
-        if what not in self.told:
-            self.told.add(what)
+            remedy = "and so has every other one of its file, so it counts out of the triplet"
+        if remedy not in self.told:
+            self.told.add(remedy)
             question = self.pairs.questions.strings[self.pairs.question[pair]]
-            warn(f"every context mined for the question {question!r} has its answer; {what}")
+            warn(f"every context mined for the question {question!r} has its answer; {remedy}")
         return int(self.pairs.context[pair]) if wrong is None else wrong
 
     def _softmax(
         self, model: nn.Module, chosen: np.ndarray, questions: Tensor
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """-log softmax of -distance / temperature at each question's own context, and gradients."""
+        """`in_batch`: -log softmax of -distance / temperature at each question's own context."""
         pairs, count = self.pairs, len(chosen)
         mined = [self.negative_of[int(pair)] for pair in chosen]
         texts, place = np.unique([*pairs.context[chosen], *mined], return_inverse=True)
-        contexts = self._encode(model, pairs.contexts, texts)
+        contexts = self.encode(model, pairs.contexts, texts)
         questions.requires_grad_(), contexts.requires_grad_()
         others = np.array([[pairs.answered_by(pair, c) for c in texts] for pair in chosen])
         others[np.arange(count), place[:count]] = False
         arrays = {"excluded": others, "places": place, "uses": np.bincount(place)}
-        tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
-        excluded, places, uses = to_device(tensors, questions.device).values()
+        excluded, places, uses = to_device(as_tensors(arrays), questions.device).values()
         own = places[:count]
         scores = (-all_distances(questions, contexts)).masked_fill(excluded, float("-inf"))
         now: float | Tensor | None = self.cfg.temperature
@@ -216,12 +220,12 @@ class HardNegatives:
             now = self.temperature = fit_temperature(scores.detach(), own, self.temperature)
         losses = F.cross_entropy(scores / now, own, reduction="none")
         of_questions, of_contexts = torch.autograd.grad(losses.sum(), (questions, contexts))
-        # A context is embedded wherever it stands: together those give its gradient once.
+        # A context in several places is embedded in each: each gets its share of the gradient.
         of_contexts = (of_contexts / uses[:, None]).index_select(0, places)
         return losses.detach(), of_questions, of_contexts[:count], of_contexts[count:]
 
     def state_dict(self) -> MinedState:
-        """All of it on the CPU, so that it loads on any device."""
+        """The state on the CPU, so that it loads on any device."""
         return {
             "ids": [ids for ids, _ in self.kept],
             "vectors": [vectors.cpu() for _, vectors in self.kept],
@@ -231,22 +235,21 @@ class HardNegatives:
     def load_state_dict(self, state: MinedState) -> None:
         self.temperature = state["temperature"]
         self.kept.clear()
-        device = self.run.accelerator.device
-        vectors = [each.to(device) for each in state["vectors"]]
+        vectors = [each.to(self.run.accelerator.device) for each in state["vectors"]]
         self.kept.extend(zip(state["ids"], vectors, strict=True))
 
 
 def fit_temperature(scores: Tensor, own: Tensor, now: float | Tensor | None) -> Tensor:
-    """A temperature for the softmax of scores, a step on from the one before.
+    """The softmax temperature of a step, from the temperature of the step before.
 
     If the temperature does not fit the scale of the vectors, training first rescales the vectors.
-    So the first temperature is the one at which the loss is least. Each later one goes a tenth of
-    the way, in logarithms, to the one at which it would be least now.
+    So the first temperature is the one with the least loss. Each later one moves a tenth of the
+    way, in logarithms, to the temperature with the least loss now.
 
     Args:
-        scores: [Q, C], -distance, or -inf where a context does not count.
-        own: int64 [Q], the context of each question.
-        now: the temperature of the step before, or None at the first.
+        scores: [Q, C], -distance, or -inf for a context that does not count.
+        own: int64 [Q], the own context of each question.
+        now: the temperature of the step before, or None at the first step.
 
     Returns:
         an FP64 scalar on the device of `scores`; only the first call waits for the device.
@@ -266,7 +269,7 @@ def fit_temperature(scores: Tensor, own: Tensor, now: float | Tensor | None) -> 
 
 
 def all_distances(a: Tensor, b: Tensor) -> Tensor:
-    """L2 distances of all pairs, [A, B], as one matrix product."""
+    """L2 distances of all rows of a to all rows of b, [A, B], by one matrix product."""
     squares = a.square().sum(dim=1)[:, None] + b.square().sum(dim=1) - 2 * a @ b.T
     return squares.clamp_min(NEAR_ZERO).sqrt()
 
@@ -275,42 +278,38 @@ def all_distances(a: Tensor, b: Tensor) -> Tensor:
 # Batches
 
 
-class PairBatches(Batches):
-    """Batches of pairs with their hard negatives, for `loop.train`."""
+class PairBatches(BatchesByLength):
+    """Batches of pairs with their hard negatives."""
 
     def __init__(self, pairs: Pairs, negatives: HardNegatives, step_size: int, seed: int) -> None:
+        """`lengths` are those of the contexts."""
+        super().__init__(pairs.contexts.total_lengths[pairs.context], step_size, seed)
         self.pairs, self.negatives = pairs, negatives
-        self.step_size, self.seed = step_size, seed
-
-    def steps(self, epoch: int) -> list[np.ndarray]:
-        """The pairs of each optimisation step of an epoch, of contexts of similar length."""
-        lengths = self.pairs.contexts.total_lengths[self.pairs.context]
-        return squad_utils.plan_steps(lengths, self.step_size, self.seed, epoch)
 
     def prepare(self, model: nn.Module, step: int, chosen: np.ndarray) -> None:
         """Mine the step's negatives."""
         self.negatives(model, step, chosen)
 
     def tokens(self, chosen: np.ndarray) -> np.ndarray:
-        """Tokens of each pair without padding, int64 [len(chosen)]: its question, its context, and
-        as many as that again for the context mined for it, which is not known before the step."""
-        pairs = self.pairs
-        contexts = pairs.contexts.total_lengths[pairs.context[chosen]]
-        return pairs.questions.total_lengths[pairs.question[chosen]] + 2 * contexts
+        """Tokens of each pair without padding, int64 [len(chosen)]: its question and twice its
+        context, since the mined context is unknown before the step."""
+        questions = self.pairs.questions.total_lengths[self.pairs.question[chosen]]
+        return questions + 2 * self.lengths[chosen]
 
     def batch(self, epoch: int, chosen: np.ndarray) -> dict[str, Tensor]:
-        """All that the losses of a few pairs need; which text is which, they are told by indices.
+        """The texts of a few pairs, in groups of similar length, with indices into the groups.
 
         Returns:
-            "q_..." inputs of the questions, [B, Lq];
-            "c0_...", "c1_...", ... inputs of groups of contexts and of those mined, by length;
-            "c0_rows", "c0_pairs", ... rows of a group that are contexts of pairs, not mined for
-                them, and these pairs' places in the batch; left out where there are none;
-            "place" [2B], the row of each context, then of each mined one, among all groups' rows;
-            "attention_mask" [1, all], all masks, for the count of tokens;
-            "has_negative" [B], 0 for a pair whose mined context is its own, else 1;
-            with in_batch "in_batch", its losses [B], and gradients "gradient_q" [B, H] and, of
-                contexts and mined ones, "gradient_c" [2B, H], on the device.
+            "q_...": inputs of the questions, [B, Lq];
+            "c0_...", "c1_...", ...: inputs of groups of contexts, the pairs' own and mined ones;
+            "c0_rows", "c0_pairs", ...: rows of a group with the pairs' own contexts, and the places
+                of these pairs in the batch; absent if the group has none;
+            "place" [2B]: among the rows of all groups, the row of each pair's own context, then
+                of each mined one;
+            "attention_mask" [1, all]: all masks, to count tokens;
+            "has_negative" [B]: 0 for a pair whose mined context is its own, else 1;
+            with in_batch, on the device, "in_batch" [B]: the losses, and their gradients:
+                "gradient_q" [B, H] in questions, "gradient_c" [2B, H] in own and mined contexts.
         """
         pairs, mined = self.pairs, self.negatives
         arrays = _named("q_", pairs.questions.batch(pairs.question[chosen]))
@@ -329,7 +328,7 @@ class PairBatches(Batches):
         arrays["has_negative"] = (pairs.context[chosen] != negatives).astype(np.float32)
         masks = [array.ravel() for name, array in arrays.items() if name.endswith("_mask")]
         arrays["attention_mask"] = np.concatenate(masks)[None]
-        batch = {name: torch.from_numpy(array) for name, array in arrays.items()}
+        batch = as_tensors(arrays)
         if mined.in_batch is not None:
             ours = torch.tensor([mined.row[int(pair)] for pair in chosen])
             ours = to_device({"rows": ours}, accelerator.device)["rows"]
@@ -352,15 +351,17 @@ def inputs_of(batch: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
 
 
 class EmbeddingLoss:
-    """The losses of a question q, its context c and its hard negative n, each [B].
+    """The losses of a question q, its context c and its hard negative n, [B] each.
 
     - `triplet`: softplus(|q - c| - |q - n|), and with triplet_num 2 also
       softplus(|q - c| - |c - n|);
-    - with in_batch, `in_batch`: the softmax of `HardNegatives`, by its gradient;
-    - with a teacher, `hidden_states`: supervision_weight x the error of hidden states of question
-      and context, and `embedding`: the L1 or L2 distance between its embeddings and the student's.
+    - `in_batch`, with in_batch: the softmax of `HardNegatives`, by its gradient;
+    - `hidden_states`, with a teacher: supervision_weight x squared error of the hidden states of
+      question and context, summed over pairs of states;
+    - `embedding`, with a teacher: the L1 or L2 distance between the teacher's and the student's
+      embeddings.
 
-    Nothing here reads a tensor's values, so a GPU is never waited for.
+    Nothing here reads a tensor's values, so nothing waits for a GPU.
     """
 
     def __init__(
@@ -371,7 +372,7 @@ class EmbeddingLoss:
         supervision_weight: float,
         state_maps: nn.ModuleList | None = None,
     ) -> None:
-        """`state_maps` take the states of a merged student to the size of the teacher's."""
+        """`state_maps` map the states of a merged student to the teacher's size."""
         self.run, self.teacher, self.cfg = run, teacher, cfg
         self.supervision_weight, self.state_maps = supervision_weight, state_maps
 
@@ -390,12 +391,10 @@ class EmbeddingLoss:
         c, n = contexts.index_select(0, batch["place"]).split(count)
         losses = {}
         if self.cfg.triplet_num:
-            losses["triplet"] = F.softplus(row_distance(q, c) - row_distance(q, n))
+            triplet = F.softplus(row_distance(q, c) - row_distance(q, n))
             if self.cfg.triplet_num == 2:
-                losses["triplet"] = losses["triplet"] + F.softplus(
-                    row_distance(q, c) - row_distance(c, n)
-                )
-            losses["triplet"] = losses["triplet"] * batch["has_negative"]
+                triplet = triplet + F.softplus(row_distance(q, c) - row_distance(c, n))
+            losses["triplet"] = triplet * batch["has_negative"]
         if self.cfg.in_batch:
             of_c, of_n = batch["gradient_c"].split(count)
             along = (batch["gradient_q"] * q + of_c * c + of_n * n).sum(dim=1)
@@ -405,7 +404,7 @@ class EmbeddingLoss:
         errors, distances = self._taught(teacher, inputs_of(batch, "q_"), outputs[0])
         for prefix, mine in zip(prefixes[1:], outputs[1:], strict=True):
             rows = batch.get(f"{prefix}rows")
-            if rows is not None:  # the teacher is not asked for what is mined
+            if rows is not None:  # the teacher does not embed mined contexts
                 error, distance = self._taught(teacher, inputs_of(batch, prefix), mine, rows)
                 errors = errors.index_add(0, batch[f"{prefix}pairs"], error)
                 distances = distances.index_add(0, batch[f"{prefix}pairs"], distance)
@@ -421,8 +420,8 @@ class EmbeddingLoss:
         outputs: EmbeddingOutput,
         rows: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """Error of the hidden states and distance of the embeddings, of all rows of a pass, or of
-        those with the indices `rows`; [rows] each."""
+        """Error of the hidden states and distance of the embeddings, [rows] each, for all rows of
+        a pass or for those with indices `rows`."""
         states, embedding = list(outputs.hidden_states or ()), outputs.embedding
         if rows is not None:
             inputs = {name: value.index_select(0, rows) for name, value in inputs.items()}
@@ -441,8 +440,7 @@ class EmbeddingLoss:
 
 
 class EmbeddingError:
-    """The weighted squared error of a distilled embedding, a mean over H like that of states, as
-    `embedding` [B]."""
+    """The weighted squared error of a distilled embedding, mean over H, as `embedding` [B]."""
 
     def __init__(self, run: Run, teacher: PreTrainedModel, weight: float) -> None:
         self.run, self.teacher, self.weight = run, cast(Embedding, teacher), weight
@@ -450,16 +448,14 @@ class EmbeddingError:
     def __call__(
         self, outputs: ModelOutput, state: Tensor, batch: dict[str, Tensor]
     ) -> dict[str, Tensor]:
-        """Arguments of `hidden_states.OutputLoss`."""
         with torch.no_grad(), self.run.accelerator.autocast():
             target = self.teacher.embed(state, batch["attention_mask"])
-        found = cast(EmbeddingOutput, outputs).embedding
-        error = (found.float() - target.float()).square().mean(dim=1)
-        return {"embedding": self.weight * error}
+        difference = cast(EmbeddingOutput, outputs).embedding.float() - target.float()
+        return {"embedding": self.weight * difference.square().mean(dim=1)}
 
 
 def row_distance(a: Tensor, b: Tensor) -> Tensor:
-    """L2 distance of each row of a and of b, [B]."""
+    """L2 distance between the same rows of a and b, [B]."""
     return norm(a - b)
 
 

@@ -1,7 +1,8 @@
-"""Pairs without labels: questions with other windows of their article, and of plain texts.
+"""Pairs without labels: a question with another context of its article, or with a plain text.
 
-The error of hidden states and of logits needs no answer, so any question with any text will do. New
-pairs are drawn for each epoch, from seed and epoch alone: a run that goes on has the same ones.
+The errors of hidden states and logits need no answer, so a question can go with any text. Each
+epoch draws new pairs, from the seed and the epoch alone, so that a run that continues draws the
+same.
 """
 
 from __future__ import annotations
@@ -12,17 +13,16 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 from torch import Tensor
 
 import squad_utils
 from cli import UserError, tell
 from deploy.search import read_paragraphs
 from squad_utils import SquadData, Tokens, Windows
-from training.passes import Batches
+from training.passes import Batches, as_tensors
 
-TEXT_SHARE = 0.5  # of the pairs, where there are plain texts as well
-SHARED_WORDS = 13  # in a row tell a dev text, as GPT-3's filter does (Brown et al., 2020, app. C)
+TEXT_SHARE = 0.5  # share of the pairs with a plain text, if there are plain texts
+SHARED_WORDS = 13  # words in a row that mark a dev text, as for GPT-3 (Brown et al., 2020, app. C)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -30,10 +30,10 @@ SHARED_WORDS = 13  # in a row tell a dev text, as GPT-3's filter does (Brown et 
 
 
 def read_texts(paths: Sequence[str], dev_contexts: Sequence[str]) -> list[str]:
-    """The paragraphs of --extra_texts, without those that have text of the dev contexts.
+    """The paragraphs of --extra_texts, without those that share text with the dev contexts.
 
     Raises:
-        UserError: a path cannot be read, or nothing is left.
+        UserError: a path cannot be read, or no paragraph is left.
     """
     flag = "--extra_texts"
     texts = [each.text for each in read_paragraphs(paths, flag)]
@@ -50,23 +50,23 @@ def read_texts(paths: Sequence[str], dev_contexts: Sequence[str]) -> list[str]:
 
 
 def word_runs(text: str) -> Iterator[str]:
-    """All runs of SHARED_WORDS words; a text of fewer words is one run."""
+    """All runs of SHARED_WORDS words; a text with fewer words is one run."""
     words = re.findall(r"\w+", text.lower())
     for first in range(max(1, len(words) - SHARED_WORDS + 1)):
         yield " ".join(words[first : first + SHARED_WORDS])
 
 
 # ------------------------------------------------------------------------------------------------
-# Windows of the pairs, three integers each: a question, its text's first token, its text's length
+# A window is three integers: the question, the first token of the text, the length of the text
 
 
 def contexts_of_articles(data: SquadData) -> np.ndarray:
-    """How many contexts each article has, int64 [articles]."""
+    """The number of contexts of each article, int64 [articles]."""
     return np.array([len(article["paragraphs"]) for article in data.articles], np.int64)
 
 
 def check_articles(data: SquadData) -> None:
-    """Check that without plain texts there is something to draw.
+    """Check that there are pairs to draw even without plain texts.
 
     Raises:
         UserError: no question's article has a second context.
@@ -80,14 +80,15 @@ def check_articles(data: SquadData) -> None:
 
 @dataclass(frozen=True)
 class Pool:
-    """What pairs are drawn from. Texts are the file's contexts, then plain ones.
+    """The questions and texts of pairs. Texts are the file's contexts, then the plain texts.
 
     Attributes:
         ids, bounds: tokens of all texts, int32; text i is ids[bounds[i]:bounds[i + 1]].
-        questions: that can be drawn, int64.
-        own: int64 [all questions], each question's context.
-        begin, count: int64 [contexts], the first context of its article, and how many it has.
-        room: int64 [all questions], tokens of text that fit beside each.
+        questions: int64, the questions that can be drawn.
+        own: int64 [all questions], the context of each question.
+        begin, count: int64 [contexts], the first context of each context's article, and the number
+            of its contexts.
+        room: int64 [all questions], the tokens of text that fit beside each question.
     """
 
     ids: np.ndarray
@@ -100,10 +101,10 @@ class Pool:
 
     @classmethod
     def of(cls, data: SquadData, windows: Windows, texts: Tokens, room: np.ndarray) -> Pool:
-        """The pool of a file and of plain texts, which may be none; see `check_articles`.
+        """The pool of a file and of plain texts, if any; see `check_articles`.
 
         Args:
-            windows: of that file; their tokens are used.
+            windows: the file's windows, whose tokens the pool takes.
             room: as the attribute.
         """
         sizes = contexts_of_articles(data)
@@ -123,11 +124,11 @@ class Pool:
         )
 
     def draw(self, rng: np.random.Generator, number: int) -> np.ndarray:
-        """`number` windows, int64 [number, 3]; questions are drawn equally often.
+        """Draw `number` windows, int64 [number, 3], from all questions equally often.
 
-        Each has another context of the question's article or, for TEXT_SHARE of them and where
-        there is no other context, a plain text. Where a text is longer than the room beside the
-        question, the window begins anywhere in it.
+        A window has another context of the question's article. If there are plain texts, TEXT_SHARE
+        of the windows have one instead, and so do questions without another context. If the text is
+        longer than the room beside the question, the window begins at a random token.
         """
         asked = np.resize(rng.permutation(self.questions), number)
         own, contexts = self.own[asked], len(self.count)
@@ -143,26 +144,26 @@ class Pool:
 
 
 class ExtraBatches(Batches):
-    """Batches of the file's windows and, in each epoch, of new ones from a pool; without targets.
+    """Batches of the file's windows and of windows that each epoch draws; without targets.
 
-    The file's windows are 0 .. N - 1, and extra window j of an epoch is N + number x epoch + j: so
-    an index tells its epoch. All windows of a step are of one epoch.
+    The file's windows have indices 0 .. N - 1, and extra window j of an epoch has index
+    N + number x epoch + j, which tells the epoch. All windows of a step belong to one epoch.
     """
 
     def __init__(
         self, windows: Windows, pool: Pool, number: int, step_size: int, seed: int
     ) -> None:
-        """`number` extra windows in each epoch."""
+        """Each epoch draws `number` windows from the pool."""
         self.windows, self.pool, self.number = windows, pool, number
         self.step_size, self.seed = step_size, seed
-        contexts = windows.contexts.bounds[windows.context_of[windows.question]]
-        rows = (windows.question, contexts + windows.first, windows.length)
-        self.of_file = np.stack(rows, axis=1).astype(np.int32)
+        first = windows.contexts.bounds[windows.context_of[windows.question]] + windows.first
+        rows = np.stack([windows.question, first, windows.length], axis=1)
+        self.of_file = rows.astype(np.int32)
         self._rows = functools.lru_cache(maxsize=1)(self._draw_rows)
 
     def _draw_rows(self, epoch: int) -> np.ndarray:
         """All windows of an epoch, int32 [N + number, 3]."""
-        # Its own stream, beside those of the order and of the answers.
+        # A stream of its own, apart from those of the order and of the answers.
         drawn = self.pool.draw(np.random.default_rng([self.seed, epoch, 2]), self.number)
         return np.concatenate([self.of_file, drawn.astype(np.int32)])
 
@@ -170,20 +171,18 @@ class ExtraBatches(Batches):
         return self.windows.questions.lengths[rows[:, 0]] + rows[:, 2] + 3
 
     def _chosen(self, chosen: np.ndarray) -> np.ndarray:
-        """The rows [len(chosen), 3] of windows of a step."""
+        """The windows of a step, [len(chosen), 3]."""
         extra = np.maximum(chosen - len(self.of_file), 0)
         epoch = int(extra.max()) // self.number
         return self._rows(epoch)[chosen - epoch * self.number * (chosen >= len(self.of_file))]
 
     def steps(self, epoch: int) -> list[np.ndarray]:
-        """The windows of each optimisation step of an epoch."""
         lengths = self._lengths(self._rows(epoch))
         steps = squad_utils.plan_steps(lengths, self.step_size, self.seed, epoch)
         extra = len(self.of_file)
         return [step + epoch * self.number * (step >= extra) for step in steps]
 
     def tokens(self, chosen: np.ndarray) -> np.ndarray:
-        """Tokens of each window, int64 [len(chosen)]."""
         return self._lengths(self._chosen(chosen))
 
     def batch(self, epoch: int, chosen: np.ndarray) -> dict[str, Tensor]:
@@ -192,5 +191,4 @@ class ExtraBatches(Batches):
         for question, first, length in self._chosen(chosen):
             asked = questions.ids[questions.of(question)]
             rows.append((asked, self.pool.ids[first : first + length]))
-        arrays = squad_utils.token_rows(rows, self.windows.special)
-        return {name: torch.from_numpy(array) for name, array in arrays.items()}
+        return as_tensors(squad_utils.token_rows(rows, self.windows.special))

@@ -16,14 +16,14 @@ from training.run import Run
 
 
 class SquaredError(torch.autograd.Function):
-    """Mean squared error between two states, token by token, in FP32.
+    """Mean squared error between two states per token, in FP32.
 
-    One function, since three passes over the memory then do what twelve did.
+    As one function it needs three passes over the memory; separate operations need twelve.
     """
 
     @staticmethod
     def forward(ctx: Any, state: Tensor, target: Tensor) -> Tensor:
-        """[B, L, H] each, of any dtype; the error is [B, L]."""
+        """Two states [B, L, H] of any dtype to their error [B, L]."""
         difference = state - target.float()
         ctx.dtype = state.dtype
         ctx.save_for_backward(difference)
@@ -39,17 +39,17 @@ class SquaredError(torch.autograd.Function):
 def state_errors(
     student: Sequence[Tensor], teacher: Sequence[Tensor], attention_mask: Tensor
 ) -> Tensor:
-    """Mean squared error between hidden states, for each pair of states.
+    """Mean squared error between hidden states, per pair of states.
 
-    Student state i of n_S (the embedding output is state 0) pairs with teacher state
-    floor(i (n_T - 1) / (n_S - 1)), so first and last meet first and last.
+    Student state i of n_S (state 0 is the embedding output) pairs with teacher state
+    floor(i (n_T - 1) / (n_S - 1)): first with first, last with last.
 
     Args:
         student, teacher: hidden states [B, L, H], as `output_hidden_states` gives them.
         attention_mask: [B, L], 1 for tokens, 0 for padding, which does not count.
 
     Returns:
-        [n_S, B], the mean over each row's tokens and H, so that it does not depend on the padding.
+        [n_S, B], means over the tokens of a row and over H, independent of the padding.
     """
     mask = attention_mask.to(torch.float32)
     weight = mask / mask.sum(dim=1, keepdim=True)
@@ -61,16 +61,16 @@ def state_errors(
     return torch.stack(errors)
 
 
-# From the student's outputs, the teacher's last state [B, L, H] and the batch to named errors [B]
-# of what a model makes of its last state.
+# From the student's outputs, the teacher's last state [B, L, H] and the batch to named errors of
+# outputs, [B] each.
 OutputLoss = Callable[[ModelOutput, Tensor, dict[str, Tensor]], dict[str, Tensor]]
 
 
 class StateLoss:
-    """The weighted squared errors of states 0..k, each [B], as `state_0` ... `state_k`.
+    """The weighted squared errors of states 0..k, [B] each, as `state_0` ... `state_k`.
 
-    Student state i of n layers has teacher state floor(i N / n) of N as its target. An
-    `output_loss` adds its own errors, where all layers run.
+    The target of state i of n student layers is state floor(i N / n) of N teacher layers. Only the
+    first k student layers run. If all run, an `output_loss` may add its own errors.
     """
 
     def __init__(
@@ -81,7 +81,7 @@ class StateLoss:
         weights: tuple[float, ...],
         output_loss: OutputLoss | None = None,
     ) -> None:
-        """`num_layers` is the student's n; the teacher may have been cut to the layers needed."""
+        """`num_layers` is the student's n; `weights` has k + 1 entries."""
         self.run, self.teacher, self.weights = run, teacher, weights
         self.output_loss = output_loss
         depth = teacher.config.num_hidden_layers

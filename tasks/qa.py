@@ -1,4 +1,4 @@
-"""Extractive QA as a task for the training loop: its data, its loss, its evaluation, its export."""
+"""Extractive QA as a task: its windows, batches, losses and evaluation."""
 
 from __future__ import annotations
 
@@ -33,12 +33,12 @@ from tasks.extra_pairs import ExtraBatches, Pool, check_articles, read_texts
 from tasks.hidden_states import OutputLoss, state_errors
 from tasks.squad_scores import Scorer, load_scorer
 from tasks.task import Rows, Task
-from training.passes import Batches, LossFunction, to_device
+from training.passes import Batches, BatchesByLength, LossFunction, as_tensors, to_device
 from training.results import TaskCard
 from training.run import Run
 from training.states import write_json
 
-# Of the logits' error beside that of the states, where the flags do not say otherwise.
+# Defaults of --logits_weight and --logits_temperature.
 LOGITS_WEIGHT, LOGITS_TEMPERATURE = 0.1, 1.0
 
 
@@ -47,10 +47,10 @@ LOGITS_WEIGHT, LOGITS_TEMPERATURE = 0.1, 1.0
 
 
 def check_lengths(args: argparse.Namespace) -> None:
-    """Check that a context has room beside the longest question; warn of a stride that does not.
+    """Check that a context fits beside the longest question; warn if --doc_stride does not.
 
     Raises:
-        UserError: it has none.
+        UserError: there is no room for a context.
     """
     room = args.max_seq_length_c - args.max_seq_length_q - 3
     if room < 1:
@@ -67,11 +67,11 @@ def check_lengths(args: argparse.Namespace) -> None:
 
 
 class QaTask(Task):
-    """Extractive QA for a script: windows, and the answers in them.
+    """Extractive QA: windows, and the answers in them.
 
     Attributes:
-        train_windows, dev_windows: after `tokenize`.
-        num_extra: windows that --extra_pairs adds to each epoch, after `tokenize`.
+        train_windows, dev_windows: set by `tokenize`.
+        num_extra: windows that --extra_pairs adds to each epoch, set by `tokenize`.
     """
 
     auto_class: ClassVar[AutoClass] = AutoModelForQuestionAnswering
@@ -87,10 +87,10 @@ class QaTask(Task):
     evaluation: QaEvaluation
 
     def __init__(self, args: argparse.Namespace) -> None:
-        """Read the files that args names.
+        """Read the files that the flags name.
 
         Raises:
-            UserError: one of them is not what it should be, or a window has no room for a context.
+            UserError: a file cannot be used, or a window has no room for a context.
         """
         check_lengths(args)
         super().__init__(args)
@@ -106,7 +106,6 @@ class QaTask(Task):
         self.scorer = load_scorer(args.squad_eval_script, self.dev_data)
 
     def hashes(self) -> dict[str, str]:
-        """What tells the data from other files of the same name."""
         texts = "\0".join(self.extra_texts).encode()
         own = {"sha256_texts": hashlib.sha256(texts).hexdigest()[:16]} if texts else {}
         return {**super().hashes(), **own}
@@ -120,6 +119,7 @@ class QaTask(Task):
         lengths = (self.args.max_seq_length_q, self.args.max_seq_length_c, self.args.doc_stride)
         self.train_windows = make_windows(self.train_data, tokenizer, *lengths, for_training=True)
         self.dev_windows = make_windows(self.dev_data, tokenizer, *lengths, for_training=False)
+        self.train_rows, self.dev_rows = rows_of(self.train_windows), rows_of(self.dev_windows)
         if not len(self.train_windows):
             raise UserError(
                 f"--squad_train_data: none of the answers in {self.train_data.path} is in its"
@@ -130,8 +130,8 @@ class QaTask(Task):
             self.args.max_answer_length,
             self.args.max_seq_length_c,
         )
-        factor, self.num_extra = getattr(self.args, "extra_pairs", 0.0), 0
-        if factor:
+        self.num_extra = 0
+        if factor := getattr(self.args, "extra_pairs", 0.0):
             self.num_extra = max(1, round(factor * len(self.train_windows)))
             texts = squad_utils.tokenize(
                 tokenizer.backend_tokenizer, self.extra_texts, False, "tokenising texts"
@@ -140,28 +140,27 @@ class QaTask(Task):
             self.pool = Pool.of(self.train_data, self.train_windows, texts, room)
 
     def make_evaluation(self, run: Run) -> QaEvaluation:
-        """The evaluation on the dev file."""
-        size = self.args.per_gpu_eval_batch_size
+        args = self.args
+        size, longest = args.per_gpu_eval_batch_size, args.max_answer_length
         self.evaluation = QaEvaluation(
-            run, self.dev_data, self.dev_windows, self.scorer, size, self.args.max_answer_length
+            run, self.dev_data, self.dev_windows, self.scorer, size, longest
         )
         return self.evaluation
 
     def batches(self, step_size: int) -> QaBatches | ExtraBatches:
-        """Batches of the training file; with extra pairs they have no targets."""
+        """Batches of windows; with extra pairs they have no targets."""
+        windows, seed = self.train_windows, self.args.seed
         if self.num_extra:
-            pool, seed = self.pool, self.args.seed
-            return ExtraBatches(self.train_windows, pool, self.num_extra, step_size, seed)
-        return QaBatches(self.train_windows, step_size, self.args.seed)
+            return ExtraBatches(windows, self.pool, self.num_extra, step_size, seed)
+        return QaBatches(windows, step_size, seed)
 
     def draw(self, rng: np.random.Generator, count: int) -> np.ndarray:
-        """`count` random windows."""
         return rng.permutation(len(self.train_windows))[:count]
 
     def fine_tuning(
         self, run: Run, teacher: PreTrainedModel | None, state_maps: nn.ModuleList | None
     ) -> tuple[LossFunction, Batches]:
-        """The loss of answers, and of a teacher's distributions and states; all windows."""
+        """`QaLoss`, and batches of all windows."""
         args = self.args
         if not self.train_data.answerable.any():
             raise UserError(
@@ -172,27 +171,17 @@ class QaTask(Task):
         return loss, self.batches(args.total_train_batch_size)
 
     def output_loss(self, run: Run, teachers: Sequence[PreTrainedModel]) -> OutputLoss | None:
-        """The error of the logits, by --logits_weight and --logits_temperature."""
+        """`LogitsLoss`, by --logits_weight and --logits_temperature."""
         weight, temperature = self.args.logits_weight, self.args.logits_temperature
         weight = LOGITS_WEIGHT if weight is None else weight
         temperature = LOGITS_TEMPERATURE if temperature is None else temperature
         return LogitsLoss(run, teachers, weight, temperature) if weight else None
 
-    def train_rows(self) -> Rows:
-        """The training windows."""
-        return rows_of(self.train_windows)
-
-    def dev_rows(self) -> Rows:
-        """The dev windows."""
-        return rows_of(self.dev_windows)
-
     @property
     def num_examples(self) -> int:
-        """Examples of an epoch of `batches`."""
         return len(self.train_windows) + self.num_extra
 
     def describe(self) -> str:
-        """One line on the data."""
         extra = f" and {self.num_extra:,} more in each epoch" if self.num_extra else ""
         return (
             f"{len(self.train_data.ids):,} questions in {len(self.train_windows):,} windows{extra}"
@@ -200,7 +189,6 @@ class QaTask(Task):
         )
 
     def counts(self) -> dict[str, int]:
-        """For metrics.json."""
         return {
             "train_questions": len(self.train_data.ids),
             "train_windows": len(self.train_windows),
@@ -210,7 +198,6 @@ class QaTask(Task):
         }
 
     def write_answers(self) -> None:
-        """Write the answers of the last evaluation to the output folder."""
         folder = self.args.output_dir
         write_json(os.path.join(folder, "predictions.json"), self.evaluation.predictions)
         if self.dev_data.version_2:
@@ -218,7 +205,6 @@ class QaTask(Task):
             write_json(path, self.evaluation.no_answer_scores)
 
     def card(self, figures: Mapping[str, float]) -> TaskCard:
-        """Its part of the model card."""
         args, counts = self.args, self.counts()
         return TaskCard(
             title="Extractive question answering",
@@ -237,7 +223,7 @@ class QaTask(Task):
         )
 
     def reader_settings(self, figures: Mapping[str, float]) -> dict[str, float | None]:
-        """Lengths, and the threshold of SQuAD 2.0 over which there is no answer."""
+        """Lengths, and the no-answer score over which a SQuAD 2.0 model gives no answer."""
         return {
             "max_query_length": self.args.max_seq_length_q,
             "max_seq_length": self.args.max_seq_length_c,
@@ -259,7 +245,7 @@ def make_windows(
     doc_stride: int,
     for_training: bool,
 ) -> Windows:
-    """Tokenise a SQuAD file and cut it into windows (squad_utils has the meanings)."""
+    """Tokenise a SQuAD file and cut it into windows; squad_utils explains the arguments."""
     contexts, questions = squad_utils.tokenize_squad(
         data, tokenizer.backend_tokenizer, max_seq_length_q
     )
@@ -275,7 +261,7 @@ def make_windows(
 
 
 def warn_of_long_answers(windows: dict[str, Windows], longest: int, max_seq_length_c: int) -> None:
-    """Count the answers that are longer than `longest` tokens, by the file that they are of."""
+    """Warn of answers longer than `longest` tokens, with their number per file."""
     lengths = {name: each.answer_tokens @ [-1, 1] + 1 for name, each in windows.items()}
     every = np.sort(np.concatenate(list(lengths.values())))
     if not len(every) or every[-1] <= longest:
@@ -293,35 +279,26 @@ def warn_of_long_answers(windows: dict[str, Windows], longest: int, max_seq_leng
 
 
 def rows_of(windows: Windows) -> Rows:
-    """Windows as a task's rows."""
+    """Windows as the rows of a task."""
     return Rows(windows.total_lengths, functools.partial(squad_utils.make_batch, windows))
 
 
-class QaBatches(Batches):
-    """Batches of windows and the spans to learn, for `loop.train`."""
+class QaBatches(BatchesByLength):
+    """Batches of windows with the spans to learn."""
 
     def __init__(self, windows: Windows, step_size: int, seed: int) -> None:
-        self.windows, self.step_size, self.seed = windows, step_size, seed
+        super().__init__(windows.total_lengths, step_size, seed)
+        self.windows = windows
         self._targets = functools.lru_cache(maxsize=1)(self._draw_targets)
 
     def _draw_targets(self, epoch: int) -> np.ndarray:
-        # Its own stream: the order of the windows must not depend on the answers.
+        # A stream of its own: the order of the windows must not depend on the answers.
         return squad_utils.targets(self.windows, np.random.default_rng([self.seed, epoch, 1]))
-
-    def steps(self, epoch: int) -> list[np.ndarray]:
-        """The windows of each optimisation step of an epoch."""
-        lengths = self.windows.total_lengths
-        return squad_utils.plan_steps(lengths, self.step_size, self.seed, epoch)
-
-    def tokens(self, chosen: np.ndarray) -> np.ndarray:
-        """Tokens of each window, int64 [len(chosen)]."""
-        return self.windows.total_lengths[chosen]
 
     def batch(self, epoch: int, chosen: np.ndarray) -> dict[str, Tensor]:
         """Inputs [B, L], and `targets` [B, 2]: positions of the answer's first and last token."""
         arrays = squad_utils.make_batch(self.windows, chosen)
-        arrays["targets"] = self._targets(epoch)[chosen]
-        return {name: torch.from_numpy(array) for name, array in arrays.items()}
+        return as_tensors({**arrays, "targets": self._targets(epoch)[chosen]})
 
 
 # ------------------------------------------------------------------------------------------------
@@ -329,7 +306,7 @@ class QaBatches(Batches):
 
 
 class QaOutput(Protocol):
-    """What a QA model gives: logits [B, L], and hidden states where they were asked for."""
+    """The outputs of a QA model: logits [B, L], and hidden states if asked for."""
 
     start_logits: Tensor
     end_logits: Tensor
@@ -348,7 +325,7 @@ def stacked(outputs: QaOutput) -> Tensor:
 
 
 def log_softmax(logits: Tensor, attention_mask: Tensor) -> Tensor:
-    """Log-softmax over the tokens of each window, padding excluded: [2, B, L], as the logits."""
+    """Log-softmax of logits [2, B, L] over the tokens of each window, without padding."""
     return F.log_softmax(logits.masked_fill(attention_mask == 0, float("-inf")), dim=-1)
 
 
@@ -358,12 +335,13 @@ def log_probabilities(outputs: QaOutput, attention_mask: Tensor) -> Tensor:
 
 
 class QaLoss:
-    """The losses of QA fine-tuning, each [B].
+    """The losses of QA fine-tuning, [B] each.
 
     - `answer`: cross-entropy of the answer's start and end, mean of both;
-    - with a teacher, `kd_weight` x soft cross-entropy between its distributions and the student's
-      (temperature 1; Hinton et al., 2015), mean of start and end, as `distillation`, and
-      `supervision_weight` x the squared error of hidden states, as `hidden_states`.
+    - `distillation`, with a teacher: kd_weight x soft cross-entropy between the teacher's and the
+      student's distributions (temperature 1; Hinton et al., 2015), mean of start and end;
+    - `hidden_states`, with a teacher: supervision_weight x squared error of hidden states, summed
+      over pairs of states.
     """
 
     def __init__(
@@ -374,7 +352,7 @@ class QaLoss:
         supervision_weight: float,
         state_maps: nn.ModuleList | None = None,
     ) -> None:
-        """`state_maps` take the states of a merged student to the size of the teacher's."""
+        """`state_maps` map the states of a merged student to the teacher's size."""
         self.run, self.teacher, self.state_maps = run, teacher, state_maps
         self.kd_weight, self.supervision_weight = kd_weight, supervision_weight
 
@@ -386,10 +364,8 @@ class QaLoss:
         if self.teacher is not None:
             with torch.no_grad(), self.run.accelerator.autocast():
                 taught = forward(self.teacher, batch, hidden_states=True)
-            teacher_log_probs = log_probabilities(taught, mask)
-            losses["distillation"] = self.kd_weight * soft_cross_entropy(
-                log_probs, teacher_log_probs
-            )
+            distillation = soft_cross_entropy(log_probs, log_probabilities(taught, mask))
+            losses["distillation"] = self.kd_weight * distillation
             states = outputs.hidden_states
             if self.state_maps is not None:
                 with self.run.accelerator.autocast():
@@ -410,18 +386,18 @@ def soft_cross_entropy(student: Tensor, teacher: Tensor) -> Tensor:
 
     Both are log-probabilities [2, B, L], -inf at padding.
     """
-    finite = student.masked_fill(student == float("-inf"), 0.0)  # where p_teacher is 0 too
+    finite = student.masked_fill(student == float("-inf"), 0.0)  # p_teacher is 0 there
     return -(teacher.exp() * finite).sum(dim=2).mean(dim=0)
 
 
 class LogitsLoss:
-    """How far start and end are from the teachers', as `logits` [B], beside the error of states.
+    """The error of start and end logits in distillation, as `logits` [B].
 
-    weight x T^2 x (H(p, q) - H(p)), mean of start and end. p is the softmax of the teachers' logits
-    over T, q that of the student's, over the tokens of a window. H(p, q) is their soft
-    cross-entropy (Hinton et al., 2015); its gradient falls with 1/T^2, and the factor T^2 undoes
-    that (their section 2). H(p), p's entropy, has no gradient: less it, the loss is 0 where both
-    agree, so the loop sees a divergence at a high T too. Several teachers' logits are averaged.
+    It is weight x T^2 x (H(p, q) - H(p)), mean of start and end. p is the softmax, over the tokens
+    of a window, of the teachers' mean logits divided by T; q is the same for the student. H(p, q)
+    is the soft cross-entropy (Hinton et al., 2015). Its gradient falls with 1/T^2, and the factor
+    T^2 undoes this (their section 2). Subtracting H(p), the entropy of p, changes no gradient and
+    makes the loss 0 where both agree, so that the loop sees a divergence at a high T too.
     """
 
     def __init__(
@@ -431,14 +407,13 @@ class LogitsLoss:
         weight: float,
         temperature: float,
     ) -> None:
-        """The first of the teachers is the one whose last state is given."""
+        """The calls' `state` is the last state of the first teacher."""
         self.run, self.weight, self.temperature = run, weight, temperature
         self.first, *self.others = cast("Sequence[BertForQuestionAnswering]", teachers)
 
     def __call__(
         self, outputs: ModelOutput, state: Tensor, batch: dict[str, Tensor]
     ) -> dict[str, Tensor]:
-        """Arguments of `hidden_states.OutputLoss`."""
         mask = batch["attention_mask"]
         with torch.no_grad(), self.run.accelerator.autocast():
             taught = self.first.qa_outputs(state).float().permute(2, 0, 1)
@@ -451,16 +426,16 @@ class LogitsLoss:
 
 
 # ------------------------------------------------------------------------------------------------
-# Evaluation and export
+# Evaluation
 
 
 class QaEvaluation:
-    """F1 and exact match on a SQuAD file, shared among all processes.
+    """F1 and exact match on a SQuAD file; all processes share the work.
 
     Attributes:
-        predictions: question id -> answer, of the last call ("" where no answer is more probable
-            than the threshold that SQuAD 2.0 scores best at).
-        no_answer_scores: question id -> probability of no answer over that of the best span.
+        predictions: from question ids to answers, after a call; "" if the no-answer score is over
+            the threshold with the best F1 (SQuAD 2.0).
+        no_answer_scores: from question ids to P(no answer) / P(best span).
     """
 
     def __init__(
@@ -478,21 +453,16 @@ class QaEvaluation:
         self.no_answer_scores: dict[str, float] = {}
 
     def __call__(self, model: nn.Module, fp32: bool = False) -> dict[str, float]:
-        """Figures of the scorer: `f1` and `exact_match`, in percent.
-
-        Args:
-            fp32: compute in FP32 whatever the run's precision is.
-        """
+        """Figures of the scorer, `f1` and `exact_match` in percent; see `stage.Evaluation`."""
         accelerator = self.run.accelerator
         answers = squad_utils.Answers(self.data, self.windows, self.max_answer_length)
-        # Longest first: what does not fit in memory fails at once.
+        # Longest first: a batch that does not fit in memory fails at once.
         order = np.argsort(-self.windows.total_lengths, kind="stable")
         batches = np.split(order, range(self.batch_size, len(order), self.batch_size))
         model.eval()
         for chosen in batches[accelerator.process_index :: accelerator.num_processes]:
             self.run.stop_if_asked()
-            arrays = squad_utils.make_batch(self.windows, chosen)
-            batch = {name: torch.from_numpy(array) for name, array in arrays.items()}
+            batch = as_tensors(squad_utils.make_batch(self.windows, chosen))
             cast = contextlib.nullcontext() if fp32 else accelerator.autocast()
             with torch.inference_mode(), cast:
                 outputs = forward(model, to_device(batch, accelerator.device))

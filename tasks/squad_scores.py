@@ -1,8 +1,8 @@
-"""F1 and exact match of SQuAD answers: our own scorer, and the user's evaluation script.
+"""F1 and exact match of SQuAD answers: a built-in scorer, and the user's evaluation script.
 
-Both follow the definitions of the SQuAD authors (Rajpurkar et al., 2016 and 2018); figures are
-percentages. A scorer is a function of the data, the predictions (question id -> answer) and the
-no-answer scores (question id -> probability of no answer over that of the best span).
+Both follow the definitions of the SQuAD authors (Rajpurkar et al., 2016 and 2018). A scorer is a
+function of the data, the predictions (from question ids to answers) and the no-answer scores (from
+question ids to P(no answer) / P(best span)). Its figures are percentages.
 """
 
 from __future__ import annotations
@@ -19,7 +19,6 @@ from squad_utils import ArticleRecord, SquadData
 
 Scorer = Callable[[SquadData, dict[str, str], dict[str, float]], dict[str, float]]
 
-
 PUNCTUATION = str.maketrans("", "", string.punctuation)
 
 
@@ -30,12 +29,12 @@ def normalize_answer(text: str) -> str:
 
 
 def exact_match(prediction: str, truth: str) -> bool:
-    """Whether both are the same after normalisation."""
+    """Whether both texts are equal after normalisation."""
     return normalize_answer(prediction) == normalize_answer(truth)
 
 
 def f1(prediction: str, truth: str) -> float:
-    """Harmonic mean of precision and recall of the words, counted with repetition; 0 .. 1."""
+    """Harmonic mean of precision and recall over words, with repetitions; 0 .. 1."""
     predicted, true = normalize_answer(prediction).split(), normalize_answer(truth).split()
     shared = sum((Counter(predicted) & Counter(true)).values())
     if shared == 0:
@@ -58,13 +57,11 @@ def score_v1(articles: Sequence[ArticleRecord], predictions: dict[str, str]) -> 
     Returns:
         {"f1": percent, "exact_match": percent}, equal to `evaluate` of evaluate-v1.1.py.
     """
-    total, f1_sum, exact_sum = 0, 0.0, 0
-    for name, gold in _questions(articles):
-        total += 1
-        if name in predictions:
-            exact_sum += max(exact_match(predictions[name], text) for text in gold)
-            f1_sum += max(f1(predictions[name], text) for text in gold)
-    return {"exact_match": 100.0 * exact_sum / total, "f1": 100.0 * f1_sum / total}
+    every = list(_questions(articles))
+    found = [(predictions[name], gold) for name, gold in every if name in predictions]
+    exact_sum = sum(max(exact_match(guess, text) for text in gold) for guess, gold in found)
+    f1_sum = sum(max(f1(guess, text) for text in gold) for guess, gold in found)
+    return {"exact_match": 100.0 * exact_sum / len(every), "f1": 100.0 * f1_sum / len(every)}
 
 
 def score_v2(
@@ -72,10 +69,10 @@ def score_v2(
     predictions: dict[str, str],
     no_answer: dict[str, float],
 ) -> dict[str, float]:
-    """SQuAD 2.0: as 1.1, where "" is right for a question without an answer.
+    """SQuAD 2.0: as 1.1, but "" is right for a question without an answer.
 
-    An answer is taken back where its no-answer score is over a threshold; the thresholds that
-    give the best F1 and the best exact match are found on the same predictions.
+    A no-answer score over a threshold replaces the answer by "". F1 and exact match have each the
+    threshold that is best on these predictions.
 
     Returns:
         f1, exact_match: percent at their best thresholds; f1_threshold, exact_match_threshold.
@@ -95,7 +92,7 @@ def score_v2(
             )
     result = {}
     for key, raw in (("exact_match", exact_raw), ("f1", f1_raw)):
-        # All answers taken back.
+        # Start from "" for all; then let answers in, by rising no-answer score.
         best = score = float(sum(not has for has in has_answer.values()))
         threshold = 0.0
         for name in sorted(no_answer, key=no_answer.__getitem__):
@@ -114,7 +111,7 @@ def score_v2(
 def built_in_scorer(
     data: SquadData, predictions: dict[str, str], no_answer: dict[str, float]
 ) -> dict[str, float]:
-    """`score_v2` for data with unanswerable questions, `score_v1` for the rest."""
+    """`score_v2` for data with unanswerable questions, else `score_v1`."""
     if data.version_2:
         return score_v2(data.articles, predictions, no_answer)
     return score_v1(data.articles, predictions)
@@ -130,14 +127,14 @@ V2_FUNCTIONS = (
 
 
 def load_scorer(script: str | None, data: SquadData) -> Scorer:
-    """The function that scores predictions for `data`: the user's script's, or our own.
+    """The scorer of the user's script, or `built_in_scorer`.
 
     Args:
-        script: an official evaluate-v1.1.py or evaluate-v2.0.py, or None for `built_in_scorer`.
+        script: an official evaluate-v1.1.py or evaluate-v2.0.py, or None for the built-in scorer.
 
     Raises:
-        UserError: the script is missing, fails, has neither version's functions, or is v1.1's
-            for data with unanswerable questions.
+        UserError: the script is missing or fails, it has the functions of neither version, or it
+            is v1.1's and `data` has unanswerable questions.
     """
     if script is None:
         return built_in_scorer
@@ -175,7 +172,7 @@ def load_scorer(script: str | None, data: SquadData) -> Scorer:
 
 
 def _tried(script: str, data: SquadData, scorer: Scorer) -> Scorer:
-    """The scorer, tried on empty answers: a script that fails must not fail after an epoch."""
+    """The scorer, after a try on empty answers: a script must not fail after an epoch."""
     try:
         scorer(data, dict.fromkeys(data.ids, ""), dict.fromkeys(data.ids, 0.0))
     except Exception as error:
@@ -190,7 +187,7 @@ def _score_by_v2_script(
 ) -> dict[str, float]:
     exact_raw, f1_raw = script.get_raw_scores(data.articles, predictions)
     has_answer = script.make_qid_to_has_ans(data.articles)
-    at_even_odds = [  # threshold 1: taken back where no answer is the more probable
+    at_even_odds = [  # threshold 1: "" wins if no answer is more probable
         script.apply_no_ans_threshold(raw, no_answer, has_answer, 1.0)
         for raw in (exact_raw, f1_raw)
     ]

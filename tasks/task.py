@@ -1,8 +1,8 @@
-"""The contract of a task: what it tells the scripts, and what all tasks share.
+"""The contract of a task: the members that scripts use, and those that all tasks share.
 
-A task sees a training and a dev file in one way: as windows to find answers in, or as texts to find
-among others. To add one, write a subclass in a module beside this one and name it in TASKS of
-`tasks/__init__.py`.
+A task reads a training and a dev file as its own kind of examples: as windows that may hold
+answers, or as texts to rank. To add a task, write a subclass of `Task` in a module beside this one
+and name it in TASKS of `tasks/__init__.py`.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ from dataclasses import asdict, dataclass
 from typing import ClassVar
 
 import numpy as np
-import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
@@ -26,40 +25,41 @@ from deploy.onnx_check import Check
 from squad_utils import SquadData, load_squad
 from tasks.hidden_states import OutputLoss
 from training.fine_tuning import FineTunable
-from training.loop import Evaluation
-from training.passes import Batches, LossFunction
+from training.passes import Batches, LossFunction, as_tensors
 from training.results import TaskCard
 from training.run import Run
+from training.stage import Evaluation
 from training.states import write_json
 
-CHECKED_ROWS = 8  # on which the exported file is compared with PyTorch
-Arrays = dict[str, np.ndarray]
+CHECKED_ROWS = 8  # the exported file is compared with PyTorch on so many rows
 
 
 @dataclass(frozen=True)
 class Rows:
-    """What a model reads, row by row.
+    """The rows that a model reads: windows or texts.
 
     Attributes:
         lengths: int64 [rows], in tokens.
-        batch: inputs [B, L] of some rows, padded to a length.
+        batch: from indices int64 [B] and a length L to the model's inputs, [B, L] each, padded.
     """
 
     lengths: np.ndarray
-    batch: Callable[[np.ndarray, int], Arrays]
+    batch: Callable[[np.ndarray, int], dict[str, np.ndarray]]
 
 
 class Task(ABC):
-    """A task for the scripts: what is read, trained on, evaluated, written and exported.
+    """A task for the scripts: its files, losses, evaluation, results and export.
 
     Attributes:
-        auto_class: what loads its models.
-        architectures: of its models, as config.json names them.
-        best_by: of two evaluations, the one with more of this figure is better.
-        score_names: what to call the figures that people look at.
-        outputs: those of its exported file.
-        data: the files, by what their hash is called in a run's arguments.
-        evaluation: after `make_evaluation`.
+        auto_class: the class that loads its models.
+        architectures: the names of its models in config.json.
+        best_by: the figure that ranks evaluations; the higher, the better.
+        score_names: from the main figures to their labels.
+        outputs: the outputs of its exported file.
+        data: the files; the names are those of their hashes in a run's arguments.
+        train_rows, dev_rows: the rows of both files (of several kinds, the longest), to calibrate
+            and to check the exported file; set by `tokenize`.
+        evaluation: set by `make_evaluation`.
     """
 
     auto_class: ClassVar[AutoClass]
@@ -67,13 +67,15 @@ class Task(ABC):
     best_by: ClassVar[str]
     score_names: ClassVar[dict[str, str]]
     outputs: ClassVar[onnx_file.Outputs]
+    train_rows: Rows
+    dev_rows: Rows
     evaluation: Evaluation
 
     def __init__(self, args: argparse.Namespace) -> None:
-        """Read the files that args names.
+        """Read the files that the flags name.
 
         Raises:
-            UserError: one of them is not what it should be.
+            UserError: a file cannot be used.
         """
         self.args = args
         self.train_data = load_squad(args.squad_train_data, "--squad_train_data")
@@ -86,18 +88,18 @@ class Task(ABC):
             )
 
     def hashes(self) -> dict[str, str]:
-        """What tells the data from other files of the same name."""
+        """Hashes that distinguish the data from other files of the same name."""
         return {f"sha256_{name}": data.sha256[:16] for name, data in self.data.items()}
 
     @classmethod
     def check(cls, model: OpenedModel, every: Sequence[type[FineTunable]]) -> None:
-        """Check that a model is of this task, or of none yet.
+        """Check that a model belongs to this task, or to none yet.
 
         Args:
-            every: all tasks that there are.
+            every: all tasks.
 
         Raises:
-            UserError: it is of another task.
+            UserError: the model belongs to another task.
         """
         others = [a for task in every for a in task.architectures if task is not cls]
         if model.architecture in others:
@@ -108,56 +110,56 @@ class Task(ABC):
 
     @abstractmethod
     def tokenize(self, tokenizer: PreTrainedTokenizerFast) -> None:
-        """Make what a model reads of all files.
+        """Tokenise all files, into windows or texts.
 
         Raises:
             UserError: there is nothing to train on.
         """
 
     def apply_flags(self, student: PreTrainedModel) -> None:  # noqa: B027 - most have none
-        """Give a student that is to be fine-tuned what flags say of the model itself.
+        """Before fine-tuning, apply the flags that change the student itself.
 
         Raises:
-            UserError: it would undo what the student has learned.
+            UserError: that would undo what the student has learned.
         """
 
     # -- training
 
     @abstractmethod
     def batches(self, step_size: int) -> Batches:
-        """Batches of the training file, for losses that need no labels."""
+        """Batches of the training file for losses without labels, `step_size` examples per step."""
 
     @property
     @abstractmethod
     def num_examples(self) -> int:
-        """Examples of an epoch of `batches`."""
+        """Examples per epoch of `batches`."""
 
     @abstractmethod
     def fine_tuning(
         self, run: Run, teacher: PreTrainedModel | None, state_maps: nn.ModuleList | None
     ) -> tuple[LossFunction, Batches]:
-        """The loss of fine-tuning, and batches with what it needs.
+        """The loss of fine-tuning, and the batches that it reads.
 
         Args:
-            teacher: to learn from as well, or None.
-            state_maps: from the states of a merged student to the size of the teacher's, or None.
+            teacher: a model whose outputs and states are learned too, or None.
+            state_maps: maps from the states of a merged student to the teacher's size, or None.
         """
 
     @abstractmethod
     def output_loss(self, run: Run, teachers: Sequence[PreTrainedModel]) -> OutputLoss | None:
-        """What distillation compares beside hidden states, as the flags say; None for nothing.
+        """The loss of outputs that distillation adds to that of states by the flags, or None.
 
         Args:
-            teachers: the first is the one whose states are learned.
+            teachers: the student learns the states of the first.
         """
 
     @abstractmethod
     def draw(self, rng: np.random.Generator, count: int) -> np.ndarray:
-        """`count` random examples of `batches`, or all where there are fewer."""
+        """Indices of `count` random examples of `batches`, or of all if there are fewer."""
 
     def sample(self, count: int) -> Iterator[dict[str, Tensor]]:
-        """Batches of `count` random rows of the training file, or of all where there are fewer:
-        inputs [B, L], rows of similar length together."""
+        """Batches of `count` random examples of the training file, or of all if there are fewer:
+        inputs [B, L], examples of similar length together."""
         size = self.args.per_gpu_eval_batch_size
         batches = self.batches(size)
         chosen = self.draw(np.random.default_rng([self.args.seed, 2]), count)
@@ -166,18 +168,13 @@ class Task(ABC):
             batch = batches.batch(0, some)
             yield {name: batch[name] for name in onnx_file.INPUTS}
 
-    @abstractmethod
-    def train_rows(self) -> Rows:
-        """The longest kind of what a model reads of the training file."""
-
     def calibration(self, count: int) -> Iterator[dict[str, Tensor]]:
-        """`count` training rows, or all where there are fewer, as they are at run time: inputs
-        [1, max_seq_length_c] each, padded."""
-        rows = self.train_rows()
+        """`count` training rows, or all if there are fewer, padded as the exported file reads
+        them: inputs [1, max_seq_length_c] each."""
+        rows = self.train_rows
         order = np.random.default_rng([self.args.seed, 3]).permutation(len(rows.lengths))
         for row in order[:count]:
-            arrays = rows.batch(row[None], self.args.max_seq_length_c)
-            yield {name: torch.from_numpy(arrays[name]) for name in onnx_file.INPUTS}
+            yield as_tensors(rows.batch(row[None], self.args.max_seq_length_c))
 
     # -- evaluation
 
@@ -188,57 +185,53 @@ class Task(ABC):
     def score_in_teacher_index(
         self, student: PreTrainedModel, teacher: PreTrainedModel
     ) -> dict[str, dict[str, float]]:
-        """Further figures, where what a student finds may depend on its teacher's index."""
+        """Figures of a student that searches its teacher's index, by name, if the task has one."""
         return {}
 
-    # -- what is left behind
+    # -- results
 
     @abstractmethod
     def describe(self) -> str:
-        """One line on the data."""
+        """The sizes of the data, in one line."""
 
     @abstractmethod
     def counts(self) -> dict[str, int]:
         """Sizes of the data, for metrics.json."""
 
-    def write_answers(self) -> None:  # noqa: B027 - vectors are not kept
-        """Write what the last evaluation has found to the output folder."""
+    def write_answers(self) -> None:  # noqa: B027 - embeddings have none
+        """Write the answers of the last evaluation to the output folder."""
 
     @abstractmethod
     def card(self, figures: Mapping[str, float]) -> TaskCard:
-        """What the model card, README.md, tells of the task and a model's figures."""
+        """The task's part of the model card, README.md, with a model's figures."""
 
     @abstractmethod
     def reader_settings(self, figures: Mapping[str, float]) -> dict[str, float | None]:
-        """What a program needs to know to run the exported file: lengths, and a threshold of the
-        final evaluation's figures."""
+        """The settings with which a program must run the exported file: lengths, and a threshold
+        among the figures of the final evaluation."""
 
     def write_reader(
         self, tokenizer: PreTrainedTokenizerFast, figures: Mapping[str, float]
     ) -> None:
         """Write `reader_settings`, and the ids of the special tokens, to reader.json."""
-        settings = self.reader_settings(figures)
-        entries = {**settings, "special_ids": asdict(special_ids(tokenizer))}
+        ids = asdict(special_ids(tokenizer))
+        entries = {**self.reader_settings(figures), "special_ids": ids}
         write_json(os.path.join(self.args.output_dir, "reader.json"), entries)
-
-    @abstractmethod
-    def dev_rows(self) -> Rows:
-        """What a model reads of the dev file, of which some is used to check the exported file."""
 
     def export(self) -> Check:
         """Export the checkpoint in the output folder to model.onnx beside it."""
         args = self.args
-        return export(type(self), args.output_dir, self.dev_rows(), args.max_seq_length_c)
+        return export(type(self), args.output_dir, self.dev_rows, args.max_seq_length_c)
 
 
 def export(task: type[Task], folder: str, rows: Rows, length: int) -> Check:
     """Export the checkpoint in a folder to model.onnx beside it; see `onnx_file.export_onnx`.
 
-    It is the saved checkpoint that is exported, so the check covers saving and loading too.
+    The saved checkpoint is loaded for the export, so the check covers saving and loading too.
 
     Args:
-        rows: from which the inputs of the check are taken, from the shortest to the longest.
-        length: of the file's inputs.
+        rows: CHECKED_ROWS of them, from the shortest to the longest, are the inputs of the check.
+        length: tokens of the file's inputs.
     """
     model, quantized = load_for_export(folder, task.auto_class)
     by_length = np.argsort(rows.lengths, kind="stable")

@@ -1,4 +1,4 @@
-"""Texts and pairs of a question and its context, and their vectors."""
+"""Texts, pairs of a question and its context, and vectors of texts."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from bert.embedding import Embedding
 from bert.model_folder import special_ids
 from cli import warn
 from squad_utils import SpecialIds, SquadData, Tokens
-from training.passes import to_device
+from training.passes import as_tensors, to_device
 from training.run import Run
 
-CONTEXT_BLOCK = 65536  # vectors that are summed or compared at once
-PASS_TOKENS = 32768  # with padding, of one forward pass on a GPU
+CONTEXT_BLOCK = 65536  # vectors that are added or compared at once
+PASS_TOKENS = 32768  # tokens, with padding, per forward pass on a GPU
 
 
 @dataclass(frozen=True)
@@ -31,8 +31,8 @@ class Texts:
     """Texts as the model reads them: [CLS] text [SEP], token types 0, cut to a length.
 
     Attributes:
-        strings: each once.
-        tokens: of each, cut.
+        strings: the texts, each once.
+        tokens: the tokens of each text, after the cut.
     """
 
     strings: list[str]
@@ -48,25 +48,31 @@ class Texts:
         return self.tokens.lengths + 2
 
     def batch(self, chosen: np.ndarray, pad_to: int | None = None) -> dict[str, np.ndarray]:
-        """`squad_utils.token_rows` of a few texts, `chosen`: int [B]."""
+        """`squad_utils.token_rows` of the texts `chosen`, int [B]."""
         rows = [(self.tokens.ids[self.tokens.of(text)],) for text in chosen]
         return squad_utils.token_rows(rows, self.special, pad_to)
 
 
 def make_texts(
-    strings: Sequence[str], tokenizer: PreTrainedTokenizerFast, max_length: int, what: str
+    strings: Sequence[str], tokenizer: PreTrainedTokenizerFast, max_length: int, name: str
 ) -> tuple[Texts, np.ndarray]:
-    """Texts of at most max_length tokens, of which 2 are [CLS] and [SEP], and which were longer:
-    bool [texts]."""
+    """Tokenise texts and cut each to max_length tokens, [CLS] and [SEP] included.
+
+    Args:
+        name: of the texts, for the progress bar.
+
+    Returns:
+        the texts, and whether each was longer: bool [texts].
+    """
     tokens = squad_utils.tokenize(
-        tokenizer.backend_tokenizer, list(strings), False, f"tokenising {what}"
+        tokenizer.backend_tokenizer, list(strings), False, f"tokenising {name}"
     )
     cut = squad_utils.truncate(tokens, max_length - 2)
     return Texts(list(strings), cut, special_ids(tokenizer)), tokens.lengths > cut.lengths
 
 
 def once(texts: Iterable[str]) -> dict[str, str]:
-    """Each text once, by its words: texts that differ only in white space are one, the first."""
+    """From the words of each text to the first text with these words: white space is ignored."""
     found: dict[str, str] = {}
     for text in texts:
         found.setdefault(" ".join(text.split()), text)
@@ -81,8 +87,8 @@ class Pairs:
 
     Attributes:
         question, context: int64 [pairs].
-        article: int64 [contexts], the article of a context.
-        answers: of each pair, in lower case.
+        article: int64 [contexts], the article of each context.
+        answers: the answers of each pair, in lower case.
     """
 
     questions: Texts
@@ -97,15 +103,15 @@ class Pairs:
 
     @cached_property
     def _answering(self) -> dict[int, set[int]]:
-        """The contexts of each question: the same one may be asked of several."""
+        """From each question to its contexts: a question may be asked of several."""
         found: dict[int, set[int]] = {}
         for question, context in zip(self.question.tolist(), self.context.tolist(), strict=True):
             found.setdefault(question, set()).add(context)
         return found
 
     def answered_by(self, pair: int, context: int) -> bool:
-        """Whether a context is one that the file gives the pair's question, or is of the same
-        article and has one of its answers."""
+        """Whether a context answers a pair's question: the file says so, or it belongs to the same
+        article and contains one of the answers."""
         own = self.context[pair]
         if int(context) in self._answering[int(self.question[pair])]:
             return True
@@ -124,7 +130,7 @@ def make_pairs(
     max_seq_length_q: int,
     max_seq_length_c: int,
 ) -> Pairs:
-    """The pairs of a SQuAD file; questions that no context answers (SQuAD 2.0) are left out."""
+    """The pairs of a SQuAD file, without the questions that have no answer (SQuAD 2.0)."""
     asked = np.flatnonzero(data.answerable)
     questions = list(dict.fromkeys(data.questions[i] for i in asked))
     question_at = {text: i for i, text in enumerate(questions)}
@@ -155,15 +161,15 @@ def warn_of_cut_contexts(
     longer: np.ndarray,
     context_at: np.ndarray,
 ) -> None:
-    """Count the texts that are cut, and those with an answer that does not stand in what is left.
+    """Warn of cut texts, with their number and the number of those that lose an answer.
 
     Args:
-        longer: bool [texts], those that are cut.
-        context_at: int64 [contexts of data], the text that each is.
+        longer: bool [texts], whether a text is cut.
+        context_at: int64 [contexts of data], the text of each context.
     """
     if not longer.any():
         return
-    ends = np.zeros(len(data.contexts), np.int64)  # where the last answer ends
+    ends = np.zeros(len(data.contexts), np.int64)  # the end of the last answer
     for context, answers in zip(data.context_of, data.answers, strict=True):
         ends[context] = max([ends[context], *(start + len(text) for start, text in answers)])
     cut = np.flatnonzero(longer[context_at])
@@ -179,17 +185,17 @@ def warn_of_cut_contexts(
 
 
 def split_passes(lengths: np.ndarray, least: int, accelerator: Accelerator) -> list[np.ndarray]:
-    """Split texts that are in the order of their lengths into those of each forward pass.
+    """Split texts, sorted by length, into forward passes.
 
-    A CPU gets `least` texts a pass, which are then padded little. A GPU is fast only with many
-    tokens at once: it gets as many texts as have PASS_TOKENS tokens with padding, or as each
-    process's share of all tokens if that is less; but never fewer than `least`.
+    A CPU gets `least` texts per pass, so that they need little padding. A GPU is fast only with
+    many tokens at once. It gets PASS_TOKENS tokens per pass with padding, or one process's share
+    of all tokens if that is less, and never fewer than `least` texts.
 
     Args:
         lengths: int64 [texts], rising or falling.
 
     Returns:
-        places in `lengths`, int64, of each pass.
+        for each pass, places in `lengths`, int64.
     """
     padded = [squad_utils.padded(length) for length in lengths.tolist()]
     limit = 0
@@ -204,46 +210,47 @@ def split_passes(lengths: np.ndarray, least: int, accelerator: Accelerator) -> l
     return np.split(np.arange(len(lengths)), ends)
 
 
-@torch.no_grad()
-def encode(
-    run: Run,
-    model: nn.Module,
-    texts: Texts,
-    chosen: np.ndarray,
-    batch_size: int,
-    fp32: bool = False,
-    may_stop: bool = False,
-) -> Tensor:
-    """Vectors of texts[chosen], FP32 [len(chosen), H] on the device, the same on all processes.
+@dataclass(frozen=True)
+class Encoder:
+    """Encodes texts as vectors.
 
-    In eval mode, in passes of texts of similar length, padded to the longest of each; every process
-    takes some of them. Nothing here waits for a GPU.
-
-    Args:
-        batch_size: texts in a pass; on a GPU the fewest, see `split_passes`.
-        fp32: compute in FP32 whatever the run's precision is.
-        may_stop: a signal stops the run between two batches, since nothing is to be saved.
+    Attributes:
+        batch_size: texts per pass; on a GPU the fewest, see `split_passes`.
+        fp32: compute in FP32, whatever the run's precision is.
+        may_stop: let a signal stop the run between two passes, since nothing needs saving.
     """
-    accelerator = run.accelerator
-    order = np.argsort(-texts.total_lengths[chosen], kind="stable")
-    passes = split_passes(texts.total_lengths[chosen[order]], batch_size, accelerator)
-    was_training = model.training
-    model.eval()
-    width = cast(Embedding, model).output_map.out_features
-    vectors = torch.zeros(len(chosen), width, device=accelerator.device)
-    for places in passes[accelerator.process_index :: accelerator.num_processes]:
-        if may_stop:
-            run.stop_if_asked()
-        arrays = {**texts.batch(chosen[order[places]]), "rows": order[places]}
-        batch = {name: torch.from_numpy(array) for name, array in arrays.items()}
-        batch = to_device(batch, accelerator.device)
-        rows = batch.pop("rows")
-        with contextlib.nullcontext() if fp32 else accelerator.autocast():
-            embedding = model(**batch).embedding
-        vectors.index_copy_(0, rows, embedding.float())
-    model.train(was_training)
-    if accelerator.num_processes > 1:
-        # Each process has zeros where the others have vectors.
-        for block in vectors.split(CONTEXT_BLOCK):
-            block.copy_(accelerator.reduce(block, reduction="sum"))
-    return vectors
+
+    run: Run
+    batch_size: int
+    fp32: bool = False
+    may_stop: bool = False
+
+    @torch.no_grad()
+    def __call__(self, model: nn.Module, texts: Texts, chosen: np.ndarray) -> Tensor:
+        """Vectors of texts[chosen], FP32 [len(chosen), H] on the device, alike on all processes.
+
+        The model runs in eval mode. A pass holds texts of similar length, padded to the longest;
+        each process takes a share of the passes. Nothing here waits for a GPU.
+        """
+        accelerator = self.run.accelerator
+        order = np.argsort(-texts.total_lengths[chosen], kind="stable")
+        passes = split_passes(texts.total_lengths[chosen[order]], self.batch_size, accelerator)
+        was_training = model.training
+        model.eval()
+        width = cast(Embedding, model).output_map.out_features
+        vectors = torch.zeros(len(chosen), width, device=accelerator.device)
+        for places in passes[accelerator.process_index :: accelerator.num_processes]:
+            if self.may_stop:
+                self.run.stop_if_asked()
+            arrays = {**texts.batch(chosen[order[places]]), "rows": order[places]}
+            batch = to_device(as_tensors(arrays), accelerator.device)
+            rows = batch.pop("rows")
+            with contextlib.nullcontext() if self.fp32 else accelerator.autocast():
+                embedding = model(**batch).embedding
+            vectors.index_copy_(0, rows, embedding.float())
+        model.train(was_training)
+        if accelerator.num_processes > 1:
+            # Each process has zeros where the others have vectors.
+            for block in vectors.split(CONTEXT_BLOCK):
+                block.copy_(accelerator.reduce(block, reduction="sum"))
+        return vectors

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import gc
 import json
@@ -163,6 +164,17 @@ FLAGS_OF = {
         "pack_emb:1,hidden_act:orig",
     ),
 }
+
+
+def run_flags(folder: Path, save_minutes: float = 60.0) -> argparse.Namespace:
+    """What `training.run.Run` reads of a script's flags; each step is logged."""
+    return argparse.Namespace(
+        output_dir=str(folder),
+        save_minutes=save_minutes,
+        log_steps=1,
+        report_to="none",
+        overwrite_output_dir=False,
+    )
 
 
 def command_of(script: str, model: Path, data: Path, output_dir: Path, *flags: str) -> list[str]:

@@ -29,7 +29,7 @@ from calls import (
     states,
     wait_for,
 )
-from conftest import ROOT, command_of, run
+from conftest import ROOT, command_of, run, run_flags
 from safetensors.torch import load_file
 from transformers import AutoModelForQuestionAnswering, BertForQuestionAnswering, BertModel
 
@@ -41,6 +41,7 @@ from tasks import hidden_states
 from training import loop
 from training.passes import Batches
 from training.run import Run
+from training.stage import constant_rate, warm_up, warm_up_linear_decay
 
 PLAN = ["embeddings", "grow 1", "grow 2", "feed-forward", "heads", "final"]
 
@@ -389,12 +390,12 @@ def test_passes_run_their_plan(
 
 
 def test_warm_up_is_the_first_hundredth() -> None:
-    factors = [loop.warm_up(step, 1000) for step in range(1000)]
+    factors = [warm_up(step, 1000) for step in range(1000)]
     assert factors[:10] == pytest.approx([0.1 * (i + 1) for i in range(10)])
     assert set(factors[9:]) == {1.0}
-    assert loop.warm_up(0, 50) == 1.0
-    assert loop.warm_up_linear_decay(500, 1000) == 0.5
-    assert loop.warm_up(0, 1000, steps=4) == 0.25
+    assert warm_up(0, 50) == 1.0
+    assert warm_up_linear_decay(500, 1000) == 0.5
+    assert warm_up(0, 1000, steps=4) == 0.25
 
 
 @pytest.mark.slow
@@ -435,7 +436,7 @@ def a_run(accelerator: Accelerator, folder: Path, save_minutes: float) -> Iterat
     numbers = (signal.SIGINT, signal.SIGTERM)
     handlers = [signal.getsignal(number) for number in numbers]
     try:
-        yield Run(accelerator, str(folder), {}, "new", save_minutes, 1, "none")
+        yield Run(accelerator, run_flags(folder, save_minutes), {}, "new")
     finally:
         for number, handler in zip(numbers, handlers, strict=True):
             signal.signal(number, handler)
@@ -469,7 +470,7 @@ def test_every_stage_is_cast_and_no_evaluation(tmp_path: Path) -> None:
         with a_run(accelerator, tmp_path, save_minutes=60.0) as running:
             model = Model(1, 1)
             for name in ("first", "second"):
-                stage = loop.Stage(name, 1, 1e-3, 1, 1, loop.warm_up)
+                stage = loop.Stage(name, 1, 1e-3, 1, 1, warm_up)
                 loop.train(running, model, stage, Line(), loss, evaluate)
     finally:
         AcceleratorState._reset_state(reset_partial_state=True)
@@ -512,7 +513,7 @@ def test_diverging_run_goes_back(kind: str, tmp_path: Path, capfd: pytest.Captur
 
     accelerator = Accelerator(cpu=True)
     with a_run(accelerator, tmp_path, save_minutes=60.0) as running:
-        stage = loop.Stage("test", 1, 1e-2, 1, 1, loop.warm_up, goes_back=True)
+        stage = loop.Stage("test", 1, 1e-2, 1, 1, warm_up, goes_back=True)
         loop.train(running, model, stage, Line(), loss)
     warnings = [x for x in capfd.readouterr().err.splitlines() if x.startswith("warning: ")]
     assert warnings and all("going back to step 0, with" in line for line in warnings)
@@ -548,7 +549,7 @@ def test_a_slow_divergence_goes_back_however_often_states_are_saved(
 
     model = torch.nn.Linear(1, 1)
     with a_run(Accelerator(cpu=True), tmp_path, save_minutes) as running:
-        stage = loop.Stage("test", 1, 0.02, 1, 1, loop.constant_rate, goes_back=True)
+        stage = loop.Stage("test", 1, 0.02, 1, 1, constant_rate, goes_back=True)
         loop.train(running, model, stage, Line(), loss)
     assert "going back to step" in capfd.readouterr().err
     log = records(tmp_path)
@@ -570,7 +571,7 @@ def test_a_bad_newest_state_is_left_for_the_one_before_it(
 
     loss.calls = 0
     with a_run(Accelerator(cpu=True), tmp_path, save_minutes=0.0) as running:
-        stage = loop.Stage("test", 1, 1e-2, 1, 1, loop.warm_up, goes_back=True)
+        stage = loop.Stage("test", 1, 1e-2, 1, 1, warm_up, goes_back=True)
         loop.train(running, torch.nn.Linear(1, 1), stage, Line(), loss)
     assert "at step 10 the loss is nan; going back to step 8" in capfd.readouterr().err
     assert [r["step"] for r in records(tmp_path)] == list(range(1, 61))

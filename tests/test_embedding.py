@@ -41,7 +41,7 @@ from deploy import int8_file, onnx_file
 from deploy.cpu import Cpu, this_cpu
 from squad_utils import INPUTS, SpecialIds, Tokens, load_squad
 from tasks import EmbeddingTask, embedding, embedding_loss, texts
-from tasks.embedding_loss import EmbeddingError, EmbeddingLoss, HardNegatives, LossCfg
+from tasks.embedding_loss import EmbeddingError, EmbeddingLoss, HardNegatives, LossCfg, Mining
 from tasks.hidden_states import StateLoss
 from tasks.texts import Pairs, Texts
 from training import machine
@@ -247,7 +247,7 @@ def test_mining_against_a_slow_one(read: int, monkeypatch: pytest.MonkeyPatch) -
     model = Lookup(torch.randn(200, 4))
     running = SimpleNamespace(accelerator=Accelerator(cpu=True))
     alpha, history = 1.5, 3
-    mining = HardNegatives(running, pairs, 5, 2, history, alpha, 7, LossCfg())
+    mining = HardNegatives(running, pairs, Mining(5, 2, history, alpha), 7, LossCfg())
     past: list[tuple[list[int], Tensor]] = []
     for step in range(6):
         with torch.no_grad():
@@ -269,7 +269,7 @@ def test_mining_against_a_slow_one(read: int, monkeypatch: pytest.MonkeyPatch) -
                     if i != pairs.context[pair] and not answers and d < best:
                         best, nearest = d, i
             assert mining.negative_of[int(pair)] == nearest
-    again = HardNegatives(running, pairs, 5, 2, history, alpha, 7, LossCfg())
+    again = HardNegatives(running, pairs, Mining(5, 2, history, alpha), 7, LossCfg())
     again.load_state_dict(mining.state_dict())
     mining(model, 6, chosen)
     again(model, 6, chosen)
@@ -401,7 +401,7 @@ def test_softmax_is_over_the_whole_step() -> None:
     running = SimpleNamespace(accelerator=Accelerator(cpu=True))
     cfg, alpha = LossCfg(0, "none", 1, 0.7), 1.3
     model = Lookup(torch.randn(200, 4))
-    mining = HardNegatives(running, pairs, 5, 2, 2, alpha, 7, cfg)
+    mining = HardNegatives(running, pairs, Mining(5, 2, 2, alpha), 7, cfg)
     chosen = np.array([0, 1, 2, 4, 5])
     for step in range(2):
         mining(model, step, chosen)
@@ -451,7 +451,11 @@ def test_tokens_of_examples_are_those_of_their_batches() -> None:
         mask = texts.batch(0, some)["attention_mask"]
         assert sorted(texts.tokens(some)) == sorted(mask.sum(dim=1).tolist())
     mining = HardNegatives(
-        SimpleNamespace(accelerator=Accelerator(cpu=True)), pairs, 5, 2, 1, 1.0, 7, LossCfg()
+        SimpleNamespace(accelerator=Accelerator(cpu=True)),
+        pairs,
+        Mining(5, 2, 1, 1.0),
+        7,
+        LossCfg(),
     )
     mining.negative_of = {0: 4, 1: 1, 2: 2}  # as long as the pair's own
     batches = embedding_loss.PairBatches(pairs, mining, 3, 0)
@@ -492,7 +496,7 @@ def test_the_temperature_is_part_of_the_state() -> None:
     )
     torch.manual_seed(0)
     model = Lookup(torch.randn(200, 4))
-    one, other = (HardNegatives(running, pairs, 5, 2, 2, 1.0, 7, LossCfg(0, "none", 1))
+    one, other = (HardNegatives(running, pairs, Mining(5, 2, 2, 1.0), 7, LossCfg(0, "none", 1))
                   for _ in range(2))  # fmt: skip
     for step in range(3):
         one(model, step, np.arange(6))
@@ -510,7 +514,7 @@ def test_the_temperature_is_part_of_the_state() -> None:
         ("triplet_num:3", "triplet_num:3 is not one of 0, 1, 2"),
         ("triplet_num:0", "leaves no loss"),
         ("in_batch:1,temperature:0", "temperature:0 is not a number over 0, or learned"),
-        ("temperature:0.1", "temperature is of in_batch:1, which is not there"),
+        ("temperature:0.1", "temperature belongs to in_batch:1, which is missing"),
         ("emb_loss:l2", "emb_loss:l2 is not one of none, L1, L2"),
         ("triplet_num:1,triplet_num:2", "given twice"),
     ],

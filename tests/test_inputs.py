@@ -25,7 +25,7 @@ import squad_utils
 from cli import ArgumentParser, UserError
 from squad_utils import SpecialIds, SquadData, load_squad
 from tasks import EmbeddingTask, QaTask
-from tasks.embedding_loss import HardNegatives, LossCfg, PairBatches
+from tasks.embedding_loss import HardNegatives, LossCfg, Mining, PairBatches
 from tasks.qa import warn_of_long_answers
 from tasks.texts import Pairs, make_pairs
 from training.flags import GROUPS, add_data_arguments
@@ -816,7 +816,7 @@ def test_an_answer_that_stands_in_every_context_mined(
     running = SimpleNamespace(accelerator=accelerator)
     model, chosen = Constant(), np.arange(3)
     for cfg in (LossCfg(), LossCfg(2, "none", 1)):
-        mining = HardNegatives(running, pairs, 1, 1, 1, 1.0, 7, cfg)
+        mining = HardNegatives(running, pairs, Mining(1, 1, 1, 1.0), 7, cfg)
         # Of what is drawn, some steps have the other context and some have not.
         for step in range(4):
             mining(model, step, chosen)

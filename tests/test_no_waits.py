@@ -27,6 +27,7 @@ from tasks.embedding_loss import (
     EmbeddingLoss,
     HardNegatives,
     LossCfg,
+    Mining,
     PairBatches,
     fit_temperature,
 )
@@ -186,7 +187,7 @@ def mine(
     """Mines for a step of 20 pairs on the CPU."""
 
     def mined(cfg: LossCfg) -> tuple[HardNegatives, np.ndarray]:
-        negatives = HardNegatives(CPU_RUN, pairs, 12, 4, 2, 1.0, 0, cfg)
+        negatives = HardNegatives(CPU_RUN, pairs, Mining(12, 4, 2, 1.0), 0, cfg)
         chosen = PairBatches(pairs, negatives, 20, 0).steps(0)[0]
         negatives(make(BertForEmbedding), 0, chosen)
         return negatives, chosen
@@ -223,7 +224,7 @@ def test_the_loss_of_embeddings_reads_nothing(
 
 def test_encoding_reads_nothing(make: Callable[..., nn.Module], pairs: texts.Pairs) -> None:
     every = np.arange(len(pairs.contexts))
-    found = texts.encode(RUN, make(BertForEmbedding).to(META), pairs.contexts, every, 4)
+    found = texts.Encoder(RUN, 4)(make(BertForEmbedding).to(META), pairs.contexts, every)
     assert found.shape == (len(every), HIDDEN) and found.device == META
     assert found.dtype == torch.float32
 
@@ -241,7 +242,7 @@ def test_the_softmax_of_a_step_reads_nothing(
     """Once the nearest contexts are known; and its rows make batches without a read as well."""
     learned = LossCfg(0, "none", 1)
     of_cpu, chosen = mine(learned)
-    negatives = HardNegatives(RUN, pairs, 12, 4, 2, 1.0, 0, learned)
+    negatives = HardNegatives(RUN, pairs, Mining(12, 4, 2, 1.0), 0, learned)
     negatives.load_state_dict(of_cpu.state_dict())
     negatives.negative_of, negatives.row = of_cpu.negative_of, of_cpu.row
     questions = torch.zeros(len(chosen), HIDDEN, device=META)

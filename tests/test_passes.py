@@ -10,6 +10,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from calls import records, state_step
+from conftest import run_flags
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -113,7 +114,7 @@ def test_a_step_that_is_not_finite_is_skipped_before_it_is_read(
 ) -> None:
     """A GPU's figures are read steps later: the weights must not have taken the bad one."""
     monkeypatch.setattr(loop.Training, "reads_now", lambda training: training.ends_epoch)
-    run = Run(accelerator, str(tmp_path), {}, "new", 60.0, 1, "none")
+    run = Run(accelerator, run_flags(tmp_path), {}, "new")
     torch.manual_seed(0)
     model = nn.Linear(3, 1)
     weights: list[Tensor] = []

@@ -302,6 +302,7 @@ cli.run_main(main)
 STOPPED = """
 import os, signal, sys, time
 from pathlib import Path
+from types import SimpleNamespace
 sys.path.insert(0, {root!r})
 from cli import Interrupted, run_main
 
@@ -386,6 +387,7 @@ def test_each_script_trains_two_steps_in_two_processes(
 DROPOUT = """
 import os, signal, sys, time
 from pathlib import Path
+from types import SimpleNamespace
 sys.path.insert(0, {root!r})
 import numpy as np, torch
 from cli import Interrupted
@@ -405,7 +407,9 @@ class Ones(Batches):
 
 out, stops = Path(sys.argv[1]), sys.argv[2] == "stops"
 model = torch.nn.Sequential(torch.nn.Dropout(0.5), torch.nn.Linear(16, 1))
-run = Run(machine.make_accelerator("fp32", True, 7), str(out), {{}}, "unfinished", 60.0, 1, "none")
+flags = SimpleNamespace(output_dir=str(out), save_minutes=60.0, log_steps=1, report_to="none",
+    overwrite_output_dir=False)
+run = Run(machine.make_accelerator("fp32", True, 7), flags, {{}}, "unfinished")
 drawn = []
 
 def loss(model, batch):
@@ -442,6 +446,7 @@ def test_processes_drop_out_differently_and_go_on_as_they_were(tmp_path: Path) -
 
 CALIBRATION = """
 import argparse, datetime, os, sys, time
+from types import SimpleNamespace
 sys.path.insert(0, {root!r})
 import torch
 import torch.distributed
@@ -450,7 +455,8 @@ from training.run import Run
 
 torch.distributed.init_process_group("gloo", timeout=datetime.timedelta(seconds=2))
 os.makedirs(sys.argv[1], exist_ok=True)
-run = Run(machine.make_accelerator("fp32", True, 7), sys.argv[1], {{}}, "new", 60.0, 1, "none")
+flags = SimpleNamespace(output_dir=sys.argv[1], report_to="none")
+run = Run(machine.make_accelerator("fp32", True, 7), flags, {{}}, "new")
 model = torch.nn.Linear(1, 1)
 run.evaluate_once = lambda stage, evaluate: None
 run.evaluated = lambda stage: {{"f1": 0.0}}

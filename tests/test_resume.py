@@ -29,7 +29,7 @@ from calls import (
     states,
     wait_for,
 )
-from conftest import ROOT, command_of, run
+from conftest import ROOT, command_of, run, run_flags
 from safetensors.torch import load_file, save_file
 
 from cli import UserError
@@ -473,7 +473,7 @@ class _Batches(Batches):
 def test_nan_keeps_the_last_good_state(what: str, bad_step: int, tmp_path: Path) -> None:
     accelerator = Accelerator(cpu=True)
     set_seed(0)
-    run_ = Run(accelerator, str(tmp_path), {}, "new", 0.0, 1, "none")
+    run_ = Run(accelerator, run_flags(tmp_path, 0.0), {}, "new")
     model = torch.nn.Linear(3, 1)
     start = model.weight.detach().clone()
     calls = []

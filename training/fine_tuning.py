@@ -1,4 +1,4 @@
-"""Fine-tuning of any task: flags, checks, stages with or without quantizers, what is left."""
+"""Fine-tuning of any task: flags, checks, stages with or without quantizers, results."""
 
 from __future__ import annotations
 
@@ -33,24 +33,24 @@ from bert.model_folder import (
     open_model,
 )
 from bert.packed import merge
-from cli import ArgumentParser, UserError, is_main_process, number, warn
+from cli import ArgumentParser, UserError, number, warn
 from int8 import quantizers
 from int8.calibration import calibrate, check_scope
 from int8.quantizers import hold_weight_range, save_quantized
 from int8.settings import NncfConfig, read_nncf_config
 from squad_utils import INPUTS
 from training import flags, results
-from training.flags import check_arguments, claim_output_dir, not_negative, open_run, rate
-from training.loop import Evaluation, Stage, constant_rate
+from training.flags import check_arguments, not_negative, rate
 from training.machine import make_accelerator, use_all_gpus
 from training.passes import Batches, LossFunction, to_device
-from training.run import CHECKPOINTS, Run
+from training.run import CHECKPOINTS, Run, check_output_dir
+from training.stage import Evaluation, Stage, constant_rate
 
-QUANTIZER_RATE = 0.01  # learning rate of the quantizers' ranges while nothing else trains
+QUANTIZER_RATE = 0.01  # learning rate of the quantizers' ranges while only they train
 
 
 class FineTunable(results.Deliverable, Protocol):
-    """What fine-tuning uses of a task; tasks.task.Task has the meanings."""
+    """The members of a task that fine-tuning uses; tasks.task.Task documents them."""
 
     architectures: ClassVar[tuple[str, ...]]
     best_by: ClassVar[str]
@@ -75,7 +75,11 @@ class FineTunable(results.Deliverable, Protocol):
 
 
 def add_fine_tuning_arguments(parser: ArgumentParser, teacher: str) -> None:
-    """The models (`teacher`: what that must be), learning rate and epochs, quantization."""
+    """Add the flags of models, training and quantization.
+
+    Args:
+        teacher: the kind of model that --model_teacher takes, for --help.
+    """
     add = parser.group(flags.MODELS).add_argument
     add("--model_student", required=True, metavar="MODEL",
         help="BERT to train, packed or not: a folder or a hub name")  # fmt: skip
@@ -87,54 +91,34 @@ def add_fine_tuning_arguments(parser: ArgumentParser, teacher: str) -> None:
         help="passes over the training data, may be a fraction; 0 only evaluates and"
         " exports")  # fmt: skip
     add("--learning_rate", type=rate, default=3e-5, metavar="RATE",
-        help="learning rate of the first step; it falls linearly to 0")  # fmt: skip
+        help="learning rate at the first step; it falls linearly to 0")  # fmt: skip
     add("--freeze_list", default="none", metavar="NAME,...",
-        help="parameters with one of these in their names are not trained")  # fmt: skip
+        help="do not train parameters whose name contains one of these")  # fmt: skip
     add("--supervision_weight", type=not_negative, default=0.0, metavar="WEIGHT",
-        help="weight of the squared error between the student's and the teacher's hidden"
-        " states")  # fmt: skip
+        help="weight of the squared error between the hidden states of student and"
+        " teacher")  # fmt: skip
     add("--dropout", type=number(float, 0, 0.9), default=0.0, metavar="PROBABILITY",
-        help="probability of dropout while training; on a CPU it takes longer than the rest of a"
-        " step")  # fmt: skip
+        help="probability of dropout in training; on a CPU dropout takes longer than the rest of"
+        " a step")  # fmt: skip
     add = parser.group(flags.INT8).add_argument
     add("--nncf_config", metavar="FILE",
         help="quantize to INT8 with the settings of this JSON file; docs/int8.md explains its keys"
         " (default: none, train in floating point)")  # fmt: skip
     add("--quantizer_epochs", type=not_negative, default=1.0, metavar="EPOCHS",
-        help="epochs after calibration in which only the quantizers' ranges are trained, at a"
-        f" learning rate of {QUANTIZER_RATE}")  # fmt: skip
-
-
-def plan_stages(args: argparse.Namespace) -> list[Stage]:
-    """The stages: where a model is being quantized, first the quantizers' ranges alone."""
-    weights = Stage(
-        name="weights" if args.nncf_config else "fine-tuning",
-        num_epochs=args.num_train_epochs,
-        learning_rate=args.learning_rate,
-        total_batch_size=args.total_train_batch_size,
-        micro_batch_size=args.per_gpu_train_batch_size,
-    )
-    ranges = replace(
-        weights,
-        name="ranges",
-        num_epochs=args.quantizer_epochs if args.nncf_config else 0.0,
-        learning_rate=QUANTIZER_RATE,
-        schedule=constant_rate,
-    )
-    plan = [stage for stage in (ranges, weights) if stage.num_epochs]
-    return [replace(stage, number=i + 1, count=len(plan)) for i, stage in enumerate(plan)]
+        help="epochs after calibration in which only the quantizers' ranges train, at a learning"
+        f" rate of {QUANTIZER_RATE}")  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Job:
-    """What the flags ask for, checked.
+    """The checked flags, and the models and files that they name.
 
     Attributes:
-        task: with its files read.
-        teacher: to learn hidden states from, or None.
-        settings: of quantization, or None.
-        arguments: all that tells this run from another.
-        found: what the output folder holds, as `claim_output_dir` says.
+        task: its files have been read.
+        teacher: the model whose hidden states are learned, or None.
+        settings: the settings of quantization, or None.
+        arguments: all that identifies this run.
+        found: the result of `check_output_dir`.
     """
 
     args: argparse.Namespace
@@ -147,36 +131,55 @@ class Job:
 
     @property
     def quantized(self) -> bool:
-        """Whether the student has quantizers, or is to get them."""
+        """Whether the student has quantizers or will get them."""
         return self.settings is not None or self.student.quantized
 
     @property
     def best_by(self) -> str | None:
-        """The figure by which weights are kept, or None to keep the last."""
+        """The figure by which the best weights are kept, or None to keep the last."""
         return self.task.best_by if self.args.keep == "best" else None
+
+    def plan(self) -> list[Stage]:
+        """The stages: to quantize, first the quantizers' ranges alone, then all weights."""
+        args = self.args
+        weights = Stage(
+            name="weights" if args.nncf_config else "fine-tuning",
+            num_epochs=args.num_train_epochs,
+            learning_rate=args.learning_rate,
+            total_batch_size=args.total_train_batch_size,
+            micro_batch_size=args.per_gpu_train_batch_size,
+            keep=self.best_by,
+        )
+        ranges = replace(
+            weights,
+            name="ranges",
+            num_epochs=args.quantizer_epochs if args.nncf_config else 0.0,
+            learning_rate=QUANTIZER_RATE,
+            schedule=constant_rate,
+        )
+        plan = [stage for stage in (ranges, weights) if stage.num_epochs]
+        return [replace(stage, number=i + 1, count=len(plan)) for i, stage in enumerate(plan)]
 
 
 def check(
     args: argparse.Namespace, task_class: type[FineTunable], every: Sequence[type[FineTunable]]
 ) -> Job | None:
-    """Check all that a user may have got wrong, before anything takes long.
+    """Find a user's mistakes before anything takes long.
 
     Args:
-        every: all tasks, to tell a model of another one.
+        every: all tasks, to recognise a model of another task.
 
     Returns:
-        None if the output folder has the results of this very command.
+        the job, or None if the output folder has the results of this very command.
 
     Raises:
         UserError: for the first mistake found.
     """
     check_arguments(args)
     taught, length = args.supervision_weight > 0, args.max_seq_length_c
-    # A packed one that is to learn hidden states in FP32 is the one before merging.
-    before_merging = taught and not args.nncf_config
-    student = open_model(
-        args.model_student, "--model_student", length, before_merging=before_merging
-    )
+    # In FP32 a packed student learns hidden states before it is merged.
+    unmerged = taught and not args.nncf_config
+    student = open_model(args.model_student, "--model_student", length, before_merging=unmerged)
     task_class.check(student, every)
     if args.nncf_config and student.packed and not student.merged:
         raise UserError(
@@ -195,21 +198,21 @@ def check(
     if args.nncf_config:
         settings = check_nncf_config(args.nncf_config, student, task.auto_class)
         arguments["nncf"] = settings.raw
-    found = claim_output_dir(args, arguments)
+    found = check_output_dir(args, arguments)
     if found == "finished":
         return None
     return Job(args, task, student, teacher, settings, arguments, found)
 
 
 def load(job: Job) -> tuple[Run, PreTrainedModel, PreTrainedModel | None]:
-    """On all GPUs: open the run, and load its student and, if it has one, its teacher."""
+    """Start a process per GPU, open the run, and load the student and the teacher, if any."""
     args, task = job.args, job.task
     use_all_gpus(args.no_cuda)
     accelerator = make_accelerator(args.precision, args.no_cuda, args.seed)
     student = load_model(job.student, task.auto_class)
     task.apply_flags(student)
     task.tokenize(job.student.tokenizer)
-    run = open_run(accelerator, args, job.arguments, job.found)
+    run = Run(accelerator, args, job.arguments, job.found)
     task.make_evaluation(run)
     frozen = freeze(student, args.freeze_list)
     run.say(f"{task.describe()}; {run.machine()}; {frozen / 1e6:.1f} M parameters frozen")
@@ -221,7 +224,7 @@ def load(job: Job) -> tuple[Run, PreTrainedModel, PreTrainedModel | None]:
 
 
 def add_quantizers(job: Job, run: Run, student: PreTrainedModel) -> PreTrainedModel:
-    """The student with calibrated quantizers, if --nncf_config asks for them; ready to train."""
+    """Give the student calibrated quantizers if --nncf_config asks for them, and set dropout."""
     if job.settings and job.student.quantized:
         hold_weight_range(student, job.settings.weight_range)
         run.say(
@@ -235,16 +238,14 @@ def add_quantizers(job: Job, run: Run, student: PreTrainedModel) -> PreTrainedMo
 
 
 def stages_to_go(job: Job, run: Run) -> list[Stage]:
-    """The stages of the run, from that of its newest state on."""
-    plan, position = plan_stages(job.args), run.states.position()
-    if position:
-        names = [stage.name for stage in plan]
-        plan = plan[names.index(position["stage"]) :]
-    return plan
+    """The stages of the run, from the stage of its newest state on."""
+    plan, position = job.plan(), run.states.position()
+    first = [stage.name for stage in plan].index(position["stage"]) if position else 0
+    return plan[first:]
 
 
 def select_trained(student: PreTrainedModel, stage: Stage, freeze_list: str) -> None:
-    """Let train what the stage trains: the ranges of quantizers alone, or what is not frozen."""
+    """Select what the stage trains: only the ranges of quantizers, or all that is not frozen."""
     if stage.name == "ranges":
         quantizers.select_ranges(student)
     else:
@@ -252,9 +253,10 @@ def select_trained(student: PreTrainedModel, stage: Stage, freeze_list: str) -> 
 
 
 def deliver(job: Job, run: Run, student: PreTrainedModel, teacher: PreTrainedModel | None) -> None:
-    """Save it; evaluate the folder, in FP32 as the exported file computes; export, describe it.
+    """Save the student, evaluate the saved folder, export it, and describe it.
 
-    A packed student that has learned hidden states is merged for that, and saved before it as well.
+    The evaluation is in FP32, as the exported file computes. A packed student that learned hidden
+    states is saved as it is and once more merged; the merged one is exported.
     """
     task, models = job.task, {}
     if getattr(student.config, "merged", True) is False:
@@ -281,18 +283,18 @@ def deliver(job: Job, run: Run, student: PreTrainedModel, teacher: PreTrainedMod
 
 
 def _made(job: Job) -> str:
-    """What became of the model on the training data, for its card."""
+    """How the model was made, for its card: the words before the training data's name."""
     if job.settings and not job.student.quantized:
         return "quantized to INT8 on"
-    return "fine-tuned on" if plan_stages(job.args) else "not trained on"
+    return "fine-tuned on" if job.plan() else "not trained on"
 
 
 # ------------------------------------------------------------------------------------------------
-# What trains
+# The weights that train
 
 
-def freeze(model: nn.Module, freeze_list: str, flag: str = "--freeze_list") -> int:
-    """Exclude parameters from training whose name has one of the listed substrings.
+def freeze(model: nn.Module, freeze_list: str) -> int:
+    """Exclude parameters from training whose name contains one of the listed substrings.
 
     Args:
         freeze_list: comma-separated substrings; "none" or "" freezes nothing.
@@ -301,23 +303,24 @@ def freeze(model: nn.Module, freeze_list: str, flag: str = "--freeze_list") -> i
         the number of frozen weights.
 
     Raises:
-        UserError: a substring matches no parameter (shows close names), or nothing is left.
+        UserError: a substring matches no parameter (the line shows close names), or none is left.
     """
     parts = [part.strip() for part in freeze_list.split(",") if part.strip()]
-    if parts == ["none"]:
-        parts = []
+    parts = [] if parts == ["none"] else parts
     names = [name for name, _ in model.named_parameters()]
     for part in parts:
         if not any(part in name for name in names):
             words = sorted({word for name in names for word in [name, *name.split(".")]})
             by_case = [word for word in words if part.lower() in word.lower()]
             close = by_case or difflib.get_close_matches(part, words, cutoff=0.4) or words
-            raise UserError(f"{flag}: no parameter's name has {part!r}; try {', '.join(close[:3])}")
+            raise UserError(
+                f"--freeze_list: no parameter's name has {part!r}; try {', '.join(close[:3])}"
+            )
     for name, parameter in model.named_parameters():
         trains = parameter.is_floating_point() and not any(part in name for part in parts)
         parameter.requires_grad_(trains)
     if not any(parameter.requires_grad for parameter in model.parameters()):
-        raise UserError(f"{flag}: {freeze_list} leaves nothing to train")
+        raise UserError(f"--freeze_list: {freeze_list} leaves nothing to train")
     return sum(p.numel() for p in model.parameters() if not p.requires_grad)
 
 
@@ -331,27 +334,27 @@ def set_dropout(model: nn.Module, probability: float) -> None:
 # ------------------------------------------------------------------------------------------------
 # Quantization
 
-CALIBRATED = "calibrated"  # in CHECKPOINTS: the quantized model as calibration leaves it
+CALIBRATED = "calibrated"  # in CHECKPOINTS: the quantized model right after calibration
 
 
 def check_nncf_config(path: str, student: OpenedModel, auto_class: AutoClass) -> NncfConfig:
-    """The settings of --nncf_config, checked against --model_student; names keys without effect.
+    """Read --nncf_config and check it against --model_student; warn of keys without effect.
 
     Raises:
         UserError: as `read_nncf_config`, `check_scope` and `calibrate`.
     """
     config = read_nncf_config(path)
-    if config.without_effect and is_main_process():
+    if config.without_effect:
         warn(f"--nncf_config: {path}: keys without effect: {', '.join(config.without_effect)}")
     if not student.quantized:
-        model = load_model(student, auto_class, quiet=True)
-        check_scope(config, fuse_attention(model, separate_products=True).eval())
+        model = fuse_attention(load_model(student, auto_class, quiet=True), separate_products=True)
+        check_scope(config, model.eval())
         _try_settings(config)
     return config
 
 
 def _try_settings(config: NncfConfig) -> None:
-    """Quantize a BERT of no size: NNCF tells what it refuses only then.
+    """Quantize a tiny BERT: NNCF refuses settings only while it quantizes.
 
     Raises:
         UserError: as `calibrate`.
@@ -359,7 +362,7 @@ def _try_settings(config: NncfConfig) -> None:
     tiny = BertConfig(
         hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8, vocab_size=8
     )
-    arguments = {**config.arguments, "ignored_scope": None}  # which is of another model
+    arguments = {**config.arguments, "ignored_scope": None}  # it names layers of another model
     sample = dict.fromkeys(INPUTS, torch.zeros(1, 8, dtype=torch.long))
     with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
         model = fuse_attention(BertForQuestionAnswering(tiny), separate_products=True)
@@ -367,10 +370,10 @@ def _try_settings(config: NncfConfig) -> None:
 
 
 def quantize(run: Run, model: PreTrainedModel, config: NncfConfig, job: Job) -> PreTrainedModel:
-    """The model with quantizers, calibrated on the task's windows and evaluated before and after.
+    """Add quantizers, calibrated on the task's windows; evaluate the model before and after.
 
-    That is done once: a run that goes on, and the processes beside the main one, find the model
-    among the run's checkpoints.
+    The main process does so once. Other processes, and a run that continues, load the calibrated
+    model from the run's checkpoints.
     """
     task, device = job.task, run.accelerator.device
     folder = os.path.join(run.output_dir, CHECKPOINTS, CALIBRATED)
@@ -389,6 +392,6 @@ def quantize(run: Run, model: PreTrainedModel, config: NncfConfig, job: Job) -> 
     hold_weight_range(quantized, config.weight_range)
     run.evaluate_once("calibrated", lambda: task.evaluation(quantized, fp32=True))
     calibrated = run.evaluated("calibrated")
-    assert calibrated is not None  # just now, or by an earlier part of the run
+    assert calibrated is not None  # evaluate_once has logged it
     run.states.keep_if_best(quantized, "calibrated", 0, calibrated[task.best_by])
     return quantized

@@ -1,26 +1,20 @@
-"""The flags that all training scripts share, and what can be checked of them at once."""
+"""The flags that all training scripts share, and the checks that need no files."""
 
 from __future__ import annotations
 
 import argparse
 import importlib.util
 import os
-from collections.abc import Mapping
 
-from accelerate import Accelerator
-
-from cli import ArgumentParser, UserError, is_main_process, number
+from cli import ArgumentParser, UserError, number
 from squad_utils import MAX_ANSWER_LENGTH
 from training.machine import PRECISIONS, pick_precision
-from training.run import RUN_FOLDERS, Run, check_output_dir
+from training.run import RUN_FOLDERS
 
 positive, not_negative = number(int, 1, 1_000_000), number(float, 0)
-
-
 over_0, rate = number(float, 0, low_open=True), number(float, 0, 1, True)
 
-
-# The flags of --help, by subject and in this order.
+# The titles under which --help shows the flags, in this order.
 MODELS, DATA, PACKING = "models and folder", "data", "packing"
 TRAINING, NEGATIVES = "training", "hard negatives"
 INT8, MACHINE, RUN = "quantization", "the machine", "what a run keeps and tells"
@@ -28,7 +22,7 @@ GROUPS = (MODELS, DATA, PACKING, TRAINING, NEGATIVES, INT8, MACHINE, RUN)
 
 
 def add_data_arguments(parser: ArgumentParser, max_seq_length_q: int) -> None:
-    """SQuAD files, lengths and batch sizes; the default length of a question differs by task."""
+    """Add SQuAD files, lengths and batch sizes; the default question length depends on the task."""
     parser.group(MODELS).add_argument(
         "--output_dir", required=True, metavar="FOLDER", help="folder for all results"
     )
@@ -38,39 +32,39 @@ def add_data_arguments(parser: ArgumentParser, max_seq_length_q: int) -> None:
     add("--squad_dev_data", required=True, metavar="FILE",
         help="the same to evaluate on, of the same version")  # fmt: skip
     add("--squad_eval_script", metavar="FILE",
-        help="evaluate-v1.1.py or evaluate-v2.0.py, which scores answers; embeddings do without"
+        help="evaluate-v1.1.py or evaluate-v2.0.py, which scores answers; embeddings do not use it"
         " (default: the built-in scorer, which computes the same)")  # fmt: skip
     add("--max_seq_length_q", type=positive, default=max_seq_length_q, metavar="TOKENS",
         help="tokens of a question; a longer one is cut")  # fmt: skip
     add("--max_seq_length_c", type=positive, default=384, metavar="TOKENS",
-        help="tokens of question and context together; embeddings: tokens of a context, a longer"
+        help="tokens of question and context together; embeddings: tokens of a context; a longer"
         " one is cut")  # fmt: skip
     add("--doc_stride", type=positive, default=128, metavar="TOKENS",
         help="tokens from the start of one window of a long context to the start of the next;"
         " embeddings have no windows")  # fmt: skip
     add("--max_answer_length", type=positive, default=MAX_ANSWER_LENGTH, metavar="TOKENS",
-        help="tokens of the longest answer that is searched, in evaluation and by ask.py;"
-        " embeddings search none")  # fmt: skip
+        help="tokens of the longest answer that evaluation and ask.py search for; embeddings do"
+        " not use it")  # fmt: skip
     parser.group(TRAINING).add_argument(
         "--total_train_batch_size", type=positive, default=32, metavar="N",
-        help="windows, or questions of embeddings, in one optimisation step")  # fmt: skip
+        help="windows (embeddings: questions) per optimisation step")  # fmt: skip
     add = parser.group(MACHINE).add_argument
     add("--per_gpu_train_batch_size", type=positive, default=8, metavar="N",
-        help="windows or questions in one pass of one process on a CPU; a GPU takes as many as its"
+        help="windows or questions per pass of one process on a CPU; a GPU takes as many as its"
         " memory holds")  # fmt: skip
     add("--per_gpu_eval_batch_size", type=positive, default=16, metavar="N",
-        help="windows or texts in one pass of one process in an evaluation")  # fmt: skip
+        help="windows or texts per pass of one process in an evaluation")  # fmt: skip
 
 
 def add_run_arguments(parser: ArgumentParser) -> None:
-    """The machine, the seed, and what a run keeps and tells."""
+    """Add the seed, the flags for the machine, and those for what a run keeps and reports."""
     parser.group(TRAINING).add_argument(
         "--seed", type=number(int, 0, 2**32 - 1), default=42, metavar="N",
-        help="start of the random numbers")  # fmt: skip
+        help="seed of the random numbers")  # fmt: skip
     add = parser.group(MACHINE).add_argument
     add("--no_cuda", action="store_true", help="run on the CPU even if there is a GPU")
     add("--precision", choices=PRECISIONS, default="auto",
-        help="arithmetic of training; auto takes bf16 where the hardware has it, else fp16 on a GPU"
+        help="arithmetic of training; auto takes bf16 if the hardware has it, else fp16 on a GPU"
         " and fp32 on a CPU")  # fmt: skip
     add = parser.group(RUN).add_argument
     add("--keep", choices=("last", "best"), default="best",
@@ -81,16 +75,16 @@ def add_run_arguments(parser: ArgumentParser) -> None:
     add("--log_steps", type=positive, default=10, metavar="STEPS",
         help="steps between two records in metrics.jsonl")  # fmt: skip
     add("--report_to", choices=("none", "tensorboard"), default="none",
-        help="log there too; tensorboard needs `pip install tensorboard`")  # fmt: skip
+        help="another log; tensorboard needs `pip install tensorboard`")  # fmt: skip
     add("--overwrite_output_dir", action="store_true",
-        help="give up what --output_dir holds of another command's run")  # fmt: skip
+        help="delete the results of another command's run from --output_dir")  # fmt: skip
 
 
 def check_arguments(args: argparse.Namespace) -> None:
-    """What can be checked before any file is read.
+    """Check the flags before any file is read.
 
     Raises:
-        UserError: for the first thing found.
+        UserError: for the first mistake found.
     """
     pick_precision(args.precision, args.no_cuda)
     if args.report_to == "tensorboard" and not importlib.util.find_spec("tensorboard"):
@@ -101,29 +95,6 @@ def check_arguments(args: argparse.Namespace) -> None:
         output, model = os.path.realpath(args.output_dir), os.path.realpath(name)
         if output == model:
             raise UserError(f"--output_dir is the folder of --{flag}; choose another")
-        # What a run removes as it starts.
+        # A run removes these folders as it starts.
         if any(f"{model}/".startswith(os.path.join(output, each, "")) for each in RUN_FOLDERS):
             raise UserError(f"--output_dir: --{flag} lies in it and would be lost; choose another")
-
-
-def claim_output_dir(args: argparse.Namespace, arguments: Mapping[str, object]) -> str:
-    """What `run.check_output_dir` finds; says so where this command has finished."""
-    found = check_output_dir(args.output_dir, arguments, args.overwrite_output_dir)
-    if found == "finished" and is_main_process():
-        print(f"{args.output_dir} is finished; --overwrite_output_dir runs this command again")
-    return found
-
-
-def open_run(
-    accelerator: Accelerator, args: argparse.Namespace, arguments: Mapping[str, object], found: str
-) -> Run:
-    """The run that the flags describe, in the folder as `claim_output_dir` found it."""
-    return Run(
-        accelerator,
-        args.output_dir,
-        arguments,
-        found,
-        save_minutes=args.save_minutes,
-        log_steps=args.log_steps,
-        report_to=args.report_to,
-    )

@@ -1,6 +1,6 @@
-"""Start a script once for each GPU, by torchrun, and end as one process would.
+"""Start a script once per GPU with torchrun, and end as one process would.
 
-Takes torchrun's arguments. `machine.use_all_gpus` lets it take the place of the user's process.
+It takes torchrun's arguments. `machine.use_all_gpus` replaces the user's process by this one.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from torch.distributed.run import parse_args, run
 
 
 def main() -> int:
-    """The exit code: that of the process that failed first; 128 + n for signal n."""
-    # The scripts tell what has happened, and a user did not start torchrun.
+    """Return the exit code of the process that failed first, or 128 + n for signal n."""
+    # The scripts report their errors themselves; a user did not start torchrun.
     logging.disable(logging.ERROR)
     try:
         run(parse_args(sys.argv[1:]))

@@ -6,8 +6,7 @@ import contextlib
 import math
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
-from typing import Protocol
+from dataclasses import asdict, dataclass, field
 
 import numpy as np
 import torch.distributed
@@ -19,84 +18,24 @@ from training import machine
 from training.passes import COUNTS, Batches, LossFunction, StepGradient
 from training.progress import Progress
 from training.run import Run, summary
-from training.states import DivergenceState, ProgressState
+from training.stage import Evaluation, Stage
+from training.states import ProgressState
 
-RECENT_STEPS = 20  # whose mean loss tells a divergence from a hard batch
-DIVERGED = 1.5  # times the mean loss at the last good state
-LOWEST_FACTOR = 2.0**-5  # of the learning rate: five returns in a row are enough
-READ_SECONDS = 1.0  # between waits for a GPU's figures, to log, to save, to stop
-READ_STEPS = 10  # the same where there are several
-
-
-def linear_decay(step: int, total: int) -> float:
-    """Factor of the learning rate: 1 at the start of a stage, 0 at its end."""
-    return 1.0 - step / total
-
-
-def constant_rate(step: int, total: int) -> float:
-    """Factor of the learning rate: always 1."""
-    return 1.0
-
-
-def warm_up(step: int, total: int, steps: int | None = None) -> float:
-    """Factor of the learning rate: rising over `steps` steps, or the first 1% of all; then 1."""
-    return min(1.0, (step + 1) / (steps or max(1.0, total / 100)))
-
-
-def warm_up_linear_decay(step: int, total: int, steps: int | None = None) -> float:
-    """Factor of the learning rate: a warm-up as above, and a fall to 0 all along."""
-    return warm_up(step, total, steps) * linear_decay(step, total)
-
-
-class Evaluation(Protocol):
-    """The figures of a model on the dev file, in percent."""
-
-    def __call__(self, model: nn.Module, fp32: bool = False) -> dict[str, float]:
-        """`fp32`: compute in FP32 whatever the run's precision is."""
-
-
-@dataclass(frozen=True)
-class Stage:
-    """How long and how fast one stage trains.
-
-    Attributes:
-        num_epochs: may be a fraction.
-        total_batch_size: examples of one optimisation step.
-        micro_batch_size: examples of one forward pass of one process.
-        schedule: factor of the learning rate at a step of so many.
-        max_steps: an end before num_epochs, or None.
-        goes_back: whether a diverging run goes back to its last good state, with half the
-            learning rate, instead of stopping.
-        number, count: this stage's place among those of the run.
-        work_after: work of the stages after it, in steps of this one, to tell the time left.
-    """
-
-    name: str
-    num_epochs: float
-    learning_rate: float
-    total_batch_size: int
-    micro_batch_size: int
-    schedule: Callable[[int, int], float] = linear_decay
-    max_steps: int | None = None
-    goes_back: bool = False
-    number: int = 1
-    count: int = 1
-    work_after: float = 0.0
-
-    def total_steps(self, steps_per_epoch: int) -> int:
-        """Optimisation steps of this stage."""
-        steps = max(1, math.ceil(self.num_epochs * steps_per_epoch - 1e-9))
-        return min(steps, self.max_steps or steps)
+RECENT_STEPS = 20  # the loss is compared as the mean of so many steps
+DIVERGED = 1.5  # a run diverges at so many times the mean loss of the last good state
+LOWEST_FACTOR = 2.0**-5  # factor of the learning rate after five returns; then the run ends
+READ_SECONDS = 1.0  # between two waits for a GPU, to log its figures, to save, to stop
+READ_STEPS = 10  # steps between two such waits of several GPUs
 
 
 @dataclass
 class Divergence:
-    """Whether the loss still is what it was at the last good state, or near it.
+    """Compares the loss with that of the last good state.
 
     Attributes:
-        recent: losses of the last RECENT_STEPS steps at most.
-        good: the lowest of their means at the states saved so far; before the first, the first
-            mean of the stage. It never rises: else a slow divergence would raise it at every save.
+        recent: losses of at most the last RECENT_STEPS steps.
+        good: the lowest mean loss at any saved state; before the first, the stage's first mean.
+            It never rises: else a slow divergence would raise it at each save.
         factor: of the learning rate, halved at each return.
     """
 
@@ -105,10 +44,10 @@ class Divergence:
     factor: float = 1.0
 
     def found(self, loss: float) -> bool:
-        """Take note of a step's loss; True if it is not finite, or if the mean is far over `good`.
+        """Add a step's loss; True if it is not finite, or if the mean is far over `good`.
 
-        Only means over RECENT_STEPS steps are compared: shorter ones depend too much on which
-        texts came.
+        Compare only means over RECENT_STEPS steps; shorter ones depend too much on which texts
+        came.
         """
         if not math.isfinite(loss):
             return True
@@ -120,39 +59,35 @@ class Divergence:
             self.good = mean
         return mean > DIVERGED * self.good
 
-    def state(self) -> DivergenceState:
-        """Its fields, for a saved state."""
-        return {"recent": self.recent, "good": self.good, "factor": self.factor}
-
     def mark_good(self) -> None:
-        """Compare with the present state from now on, if none before it was better."""
+        """Compare with the present state from now on, unless an earlier one was better."""
         if len(self.recent) == RECENT_STEPS:
             mean = sum(self.recent) / RECENT_STEPS
             self.good = mean if self.good is None else min(self.good, mean)
 
 
 class Training:
-    """A stage under way: what its steps need, and where it is.
+    """A stage in progress: its optimizer, its position, and the steps it takes.
 
     Attributes:
         step: optimisation steps done.
         gradient: leaves a step's gradient in the parameters.
-        divergence: whether the loss is still what it was.
+        divergence: compares the loss with earlier ones.
         unread: steps whose figures are still on the device.
     """
 
     def __init__(
         self, run: Run, model: nn.Module, stage: Stage, batches: Batches, loss: LossFunction
     ) -> None:
-        """Prepare the optimizer, and go on from the newest state if it is of this stage."""
+        """Prepare the optimizer; continue from the newest state if it belongs to this stage."""
         self.run, self.model, self.stage, self.batches = run, model, stage, batches
         self.accelerator = accelerator = run.accelerator
         self.trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         self.adamw = torch.optim.AdamW(
             self.trained, lr=stage.learning_rate, eps=1e-8, weight_decay=0.0, fused=True
         )
-        self.own_forward = vars(model).get("forward")  # of a model with quantizers
-        # Not wrapped for several processes: a step sums its gradient over them once, at its end.
+        self.own_forward = vars(model).get("forward")  # only a model with quantizers has one
+        # No wrapper for several processes: each step sums its gradient over them once, at its end.
         accelerator.prepare_model(model, evaluation_mode=True)
         self.optimizer = accelerator.prepare_optimizer(self.adamw)
         model.train()
@@ -168,9 +103,9 @@ class Training:
         self._resume()
 
     def _resume(self) -> None:
-        """Take up the newest state if it is of this stage; else start alike on all processes."""
+        """Load the newest state if it belongs to this stage; else start alike on all processes."""
         run, stage = self.run, self.stage
-        machine.part_generators(self.accelerator)  # a state has those of the processes that it had
+        machine.part_generators(self.accelerator)  # before a state restores those it has saved
         earlier: ProgressState | None = None
         position = run.states.position()
         if position and position["stage"] == stage.name:
@@ -189,7 +124,7 @@ class Training:
         run.forget_after(stage.name, self.step)
         self.progress = Progress(run, stage, self.step, self.total_steps, earlier)
         if stage.goes_back and earlier is None:
-            self.save()  # so that there is always a state to go back to
+            self.save()  # there must always be a state to go back to
 
     @property
     def ends_epoch(self) -> bool:
@@ -199,7 +134,7 @@ class Training:
         )
 
     def save(self) -> bool:
-        """Save a state; False where that fails."""
+        """Save a state; False if that fails."""
         self.divergence.mark_good()
         self.saved_at = time.monotonic()
         return self.run.states.save(
@@ -207,27 +142,28 @@ class Training:
                 "stage": self.stage.name,
                 "step": self.step,
                 "progress": self.progress.state(),
-                "divergence": self.divergence.state(),
+                "divergence": asdict(self.divergence),
                 "pass_tokens": self.gradient.all_pass_tokens(),
             }
         )
 
-    def evaluate(self, evaluation: Evaluation, keep: str | None) -> None:
-        """Log the figures of the model as it is; keep its weights if they are the best."""
+    def evaluate(self, evaluation: Evaluation) -> None:
+        """Evaluate the model and log the figures; keep its weights if they are the best so far."""
         run, epoch = self.run, self.step / self.steps_per_epoch
         self.progress.pause()
         with _own_forward(self.model, self.own_forward):
             figures = evaluation(self.model)
         record = {"stage": self.stage.name, "step": self.step, "epoch": epoch}
         run.log({**record, "evaluation": True, **figures})
-        if keep:
-            run.states.keep_if_best(self.model, self.stage.name, self.step, figures[keep])
+        if self.stage.keep:
+            score = figures[self.stage.keep]
+            run.states.keep_if_best(self.model, self.stage.name, self.step, score)
         run.say(f"after epoch {epoch:.4g}: {summary(figures)}")
         self.progress.resume()
         self.model.train()
 
-    def take_step(self, after_backward: Callable[[], None] | None) -> None:
-        """One optimisation step; its figures stay on the device."""
+    def take_step(self) -> None:
+        """Take an optimisation step; its figures stay on the device."""
         stage, step = self.stage, self.step
         epoch, place = divmod(step, self.steps_per_epoch)
         if self.epoch_steps[0] != epoch:
@@ -238,35 +174,35 @@ class Training:
             group["lr"] = rate
         self.batches.prepare(self.model, step, chosen)
         losses = self.gradient(epoch, chosen)
-        if after_backward:
-            after_backward()
+        if stage.after_backward:
+            stage.after_backward()
         norm = self.accelerator.clip_grad_norm_(self.trained, 1.0)
-        if self.accelerator.scaler is None:  # which skips a step of its own accord
-            # Read by the fused optimizer, on the device: it leaves all as it is where this is 1.
+        if self.accelerator.scaler is None:  # a scaler skips such steps by itself
+            # The fused optimizer reads this on the device, and skips the step if it is 1.
             failed = (~(losses.sum() + norm).isfinite()).float()
-            self.adamw.found_inf = failed  # type: ignore[attr-defined]  # torch does not tell
+            self.adamw.found_inf = failed  # type: ignore[attr-defined]  # torch does not declare it
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=not self.gradient.gradients_stay)
         self.step += 1
         self.unread.append(UnreadStep(losses, norm, len(chosen), rate))
 
     def reads_now(self) -> bool:
-        """Whether to wait for the figures of the last steps: a GPU is let run ahead in between."""
+        """Whether to wait for the figures of the last steps; between two waits a GPU runs ahead."""
         if self.ends_epoch or self.accelerator.device.type == "cpu":
             return True
-        if self.accelerator.num_processes > 1:  # all at the same step, since they agree next
+        if self.accelerator.num_processes > 1:  # they exchange figures, so they stop at one step
             return self.step % READ_STEPS == 0
         return time.monotonic() - self.read_at >= READ_SECONDS
 
     def read(self) -> bool:
-        """Log the figures of the unread steps; False if one failed and the stage went back.
+        """Log the figures of the unread steps; False if a step failed and the stage went back.
 
         Raises:
-            UserError: one failed, and the stage does not go back, or not any further.
+            UserError: a step failed, and the stage cannot go back, or went back too often.
         """
         self.read_at, unread, self.unread = time.monotonic(), self.unread, []
         first = self.step - len(unread)
-        # In fp16 an infinite gradient is the scaler's business: it skips the step.
+        # In fp16 the scaler skips a step with an infinite gradient.
         scaled = self.accelerator.mixed_precision == "fp16"
         for i, (sums, norm) in enumerate(read_steps(unread, self.gradient.names)):
             finite = math.isfinite(sums["loss"]) and (scaled or math.isfinite(norm))
@@ -279,15 +215,15 @@ class Training:
         return True
 
     def _go_back(self, failed: int, loss: float, norm: float) -> None:
-        """To the last good state before the step `failed`, with half the learning rate.
+        """Return to the last good state before the step `failed`, with half the learning rate.
 
         Raises:
-            UserError: there is none, it is not to be, or it has been done often enough.
+            UserError: there is no such state, the stage does not go back, or it did so too often.
         """
         run, stage = self.run, self.stage
         position = run.states.position()
         if position and position["stage"] == stage.name and position["step"] == failed:
-            # The newest state is what has just failed: only one before it can help.
+            # The step from the newest state failed: only an earlier state can help.
             position = run.states.position(before=1)
             if position and position["stage"] == stage.name and stage.goes_back:
                 run.states.drop_newest()
@@ -309,9 +245,8 @@ class Training:
         )
         then = position["divergence"]
         good = good if then["good"] is None else then["good"]
-        # What led here is forgiven: else the next step alone would be judged by it.
-        most = math.inf if good is None else good
-        recent = [min(loss, most) for loss in then["recent"]]
+        # Cap the losses that led here: else they would fail the very next step.
+        recent = [loss if good is None else min(loss, good) for loss in then["recent"]]
         self.divergence = Divergence(recent=recent, good=good, factor=factor)
         run.states.restore()
         self.step = position["step"]
@@ -324,7 +259,7 @@ class Training:
         self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
         if self.own_forward is not None:
             self.model.forward = self.own_forward
-        # Else `prepare` would take the model for prepared in the next stage, and not cast it.
+        # Else `prepare_model` would not cast the model in the next stage.
         vars(self.model).pop("_is_accelerate_prepared", None)
         self.accelerator.free_memory()
 
@@ -336,35 +271,31 @@ def train(
     batches: Batches,
     loss: LossFunction,
     evaluation: Evaluation | None = None,
-    after_backward: Callable[[], None] | None = None,
-    keep: str | None = None,
 ) -> None:
     """Train `model` in place for a stage, from the newest state of that stage if there is one.
 
-    AdamW (eps 1e-8, no weight decay) over the parameters that require a gradient, gradient norm
-    clipped to 1. A step's loss is the mean over all its examples, whatever their number and
-    however they are spread over micro-batches and processes.
+    AdamW (eps 1e-8, no weight decay) updates the parameters that require a gradient; the gradient
+    norm is clipped to 1. A step's loss is the mean over all its examples, however they are spread
+    over passes and processes.
 
     Args:
         evaluation: called after each epoch and at the end; its figures are logged.
-        after_backward: called when a step's gradients are there, before they are used.
-        keep: the figure by which the best weights are kept, or None; see States.keep_if_best.
 
     Raises:
-        UserError: the loss or the gradient is not finite (or, of a stage that goes back, again and
-            again); the last state stays as it is.
+        UserError: the loss or the gradient is not finite (again and again, if the stage goes
+            back); the last state stays as it is.
         Interrupted: Ctrl-C or SIGTERM came; the state has been saved.
     """
     training = Training(run, model, stage, batches, loss)
     while True:
         if evaluation and training.ends_epoch:
-            training.evaluate(evaluation, keep)
+            training.evaluate(evaluation)
         if training.step == training.total_steps:
             break
-        training.take_step(after_backward)
+        training.take_step()
         if not training.reads_now() or not training.read():
             continue
-        due = time.monotonic() - training.saved_at >= run.save_seconds
+        due = time.monotonic() - training.saved_at >= 60 * run.args.save_minutes
         due, stop = _agree(run.accelerator, due, run.stop_signal)
         if due or stop or training.ends_epoch:
             saved = training.save()
@@ -377,11 +308,11 @@ def train(
 
 @dataclass(frozen=True)
 class UnreadStep:
-    """A step whose figures may still be on their way from the device.
+    """A step whose figures may still be on the device.
 
     Attributes:
         losses: float64, as `StepGradient` returns them.
-        norm: of the gradient.
+        norm: the gradient's norm.
     """
 
     losses: Tensor
@@ -391,8 +322,11 @@ class UnreadStep:
 
 
 def read_steps(steps: list[UnreadStep], names: list[str]) -> list[tuple[dict[str, float], float]]:
-    """The mean of each named loss, of their sum ("loss") and the counts of each step, and the norm
-    of its gradient; waits for the device once."""
+    """Read the figures of several steps with one wait for the device.
+
+    Returns:
+        per step: the mean of each named loss, their sum "loss", and the counts; the gradient norm.
+    """
     rows = torch.stack([torch.cat([each.losses, each.norm.double()[None]]) for each in steps])
     read = []
     for each, (*values, norm) in zip(steps, rows.tolist(), strict=True):
@@ -404,7 +338,7 @@ def read_steps(steps: list[UnreadStep], names: list[str]) -> list[tuple[dict[str
 
 @contextlib.contextmanager
 def _own_forward(model: nn.Module, own: Callable[..., object] | None) -> Iterator[None]:
-    """The model without accelerate's casts around its forward: an evaluation has its own precision.
+    """Take accelerate's casts off the model's forward: an evaluation chooses its own precision.
 
     Args:
         own: the forward that the model itself had as an attribute, or None.
@@ -420,7 +354,7 @@ def _own_forward(model: nn.Module, own: Callable[..., object] | None) -> Iterato
 
 
 def _agree(accelerator: Accelerator, due: bool, stop: int) -> tuple[bool, int]:
-    """One decision for all processes: save when the main one says so, stop when any is asked."""
+    """Agree on one decision: save when the main process says so, stop when any is asked to."""
     if accelerator.num_processes == 1:
         return due, stop
     wish = torch.tensor([float(due and accelerator.is_main_process), float(stop)])

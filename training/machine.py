@@ -1,4 +1,4 @@
-"""The machine a run uses: precision, processes, and what a model becomes for them."""
+"""The machine a run uses: precision, processes, and models prepared for both."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ from cli import UserError
 from deploy.cpu import this_cpu
 
 LAUNCH = os.path.join(os.path.dirname(os.path.abspath(__file__)), "launch.py")
-SHUTDOWN_SECONDS = 600  # that a signalled run has, to end a step and save; torchrun's default is 30
+SHUTDOWN_SECONDS = 600  # for a signalled run to end its step and save; torchrun's default is 30
 PRECISIONS = ("auto", "fp32", "bf16", "fp16")
 
 
 def pick_precision(precision: str, no_cuda: bool) -> str:
-    """What accelerate calls it ("no", "bf16", "fp16") for --precision on this machine.
+    """Accelerate's name ("no", "bf16" or "fp16") for --precision on this machine.
 
     Raises:
-        UserError: the hardware lacks it.
+        UserError: the hardware does not have this precision.
     """
     if torch.cuda.is_available() and not no_cuda:
         has_bf16, where = torch.cuda.is_bf16_supported(including_emulation=False), "this GPU"
@@ -42,7 +42,7 @@ def pick_precision(precision: str, no_cuda: bool) -> str:
     if precision == "bf16" and not has_bf16:
         raise UserError(f"--precision=bf16: {where} has no bf16 arithmetic; use fp32 or auto")
     if precision == "auto" and where == "this GPU" and not has_bf16:
-        has_fp16 = torch.cuda.get_device_capability() >= (7, 0)  # from which on it is faster
+        has_fp16 = torch.cuda.get_device_capability() >= (7, 0)  # older GPUs are slow in it
         precision = "fp16" if has_fp16 else "fp32"
     elif precision == "auto":
         precision = "bf16" if has_bf16 else "fp32"
@@ -50,43 +50,43 @@ def pick_precision(precision: str, no_cuda: bool) -> str:
 
 
 def launched() -> bool:
-    """Whether torchrun, accelerate or the like has started this process: then so many it is."""
+    """Whether torchrun, accelerate or the like started this process, and so chose how many run."""
     # `accelerate launch --num_processes=1` sets no WORLD_SIZE.
     return "WORLD_SIZE" in os.environ or "ACCELERATE_MIXED_PRECISION" in os.environ
 
 
 def process_count(no_cuda: bool) -> int:
-    """Processes that this run has, or will have once `use_all_gpus` has launched them."""
+    """The processes of this run, once `use_all_gpus` has launched them."""
     if launched():
         return int(os.environ.get("WORLD_SIZE", "1"))
     return 1 if no_cuda else max(1, torch.cuda.device_count())
 
 
 def use_all_gpus(no_cuda: bool) -> None:
-    """Start this script again with a process for each GPU, if there are several and none launched.
+    """Start this script again with one process per GPU, if there are several GPUs.
 
-    Does not return in that case: `launch.py` takes the place of this process, so that signals and
-    the exit code are its own.
+    It does not return then: `launch.py` replaces this process, and gets its signals and gives the
+    exit code.
     """
     count = process_count(no_cuda)
     if launched() or count == 1:
         return
     print(f"using {count} GPUs", flush=True)
     how = ["--standalone", f"--nproc_per_node={count}", f"--shutdown-timeout={SHUTDOWN_SECONDS}"]
-    # -P: the modules beside launch.py are none of its own.
+    # -P: launch.py must not import the modules beside it.
     os.execv(sys.executable, [sys.executable, "-P", LAUNCH, *how, "--", *sys.argv])
 
 
 def make_accelerator(precision: str, no_cuda: bool, seed: int) -> Accelerator:
-    """The accelerator of this process, with all random generators seeded."""
+    """The accelerator of this process; seeds all random generators."""
     mixed_precision = pick_precision(precision, no_cuda)
     if torch.cuda.is_available() and not no_cuda:
-        # So that a run that goes on ends as one that was never stopped: sums in a fixed order.
+        # Add in a fixed order: a run that continues must end like one that was never stopped.
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True, warn_only=True)
-        deterministic: Any = torch.utils.deterministic  # a class takes the module's place
+        deterministic: Any = torch.utils.deterministic  # torch replaces this module by a class
         deterministic.fill_uninitialized_memory = False
-    # Without being told so, several processes on a machine without GPUs would not know each other.
+    # Without `cpu`, several processes on a machine without GPUs would not form a group.
     cpu = no_cuda or not torch.cuda.is_available()
     accelerator = Accelerator(mixed_precision=mixed_precision, cpu=cpu)
     set_seed(seed)
@@ -97,17 +97,17 @@ def make_accelerator(precision: str, no_cuda: bool, seed: int) -> Accelerator:
 
 
 def part_generators(accelerator: Accelerator) -> None:
-    """Give each process random numbers of its own from here on: its dropout is not the others'."""
+    """Give each process its own random numbers from here on, so that its dropout differs."""
     if accelerator.num_processes > 1:
-        # Drawn, so that a later stage does not begin with the numbers of one before it.
+        # The seed is drawn: else each stage would begin with the same numbers.
         torch.manual_seed(int(torch.randint(2**62, ())) + accelerator.process_index)
 
 
 def _keep_freed_memory() -> None:
-    """Let the C library keep the memory of freed tensors for the next ones, where it is glibc.
+    """Make the C library, if it is glibc, keep the memory of freed tensors for new ones.
 
-    It gives large blocks back to the system at once, and each new one then costs a page fault
-    every 4 KB: on a CPU a third of a training step.
+    By default it returns large blocks to the system at once. Each new block then costs a page
+    fault per 4 KB: on a CPU a third of a training step.
     """
     with contextlib.suppress(OSError, AttributeError):
         mallopt = ctypes.CDLL("libc.so.6").mallopt
@@ -121,8 +121,8 @@ HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
 def in_half(teacher: PreTrainedModel, accelerator: Accelerator) -> PreTrainedModel:
     """A copy of a teacher whose linear layers hold their weights in the run's half precision.
 
-    Under autocast it gives what the teacher gives, to the bit, without casting its weights anew in
-    each pass. The teacher itself where the run's precision is FP32.
+    Under autocast its outputs are the teacher's, to the bit, but no pass needs to cast weights. In
+    an FP32 run it is the teacher itself.
     """
     dtype = HALF.get(accelerator.mixed_precision)
     if dtype is None:
@@ -134,40 +134,40 @@ def in_half(teacher: PreTrainedModel, accelerator: Accelerator) -> PreTrainedMod
     return teacher
 
 
-Compiled = list[tuple[nn.Module, Callable[..., object]]]  # layers, and their compiled forward
+Compiled = list[tuple[nn.Module, Callable[..., object]]]  # layers with their compiled forward
 
 
 def compiled_layers(model: nn.Module) -> Compiled:
-    """The layers of an encoder, compiled: what lies between products is computed at one go.
+    """The compiled layers of an encoder: operations between matrix products are fused.
 
-    All layers share what is compiled, for any number and length of texts. Empty where nothing can
-    be compiled: without Triton, and for layers that quantizers or gates reach into.
+    All layers share one compilation, for any number and length of texts. The list is empty if
+    nothing can be compiled: without Triton, or if quantizers or gates hook into the layers.
     """
     encoder: Any = model.base_model  # a BertModel or a PackedBertModel
     layers = encoder.encoder.layer if hasattr(encoder, "encoder") else encoder.layers
-    reached_into = hasattr(model, "__nncf_hooks") or any(
+    hooked = hasattr(model, "__nncf_hooks") or any(
         module._forward_pre_hooks or module._forward_hooks
         for layer in layers
         for module in layer.modules()
     )
-    if not importlib.util.find_spec("triton") or reached_into:
+    if not importlib.util.find_spec("triton") or hooked:
         return []
-    torch._dynamo.config.suppress_errors = True  # what does not compile runs as it is
+    torch._dynamo.config.suppress_errors = True  # layers that do not compile run as they are
     compile_ = functools.partial(torch.compile, dynamic=True)
     return [(layer, compile_(layer.forward)) for layer in layers]
 
 
 @contextlib.contextmanager
 def running(compiled: Compiled | tuple[()] = ()) -> Iterator[None]:
-    """Let layers run by their compiled forward, and backward passes add in a fixed order.
+    """Run layers by their compiled forward, and let backward passes add in a fixed order.
 
-    A run that goes on from a saved state ends as one that was never stopped, to the bit.
+    So a run that continues from a saved state ends like one never stopped, to the bit.
     """
     for layer, forward in compiled:
         layer.forward = forward
     warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
     if torch.are_deterministic_algorithms_enabled():
-        torch.use_deterministic_algorithms(True, warn_only=False)  # flash attention asks for this
+        torch.use_deterministic_algorithms(True, warn_only=False)  # flash attention reads this
     try:
         yield
     finally:
@@ -178,6 +178,6 @@ def running(compiled: Compiled | tuple[()] = ()) -> Iterator[None]:
 
 
 def linear_weights(model: nn.Module) -> int:
-    """Weights of all linear layers."""
+    """The number of weights of all linear layers."""
     layers = (module for module in model.modules() if isinstance(module, nn.Linear))
     return sum(layer.weight.numel() for layer in layers)

@@ -1,8 +1,8 @@
 """The gradient of an optimisation step, in passes that fit the memory, on any number of processes.
 
-A loss is one figure per example and a step's loss is their mean, so a step's gradient is the same,
-to rounding, however its examples are spread over processes and passes. On a CPU a pass takes as
-many examples as the flag says. On a GPU it takes as many as the memory holds.
+A loss is one figure per example, and a step's loss is the mean over its examples. So a step's
+gradient is the same, to rounding, however its examples are spread over processes and passes. On a
+CPU the flag sets the examples per pass. On a GPU a pass takes as many as the memory holds.
 """
 
 from __future__ import annotations
@@ -20,17 +20,17 @@ import squad_utils
 from cli import UserError, first_line, warn
 from training.machine import Compiled, compiled_layers, linear_weights, running
 
-PROBE_TOKENS = 2048  # of the first of two passes that tell how much memory a token takes
-MEMORY_SHARE = 0.85  # of the memory that passes may fill, by that estimate
+PROBE_TOKENS = 2048  # tokens of the first of two passes that measure the memory per token
+MEMORY_SHARE = 0.85  # share of the free memory that a pass may fill, by that measurement
 COUNTS = ("tokens", "positions")
-LAUNCH_BOUND = 0.7  # share of a pass's time in which the CPU launches kernels: a graph pays
+LAUNCH_BOUND = 0.7  # a graph is faster if launching kernels takes over this share of a pass
 MAX_GRAPHS = 64
-COMPILE_OPERATIONS = 1e16  # of a stage on a GPU, from which on half a minute to compile is repaid
-WARM_UP_SHAPE = (16, 128)  # of the texts that layers are compiled by, whatever the run's are
+COMPILE_OPERATIONS = 1e16  # on a GPU, stages with more operations repay half a minute of compiling
+WARM_UP_SHAPE = (16, 128)  # layers are compiled with a batch of this shape, whatever the run's are
 
 
 class Batches(ABC):
-    """What a task gives the loop. The same for every process and accumulation."""
+    """The batches that a task gives the loop, the same on every process."""
 
     @abstractmethod
     def steps(self, epoch: int) -> list[np.ndarray]:
@@ -38,11 +38,11 @@ class Batches(ABC):
 
     @abstractmethod
     def tokens(self, chosen: np.ndarray) -> np.ndarray:
-        """Tokens of each example, int64 [len(chosen)], padding left out."""
+        """Tokens of each example without padding, int64 [len(chosen)]."""
 
     @abstractmethod
     def batch(self, epoch: int, chosen: np.ndarray) -> dict[str, Tensor]:
-        """The batch of a few examples; `attention_mask` [B, L] among its tensors."""
+        """The batch of a few examples; one of its tensors is `attention_mask` [B, L]."""
 
     def prepare(  # noqa: B027 - most tasks have nothing to prepare
         self, model: nn.Module, step: int, chosen: np.ndarray
@@ -50,17 +50,35 @@ class Batches(ABC):
         """Called with the examples of a step before its batches are made."""
 
 
-# From model and batch to named losses, each [B], one figure an example. The sum is minimised.
+class BatchesByLength(Batches):
+    """Batches whose steps hold examples of similar length.
+
+    Attributes:
+        lengths: int64 [examples], tokens without padding.
+    """
+
+    def __init__(self, lengths: np.ndarray, step_size: int, seed: int) -> None:
+        self.lengths, self.step_size, self.seed = lengths, step_size, seed
+
+    def steps(self, epoch: int) -> list[np.ndarray]:
+        return squad_utils.plan_steps(self.lengths, self.step_size, self.seed, epoch)
+
+    def tokens(self, chosen: np.ndarray) -> np.ndarray:
+        return self.lengths[chosen]
+
+
+# From model and batch to named losses, each [B], one figure per example. Training minimises their
+# sum.
 LossFunction = Callable[[nn.Module, dict[str, Tensor]], dict[str, Tensor]]
 
 
 class StepGradient:
-    """Leaves in the parameters the gradient of a step's mean loss.
+    """Leaves the gradient of a step's mean loss in the parameters.
 
     Attributes:
-        names: of the figures that a call returns, known after the first.
-        pass_tokens: tokens of one pass on a GPU, padding included; None until the first step has
-            measured what fits, and on a CPU.
+        names: the names of the figures that a call returns, known after the first call.
+        pass_tokens: on a GPU, tokens per pass with padding; None until the first step has measured
+            how many fit, and on a CPU.
     """
 
     def __init__(
@@ -75,8 +93,8 @@ class StepGradient:
         """Prepare for the steps of a stage.
 
         Args:
-            micro_batch_size: examples of a pass on a CPU.
-            total_steps: of the whole stage; long ones are worth compiling for.
+            micro_batch_size: examples per pass on a CPU.
+            total_steps: steps of the whole stage; a long one is worth compiling for.
         """
         self.accelerator, self.model, self.batches = accelerator, model, batches
         self.loss_function, self.micro_batch_size = loss_function, micro_batch_size
@@ -93,8 +111,8 @@ class StepGradient:
         """Add the gradient of the mean loss over the examples `chosen` of an epoch.
 
         Returns:
-            float64 [len(names)], on the device: the mean of each named loss; the numbers of
-            "tokens" and of "positions" (tokens and padding). Over all processes.
+            float64 [len(names)] on the device, over all processes: the mean of each named loss,
+            then the numbers of "tokens" and "positions" (tokens and padding).
         """
         if self.on_gpu and self.pass_tokens is None:
             self.pass_tokens = self._measure(epoch, chosen)
@@ -103,8 +121,7 @@ class StepGradient:
                 figures = self._share_of_step(epoch, chosen)
                 break
             except torch.OutOfMemoryError:
-                # The traceback would keep the tensors of the pass alive: get out of it first.
-                pass
+                pass  # leave the handler first: its traceback keeps the pass's tensors alive
             self._halve(chosen)
         if self.accelerator.num_processes > 1:
             make_gradients(self.trained)
@@ -118,52 +135,50 @@ class StepGradient:
         return figures
 
     def all_pass_tokens(self) -> list[int]:
-        """`pass_tokens` of each process, 0 for None: a run goes on with what it had."""
+        """`pass_tokens` of each process, 0 for None, for a saved state."""
         mine = torch.tensor([self.pass_tokens or 0], device=self.accelerator.device)
         return self.accelerator.gather(mine).tolist()
 
     def set_pass_tokens(self, saved: list[int]) -> None:
-        """Go on with passes as they were, where the processes are as many as they were."""
+        """Take `pass_tokens` from a saved state, if it is of as many processes."""
         if self.on_gpu and len(saved) == self.accelerator.num_processes:
             self.pass_tokens = saved[self.accelerator.process_index] or None
 
     @property
     def gradients_stay(self) -> bool:
-        """Whether a step's gradients are to be set to 0, and not dropped: graphs add to them in
-        place."""
+        """Whether gradients must be set to 0 after a step, not dropped: graphs add in place."""
         return self.graphs is not None and bool(self.graphs.captured)
 
     def _gradients(self) -> list[Tensor]:
         return [parameter.grad for parameter in self.trained if parameter.grad is not None]
 
-    # -- a process's share
+    # -- the share of one process
 
     def _passes(self, chosen: np.ndarray) -> list[np.ndarray]:
-        """The examples of each pass of this process; none if there are fewer than processes."""
+        """The examples of each pass of this process; none if there are more processes."""
         rank, world = self.accelerator.process_index, self.accelerator.num_processes
         if self.pass_tokens is None:
-            # A small step is shared out as well as it goes.
+            # A small step is spread over all processes.
             size = min(self.micro_batch_size, -(-len(chosen) // world))
             return np.split(chosen, range(size, len(chosen), size))[rank::world]
         mine = chosen[rank::world]
         if not len(mine):
             return []
-        # Rows of a pass are as long as its longest.
-        longest = squad_utils.padded(int(self.batches.tokens(mine).max()))
-        rows = max(1, self.pass_tokens // longest)
+        # All rows of a pass are padded to the longest.
+        rows = self.pass_tokens // squad_utils.padded(int(self.batches.tokens(mine).max())) or 1
         return np.array_split(mine, -(-len(mine) // rows))
 
     def _share_of_step(self, epoch: int, chosen: np.ndarray) -> Tensor:
         device = self.accelerator.device
         passes, weight = self._passes(chosen), 1.0 / len(chosen)
-        if not passes:  # it goes through one example with weight 0, to know what figures there are
+        if not passes:  # run one example with weight 0, to learn the names of the figures
             passes, weight = [chosen[:1]], 0.0
         tokens = positions = 0
         losses: Tensor | None = None
         for examples in passes:
             batch = self.batches.batch(epoch, examples)
             if weight:
-                tokens += int(batch["attention_mask"].sum())  # on the CPU still
+                tokens += int(batch["attention_mask"].sum())  # still on the CPU: no wait
                 positions += batch["attention_mask"].numel()
             batch = to_device(batch, device)
             figures = self.graphs(batch, weight) if self.graphs else self._run(batch, weight)
@@ -173,7 +188,7 @@ class StepGradient:
         return torch.cat([losses, counts.to(device, non_blocking=True)])
 
     def _run(self, batch: dict[str, Tensor], weight: float | Tensor) -> Tensor:
-        """Forward and backward of one pass; the sums of its losses times weight."""
+        """Run one pass forward and backward; return the sum of each loss, times weight."""
         with running(self.compiled):
             losses = self.loss_function(self.model, batch)
             self.names = [*losses, *COUNTS]
@@ -181,10 +196,10 @@ class StepGradient:
         return torch.stack([each.detach().double().sum() * weight for each in losses.values()])
 
     def _compile(self, total_steps: int) -> Compiled:
-        """The compiled layers of the model and its teacher, if the stage is long enough for that.
+        """The compiled layers of model and teacher; none if the stage is too short for that.
 
-        They are compiled by texts of one shape: sums may be split by the shape that comes first,
-        and a run that goes on has another first step than one that was never stopped.
+        They are compiled with a batch of one fixed shape: the first shape may decide how kernels
+        split sums, and a run that continues has another first batch than one never stopped.
         """
         teacher = getattr(self.loss_function, "teacher", None)
         models = [self.model] if teacher is None else [self.model, teacher]
@@ -205,15 +220,15 @@ class StepGradient:
     # -- the memory of a GPU
 
     def _measure(self, epoch: int, chosen: np.ndarray) -> int:
-        """Tokens that fit in one pass, from the memory that two small ones take."""
+        """The tokens that fit in one pass, estimated from the memory of two small passes."""
         tokens = self.batches.tokens(chosen)
         longest = chosen[np.argsort(-tokens, kind="stable")]
         device, cost = self.accelerator.device, squad_utils.padded(int(tokens.max()))
         sizes = [max(1, PROBE_TOKENS // cost), max(2, 2 * PROBE_TOKENS // cost)]
         if sizes[1] > len(longest):
-            return cost * len(longest)  # a step that is hardly more than the probe
+            return cost * len(longest)  # the step is hardly larger than the probe
         peaks = []
-        for size in [sizes[0], *sizes]:  # the first is not measured: caches fill, kernels load
+        for size in [sizes[0], *sizes]:  # the first only fills caches and loads kernels
             batch = to_device(self.batches.batch(epoch, longest[:size]), device)
             torch.cuda.reset_peak_memory_stats(device)
             before = torch.cuda.memory_allocated(device)
@@ -225,12 +240,12 @@ class StepGradient:
         once = max(0.0, peaks[1] - each * cost * sizes[0])
         free = torch.cuda.mem_get_info(device)[0]
         free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        # AdamW's two moments come with the first step.
+        # The first step will allocate AdamW's two moments.
         free -= 8 * sum(parameter.numel() for parameter in self.trained)
         return max(cost, int((free * MEMORY_SHARE - once) / each))
 
     def _halve(self, chosen: np.ndarray) -> None:
-        """After a pass that did not fit: forget its part of the gradient, and take half of it."""
+        """After a pass that did not fit: drop the step's gradient so far, and halve the passes."""
         passes = self._passes(chosen)
         largest = max(len(examples) for examples in passes)
         if self.pass_tokens is None or largest == 1:
@@ -249,29 +264,34 @@ class StepGradient:
 
 
 def make_gradients(parameters: list[nn.Parameter]) -> None:
-    """Gradients of 0 where there are none: graphs add to them in place, processes sum them."""
+    """Set missing gradients to 0: graphs add to them in place, and processes sum them."""
     for parameter in parameters:
         if parameter.grad is None:
             parameter.grad = torch.zeros_like(parameter)
 
 
 def drops(model: nn.Module) -> bool:
-    """Whether a model has dropout that is on: a graph would not draw what an eager pass draws."""
+    """Whether a model has active dropout: a graph would not draw the same random numbers."""
     return any(isinstance(module, nn.Dropout) and module.p > 0 for module in model.modules())
 
 
+def as_tensors(arrays: dict[str, np.ndarray]) -> dict[str, Tensor]:
+    """The arrays of a batch as tensors."""
+    return {name: torch.from_numpy(array) for name, array in arrays.items()}
+
+
 def to_device(batch: dict[str, Tensor], device: torch.device) -> dict[str, Tensor]:
-    """The batch's tensors on `device`; to a GPU without waiting for it."""
+    """Copy the batch's tensors to `device`, without waiting for a GPU."""
     if device.type == "cuda":
         batch = {n: t if t.is_cuda else t.pin_memory() for n, t in batch.items()}
     return {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
 
 
-Shape = tuple[tuple[str, torch.Size], ...]  # of a batch's tensors, by name
+Shape = tuple[tuple[str, torch.Size], ...]  # names and shapes of a batch's tensors
 
 
 class GraphedPasses:
-    """Passes replayed as CUDA graphs, one for each shape of a batch, where that is faster.
+    """Replays passes as CUDA graphs, one per batch shape, where that is faster.
 
     A small model's kernels take less time than the CPU needs to launch them one by one; a graph
     launches them all at once.
@@ -293,7 +313,7 @@ class GraphedPasses:
         self.pool: torch.cuda._POOL_HANDLE | None = None
 
     def __call__(self, batch: dict[str, Tensor], weight: float) -> Tensor:
-        """As `run_pass`: eagerly at first, and later by a graph if launching takes most of it."""
+        """As `run_pass`: eagerly at first, later by a graph if launching takes most of the time."""
         shape = tuple((name, tensor.shape) for name, tensor in batch.items())
         self.seen[shape] = self.seen.get(shape, 0) + 1
         scale = torch.tensor(weight, dtype=torch.float64).to("cuda", non_blocking=True)
@@ -312,8 +332,8 @@ class GraphedPasses:
         return figures.clone()
 
     def _timed(self, shape: Shape, batch: dict[str, Tensor], weight: Tensor) -> Tensor:
-        """A pass on a stream of its own, as one must be before a capture; what launching took."""
-        make_gradients(self.trained)  # not on that stream
+        """Run a pass on a side stream, as a capture requires, and note whether a graph pays."""
+        make_gradients(self.trained)  # here, so that they are not made on that stream
         stream = torch.cuda.Stream()
         torch.cuda.synchronize()
         began = time.perf_counter()
@@ -336,7 +356,7 @@ class GraphedPasses:
                 rest = {name: tensor for name, tensor in inputs.items() if name != "weight"}
                 figures = self.run_pass(rest, inputs["weight"])
             self.captured[shape] = graph, inputs, figures
-        except RuntimeError as error:  # an operation that cannot be captured; out of memory
+        except RuntimeError as error:  # an operation cannot be captured, or the memory is full
             self.forget()
             self.off = True
             torch.cuda.empty_cache()

@@ -1,39 +1,26 @@
-"""What is shown of a run while it trains: a bar, or lines, and records in its log."""
+"""Progress of a run while it trains: a bar or lines, and records in its log."""
 
 from __future__ import annotations
 
 import sys
 import time
-from typing import Protocol
 
 from tqdm import tqdm
 
 from training.run import Run
+from training.stage import Stage
 from training.states import ProgressState
 
-PLAIN_LINE_SECONDS = 30.0  # between progress lines where there is no terminal
-
-
-class ShownStage(Protocol):
-    """What is shown of a stage; loop.Stage has the meanings."""
-
-    @property
-    def name(self) -> str: ...
-    @property
-    def number(self) -> int: ...
-    @property
-    def count(self) -> int: ...
-    @property
-    def work_after(self) -> float: ...
+PLAIN_LINE_SECONDS = 30.0  # between two progress lines without a terminal
 
 
 class Progress:
-    """Progress on a terminal (a bar) or elsewhere (plain lines now and then), and in the log."""
+    """Shows progress by a bar on a terminal, else by plain lines now and then; writes the log."""
 
     def __init__(
-        self, run: Run, stage: ShownStage, step: int, total: int, earlier: ProgressState | None
+        self, run: Run, stage: Stage, step: int, total: int, earlier: ProgressState | None
     ) -> None:
-        """`stage` is a loop.Stage, `earlier` the `state` that this progress goes on from."""
+        """Begin at a step of `total`; `earlier` is the `state` at that step, if it was saved."""
         self.run, self.stage, self.total = run, stage, total
         self._line_at = time.monotonic()
         self._continue(step, earlier or {"seconds": 0.0, "window_seconds": 0.0, "window": []})
@@ -55,13 +42,13 @@ class Progress:
         self._window_began = self._began - earlier["window_seconds"]
 
     def go_back(self, step: int, earlier: ProgressState) -> None:
-        """Count from an earlier step again, of which `earlier` is the `state`."""
+        """Return to an earlier step, with the `state` that was saved there."""
         self._continue(step, earlier)
         self._bar.n = step
         self._bar.refresh()
 
     def state(self) -> ProgressState:
-        """What a later part of the run needs, to go on with records and times."""
+        """Times and figures with which a later part of the run continues the log."""
         now = self._paused_at or time.monotonic()
         return {
             "seconds": self.seconds(),
@@ -70,7 +57,7 @@ class Progress:
         }
 
     def seconds(self) -> float:
-        """Seconds of training so far, earlier parts of the run included, pauses excluded."""
+        """Seconds of training so far, with earlier parts of the run, without pauses."""
         return self._earlier_seconds + (self._paused_at or time.monotonic()) - self._began
 
     def pause(self) -> None:
@@ -83,11 +70,11 @@ class Progress:
         self._paused_at = None
 
     def advance(self, sums: dict[str, float], epoch: float, learning_rate: float) -> None:
-        """Count a step; every log_steps of them, and at the last, write and show a record."""
+        """Count a step; after every log_steps steps and the last, write and show a record."""
         self.step += 1
         self._bar.update()
         self._window.append(sums)
-        if self.step % self.run.log_steps and self.step != self.total:
+        if self.step % self.run.args.log_steps and self.step != self.total:
             return
         now = time.monotonic()
         spent = max(now - self._window_began, 1e-9)
@@ -127,10 +114,7 @@ class Progress:
             self._bar.set_postfix_str(text)
         if self._lines and (now - self._line_at >= PLAIN_LINE_SECONDS or self.step == self.total):
             self._line_at = now
-            print(
-                f"{self._name} step {self.step}/{self.total}: {text}, {until}",
-                flush=True,
-            )
+            print(f"{self._name} step {self.step}/{self.total}: {text}, {until}", flush=True)
         self._window, self._window_began = [], now
 
     def close(self) -> None:

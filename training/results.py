@@ -1,4 +1,4 @@
-"""What a finished run tells people: curves.png, the model card, the versions it ran with."""
+"""The results of a finished run: its folder, metrics.json, curves.png, the model card."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ from int8.quantizers import how_it_loads
 from training.run import Run, read_log, summary
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes  # a type alone: importing it takes half a second
+    from matplotlib.axes import Axes  # a type only: importing it takes half a second
 
 PACKAGES = ("torch", "transformers", "accelerate", "onnx", "onnxruntime", "numpy")
-STYLES, COLORS = ("-", "--", "-.", ":"), 10  # of curves: matplotlib's colours, then other dashes
-# What a record of training tells beside its losses.
+STYLES, COLORS = ("-", "--", "-.", ":"), 10  # curves vary in colour first, then in dashes
+# The entries of a training record that are not losses.
 NO_LOSS = (
     *("stage", "step", "epoch", "learning_rate", "examples_per_second", "tokens_per_second"),
     *("padding", "seconds", "seconds_left", "seconds_left_all"),
@@ -40,19 +40,19 @@ NO_LOSS = (
 
 
 def versions() -> dict[str, str]:
-    """Versions of Python and of the packages that figures may depend on."""
+    """Versions of Python and of the packages on which figures may depend."""
     return {"python": platform.python_version(), **{p: metadata.version(p) for p in PACKAGES}}
 
 
 @dataclass(frozen=True)
 class TaskCard:
-    """What the model card tells of a task.
+    """The task's part of the model card.
 
     Attributes:
-        title: what its models do.
-        tag: the name of that on the hub, its pipeline_tag.
-        rows: figures, by what they are of.
-        outputs: of the exported file.
+        title: the purpose of its models.
+        tag: the hub's name for that purpose, its pipeline_tag.
+        rows: from the name of a figure to the figure.
+        outputs: a sentence on the outputs of the exported file.
         inputs: how a text becomes the file's inputs.
     """
 
@@ -64,7 +64,7 @@ class TaskCard:
 
 
 class Deliverable(Protocol):
-    """What a task does when results are written; tasks.task.Task has the meanings."""
+    """The members of a task that write results; tasks.task.Task documents them."""
 
     args: argparse.Namespace
     auto_class: ClassVar[AutoClass]
@@ -81,16 +81,17 @@ class Deliverable(Protocol):
 
 @dataclass(frozen=True)
 class Delivery:
-    """What a run has come to, of the models that `load` gives.
+    """The results of a run, measured on models that `load` has loaded.
 
     Attributes:
-        figures: of what is deployed, in FP32.
-        parameters, packed: of what is deployed.
-        others: further figures, by what they are of.
-        stages: of the run, in the table of what each has come to; empty for no table.
-        kept: figures of what is left of them, by name.
+        figures: figures of the deployed model in FP32.
+        parameters: number of the deployed model's weights.
+        packed: whether the deployed model is packed.
+        others: from a name to further figures.
+        stages: the rows of `stage_table`; empty for no table.
+        kept: from the name of a saved model to its figures, for the table.
         more: further entries of metrics.json.
-        made: what became of the model, for its card, e.g. "fine-tuned on".
+        made: how the model was made, for its card, e.g. "fine-tuned on".
     """
 
     figures: dict[str, float]
@@ -109,11 +110,12 @@ def save(
     models: dict[str, PreTrainedModel],
     state_maps: nn.ModuleList | None = None,
 ) -> None:
-    """Save what a run has trained, and give its memory back: what is told comes from `load`.
+    """Save the trained models and free their memory: all figures are those of `load`ed models.
 
     Args:
-        models: by folder in the output folder; "" is what is deployed. Empty from here on.
-        state_maps: of a merged model that was taught, or None.
+        models: from a folder in the output folder to its model; "" is the deployed model. Their
+            weights are gone afterwards.
+        state_maps: the maps with which a merged model learned hidden states, or None.
     """
     if run.main:
         with run.writing_results():
@@ -127,7 +129,7 @@ def save(
 
 
 def load(run: Run, task: Deliverable, name: str = "") -> PreTrainedModel:
-    """A model that `save` has saved, as a user loads it, ready to be evaluated."""
+    """Load a model that `save` has saved, as a user would, ready for evaluation."""
     folder = os.path.join(run.output_dir, name)
     model = load_model(open_model(folder, "--output_dir"), task.auto_class, quiet=True)
     return fuse_attention(model).eval().to(run.accelerator.device)
@@ -136,10 +138,10 @@ def load(run: Run, task: Deliverable, name: str = "") -> PreTrainedModel:
 def deliver(
     run: Run, task: Deliverable, tokenizer: PreTrainedTokenizerFast, result: Delivery
 ) -> None:
-    """Export, check and describe what `save` has saved, and end the run.
+    """Export, check and describe the saved model, and end the run.
 
     Raises:
-        UserError: the exported file has not passed its check; all else is written by then.
+        UserError: the exported file failed its check; everything else is written by then.
     """
     folder = run.output_dir
     if run.main:
@@ -162,7 +164,7 @@ def deliver(
             draw_curves(folder, task.score_names)
             write_card(folder, task, result, metrics)
             student, length = task.args.model_student, task.args.max_seq_length_c
-            metrics["deployed"] = timing.deliver(folder, student, length)  # and in the card
+            metrics["deployed"] = timing.deliver(folder, student, length)  # adds to the card too
             run.finish(metrics)
             if result.stages:
                 show_table(table, task.score_names)
@@ -172,41 +174,33 @@ def deliver(
 
 
 def describe_run(run: Run) -> dict[str, object]:
-    """What metrics.json tells of any run: its times, its machine, its arguments, the versions."""
+    """The entries of metrics.json on times, machine, arguments and versions."""
     seconds: dict[str, float] = {}
     for record in read_log(run.output_dir):
-        seconds[record["stage"]] = max(
-            seconds.get(record["stage"], 0.0), record.get("seconds", 0.0)
-        )
+        stage = record["stage"]
+        seconds[stage] = max(seconds.get(stage, 0.0), record.get("seconds", 0.0))
+    device, gpu = run.accelerator.device, None
+    if device.type == "cuda":
+        name, peak = torch.cuda.get_device_name(device), torch.cuda.max_memory_reserved(device)
+        gpu = {"name": name, "peak_bytes": peak}
     return {
         "train_seconds": sum(seconds.values()),
         "total_seconds": time.time() - run.started,
-        "precision": run.precision,  # of training
+        "precision": run.precision,
         "evaluated_in": "fp32",
         "processes": run.accelerator.num_processes,
-        "device": run.accelerator.device.type,
+        "device": device.type,
         "cpu": asdict(this_cpu()),
-        "gpu": describe_gpu(run),
+        "gpu": gpu,
         "arguments": run.arguments,
         "versions": versions(),
-    }
-
-
-def describe_gpu(run: Run) -> dict[str, str | int] | None:
-    """The GPU of this process and the most memory that it took, or None on a CPU."""
-    device = run.accelerator.device
-    if device.type != "cuda":
-        return None
-    return {
-        "name": torch.cuda.get_device_name(device),
-        "peak_bytes": torch.cuda.max_memory_reserved(device),
     }
 
 
 def stage_table(
     run: Run, names: Sequence[str], others: dict[str, dict[str, float]]
 ) -> list[dict[str, Any]]:
-    """What each stage came to: its figures, its steps, its seconds; and figures of `others`."""
+    """One row per stage: its figures, steps, seconds and last loss; then the rows of `others`."""
     rows, log = [], read_log(run.output_dir)
     for name in names:
         records = [record for record in log if record["stage"] == name]
@@ -224,7 +218,7 @@ def stage_table(
 
 
 def show_table(rows: list[dict[str, Any]], score_names: dict[str, str]) -> None:
-    """Print `stage_table`; score_names as in `draw_curves`."""
+    """Print the rows of `stage_table`; score_names as in `draw_curves`."""
     scores = "".join(f"{name:>14}" for name in score_names.values())
     print(f"{'':14}{scores}{'loss':>10}{'steps':>8}{'s a step':>10}")
     for row in rows:
@@ -241,21 +235,19 @@ def show_table(rows: list[dict[str, Any]], score_names: dict[str, str]) -> None:
 def draw_curves(output_dir: str, score_names: dict[str, str]) -> None:
     """Draw losses, learning rate and scores of metrics.jsonl over the steps into curves.png.
 
-    The steps of several stages follow one another. A "teacher" among them, which has scores alone,
-    is a horizontal line.
-
-    A run that trains nothing has none.
+    The steps of several stages follow one another. A stage "teacher" has only scores, drawn as
+    horizontal lines. A run that trains nothing gets no file.
 
     Args:
-        score_names: what to call the figures of evaluations, e.g. {"f1": "F1"}.
+        score_names: from a figure of evaluations to its label, e.g. {"f1": "F1"}.
     """
     records, borders = _one_after_another(read_log(output_dir))
     if not any("loss" in record for record in records):
         return
-    import matplotlib  # half a second, which only the end of a run needs
+    import matplotlib  # takes half a second, and only here
 
     matplotlib.use("Agg")
-    import matplotlib.pyplot as plt  # for the backend that is chosen by now
+    import matplotlib.pyplot as plt  # after the choice of a backend
 
     figure, (top, bottom) = plt.subplots(2, 1, figsize=(8, 7), sharex=True, layout="constrained")
     top.set(title=os.path.basename(os.path.abspath(output_dir)))
@@ -270,11 +262,11 @@ def draw_curves(output_dir: str, score_names: dict[str, str]) -> None:
 
 
 def _draw_losses(axes: Axes, records: list[dict[str, Any]]) -> None:
-    """All losses that were logged, and the learning rate; a stage may lack some of the losses."""
+    """Draw all logged losses, of which a stage may lack some, and the learning rate."""
     steps = [record["step"] for record in records]
     losses = list(dict.fromkeys(key for record in records for key in record if key not in NO_LOSS))
     marker = "." if len(steps) < 30 else None
-    for i, name in enumerate(losses if len(losses) > 2 else ["loss"]):  # of one part it is the sum
+    for i, name in enumerate(losses if len(losses) > 2 else ["loss"]):  # one part is its own sum
         values = [record.get(name, math.nan) for record in records]
         line = "-" if name == "loss" else STYLES[i // COLORS % len(STYLES)]
         color = "black" if name == "loss" else f"C{i % COLORS}"
@@ -289,7 +281,7 @@ def _draw_losses(axes: Axes, records: list[dict[str, Any]]) -> None:
 
 
 def _draw_scores(axes: Axes, records: list[dict[str, Any]], names: dict[str, str]) -> None:
-    """The figures of evaluations; a teacher's are horizontal lines."""
+    """Draw the figures of evaluations; the teacher's as horizontal lines."""
     teachers = [record for record in records if record["stage"] == "teacher"]
     others = [record for record in records if record["stage"] != "teacher"]
     for key, label in names.items():
@@ -309,7 +301,8 @@ def _draw_scores(axes: Axes, records: list[dict[str, Any]], names: dict[str, str
 def _one_after_another(
     records: list[dict[str, Any]],
 ) -> tuple[list[dict[str, Any]], list[tuple[int, str]]]:
-    """Records with steps counted over all stages, and where each stage that trains begins."""
+    """Count the steps of records over all stages; and the first step and name of each stage
+    that trains."""
     offset, last, stage, counted = 0, 0, "", []
     borders: list[tuple[int, str]] = []
     for record in records:
@@ -325,14 +318,12 @@ def _one_after_another(
 def write_card(
     folder: str, task: Deliverable, result: Delivery, metrics: Mapping[str, object]
 ) -> None:
-    """Write README.md, the model card, from card.md and what metrics.json will hold."""
+    """Fill the template card.md with the metrics, and write it as README.md, the model card."""
     part, script = task.card(result.figures), os.path.basename(sys.argv[0])
     tags = ["bert", part.tag, "squad", "onnx", "openvino"]
     card = ModelCard.from_template(
         ModelCardData(pipeline_tag=part.tag, library_name="transformers", tags=tags),
-        template_path=os.path.join(
-            os.path.dirname(__file__), "card.md"
-        ),  # filled in by jinja2, which torch needs
+        template_path=os.path.join(os.path.dirname(__file__), "card.md"),  # for jinja2
         folder=folder,
         name=os.path.basename(os.path.abspath(folder)),
         task=part,
@@ -350,10 +341,10 @@ def write_card(
 
 
 def command_line(script: str, arguments: Mapping[str, object]) -> str:
-    """The command of a run, a flag a line, for a shell."""
+    """The command of a run for a shell, one flag per line."""
     flags = []
     for key, value in arguments.items():
-        # 0 is a value. What is not a flag tells a run from others all the same.
+        # 0 is a value. "nncf" and the hashes are no flags.
         if value is None or value is False or key == "nncf" or key.startswith("sha256"):
             continue
         text = ",".join(value) if isinstance(value, list) else value
