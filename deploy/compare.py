@@ -21,6 +21,7 @@ from deploy import timing
 from deploy.cpu import this_cpu
 
 SCORES = {"f1": "F1", "top_1": "top 1", "top_5": "top 5"}  # of metrics.json; names in the table
+DRAWN = ("f1", "top_1")  # of SCORES, one of each task
 MARKERS = dict(zip(timing.WAYS, "os^", strict=True))
 
 
@@ -135,7 +136,7 @@ def table(rows: Sequence[Row], length: int) -> str:
 def draw(rows: Sequence[Row], length: int, path: str) -> None:
     """Draw quality over latency: F1 or top 1, a point for each folder and way to run it.
 
-    Folders of both tasks get a panel for each.
+    Folders of several tasks get a panel for each task.
     """
     import matplotlib  # half a second, which only a picture needs
 
@@ -143,7 +144,7 @@ def draw(rows: Sequence[Row], length: int, path: str) -> None:
     import matplotlib.pyplot as plt  # for the backend that is chosen by now
     from matplotlib import ticker  # as matplotlib
 
-    keys = [key for key in ("f1", "top_1") if any(key in row.scores for row in rows)]
+    keys = [key for key in DRAWN if any(key in row.scores for row in rows)]
     figure, panels = plt.subplots(
         len(keys), 1, figsize=(8, 5 * len(keys)), squeeze=False, layout="constrained"
     )

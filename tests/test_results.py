@@ -94,6 +94,10 @@ def test_the_head_of_a_card_is_read_by_the_hub_and_its_body_has_the_figures(tmp_
     assert "{{" not in text and "{%" not in text
 
 
+class AutoModelOfAnotherTask:
+    """Of a module of ours, as that of embeddings is."""
+
+
 @pytest.mark.parametrize(
     ("config", "auto_class", "imports"),
     [
@@ -101,6 +105,7 @@ def test_the_head_of_a_card_is_read_by_the_hub_and_its_body_has_the_figures(tmp_
         (PackedBertConfig(), AutoModelForQuestionAnswering, ["bert_pack", "transformers"]),
         (BertConfig(), AutoModelForEmbedding, ["bert.embedding", "transformers"]),
         (PackedBertConfig(), AutoModelForEmbedding, ["bert.embedding", "transformers"]),
+        (PackedBertConfig(), AutoModelOfAnotherTask, [__name__, "transformers"]),
     ],
 )
 def test_a_card_imports_what_its_model_needs(
