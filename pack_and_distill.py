@@ -350,21 +350,23 @@ def check_models(
     for model in (student, *teachers):
         if model.quantized:
             raise UserError(
-                f"{model.flag}: {model.name} is quantized; give the model that it was made of"
+                f"{model.flag}: {model.name} is quantized; give the model from before quantization"
             )
         task = next((each for each in TASKS if model.architecture in each.architectures), None)
         if task is None:
             raise UserError(
-                f"{model.flag}: {model.name} is {model.architecture or 'no architecture'}, a model"
-                " of no task that can be distilled; fine-tune it first (train_qa.py,"
+                f"{model.flag}: {model.name} is {model.architecture or 'no architecture'}, which"
+                " belongs to no task that can be distilled; fine-tune it first (train_qa.py,"
                 " train_qcemb.py)"
             )
         found.append(task)
     if len(set(found)) > 1:
-        raise UserError("--model_student and --model_teacher are of different tasks")
+        raise UserError("--model_student and --model_teacher belong to different tasks")
     for each in teachers:
         if each.packed:
-            raise UserError(f"--model_teacher: {each.name} is packed; give the model it is of")
+            raise UserError(
+                f"--model_teacher: {each.name} is packed; give the model from before packing"
+            )
     check_flags(args, found[0])
     check_teacher(teachers[0], student)
     for each in teachers[1:]:  # only their logits are used, so their hidden sizes may differ
@@ -400,12 +402,12 @@ def check_flags(args: argparse.Namespace, task: type[Task]) -> None:
     """
     for flag in ("eval_extra_contexts", "embedding_weight"):
         if getattr(args, flag) and task is not EmbeddingTask:
-            raise UserError(f"--{flag} is for embedding models; leave it out")
+            raise UserError(f"--{flag} is for embedding models; leave the flag out")
     for flag in ("logits_weight", "logits_temperature", "extra_texts"):
         if getattr(args, flag) is not None and task is not QaTask:
-            raise UserError(f"--{flag} is for question answering; leave it out")
+            raise UserError(f"--{flag} is for question answering; leave the flag out")
     if args.extra_pairs and task is not QaTask:
-        raise UserError("--extra_pairs is for question answering; leave it out")
+        raise UserError("--extra_pairs is for question answering; leave the flag out")
     if args.extra_texts and not args.extra_pairs:
         raise UserError("--extra_texts needs --extra_pairs, which says how many windows are drawn")
     where = " and ".join(OUTPUTS_IN)
@@ -414,7 +416,9 @@ def check_flags(args: argparse.Namespace, task: type[Task]) -> None:
         if getattr(args, flag) and not learned:
             raise UserError(f"--{flag} counts in the {where} stage, which --stages leaves out")
     if args.logits_temperature is not None and args.logits_weight == 0:
-        raise UserError("--logits_temperature does nothing with --logits_weight=0; leave it out")
+        raise UserError(
+            "--logits_temperature does nothing with --logits_weight=0; leave one of them out"
+        )
     averaged = task is QaTask and learned and args.logits_weight != 0
     if len(args.model_teacher) > 1 and not averaged:
         raise UserError(

@@ -193,11 +193,11 @@ class HardNegatives:
         wrong = next((c for c in contexts if not self.pairs.answered_by(pair, c)), None)
         remedy = "it gets another one at random"
         if wrong is None:
-            remedy = "and so has every other one of its file, so it counts out of the triplet"
+            remedy = "and so does every other context of its file, so the triplet leaves it out"
         if remedy not in self.told:
             self.told.add(remedy)
             question = self.pairs.questions.strings[self.pairs.question[pair]]
-            warn(f"every context mined for the question {question!r} has its answer; {remedy}")
+            warn(f"every context mined for the question {question!r} answers it; {remedy}")
         return int(self.pairs.context[pair]) if wrong is None else wrong
 
     def _softmax(
@@ -282,7 +282,7 @@ class PairBatches(BatchesByLength):
     """Batches of pairs with their hard negatives."""
 
     def __init__(self, pairs: Pairs, negatives: HardNegatives, step_size: int, seed: int) -> None:
-        """`lengths` are those of the contexts."""
+        """Steps hold pairs whose contexts are of similar length."""
         super().__init__(pairs.contexts.total_lengths[pairs.context], step_size, seed)
         self.pairs, self.negatives = pairs, negatives
 

@@ -47,7 +47,7 @@ LOGITS_WEIGHT, LOGITS_TEMPERATURE = 0.1, 1.0
 
 
 def check_lengths(args: argparse.Namespace) -> None:
-    """Check that a context fits beside the longest question; warn if --doc_stride does not.
+    """Check that a context fits beside the longest question; warn of a longer --doc_stride.
 
     Raises:
         UserError: there is no room for a context.
@@ -98,8 +98,8 @@ class QaTask(Task):
         self.extra_texts = read_texts(paths, self.dev_data.contexts) if paths else []
         if not self.train_data.answerable.all() and self.dev_data.answerable.all():
             warn(
-                "--squad_train_data has questions without an answer, --squad_dev_data has none: no"
-                " threshold can be fitted, so ask.py will not tell that a text has no answer"
+                "only --squad_train_data has questions without an answer: no threshold can be"
+                " fitted on --squad_dev_data, so ask.py will not tell that a text has no answer"
             )
         if getattr(args, "extra_pairs", 0.0) and not paths:
             check_articles(self.train_data)

@@ -183,11 +183,13 @@ def check(
     task_class.check(student, every)
     if args.nncf_config and student.packed and not student.merged:
         raise UserError(
-            f"--model_student: {args.model_student} is packed but not merged; quantize the folder"
-            " that it lies in"
+            f"--model_student: {args.model_student} is packed but not merged; quantize the merged"
+            " model in the folder above it"
         )
     if args.dropout and student.packed:
-        raise UserError(f"--dropout: {args.model_student} is packed and has none; leave it out")
+        raise UserError(
+            f"--dropout: {args.model_student} is packed and has no dropout; leave the flag out"
+        )
     teacher = None
     if taught:
         teacher = open_model(args.model_teacher, "--model_teacher", length)
@@ -256,7 +258,7 @@ def deliver(job: Job, run: Run, student: PreTrainedModel, teacher: PreTrainedMod
     """Save the student, evaluate the saved folder, export it, and describe it.
 
     The evaluation is in FP32, as the exported file computes. A packed student that learned hidden
-    states is saved as it is and once more merged; the merged one is exported.
+    states is saved twice, unmerged and merged; the merged one is exported.
     """
     task, models = job.task, {}
     if getattr(student.config, "merged", True) is False:

@@ -283,7 +283,7 @@ def train(
 
     Raises:
         UserError: the loss or the gradient is not finite (again and again, if the stage goes
-            back); the last state stays as it is.
+            back); the last state is kept.
         Interrupted: Ctrl-C or SIGTERM came; the state has been saved.
     """
     training = Training(run, model, stage, batches, loss)

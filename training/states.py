@@ -165,7 +165,7 @@ class States:
             if self.main:
                 shutil.rmtree(temporary, ignore_errors=True)
                 free = shutil.disk_usage(self.folder).free
-                left = "there is none before it, so a run that stops now starts anew"
+                left = "there is no earlier state, so a run that stops now starts anew"
                 if self._states():
                     left = "the one before it stays"
                 warn(
