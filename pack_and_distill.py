@@ -30,7 +30,6 @@ from bert.model_folder import (
     open_model,
 )
 from bert.packed import PackedBertConfig, PackedBertPreTrainedModel, merge
-from bert_pack import HeadImportance, PackCfg
 from cli import ArgumentParser, UserError, is_main_process, number, run_main
 from tasks import TASKS, EmbeddingTask, QaTask, Task
 from tasks.hidden_states import StateLoss
@@ -335,7 +334,7 @@ def select_trained(student: nn.Module, part: Distillation) -> None:
 
 
 def check_models(
-    args: argparse.Namespace, cfg: PackCfg
+    args: argparse.Namespace, cfg: bert_pack.PackCfg
 ) -> tuple[OpenedModel, list[OpenedModel], type[Task]]:
     """Open student and teachers, check them and the flags, and find their task.
 
@@ -428,7 +427,11 @@ def check_flags(args: argparse.Namespace, task: type[Task]) -> None:
 
 
 def show_sizes(
-    task: Task, teacher: PreTrainedConfig, student: PreTrainedConfig, cfg: PackCfg, length: int
+    task: Task,
+    teacher: PreTrainedConfig,
+    student: PreTrainedConfig,
+    cfg: bert_pack.PackCfg,
+    length: int,
 ) -> dict[str, Any]:
     """Print and return the parameters, operations and FP32 size of teacher and merged student."""
     if not isinstance(student, PackedBertConfig):
@@ -439,17 +442,21 @@ def show_sizes(
     for name, config in (("teacher", teacher), ("student", student)):
         parameters, gops = bert_pack.size_of(task.auto_class.from_config, config, length)
         sizes[name] = {"parameters": parameters, "gops": gops, "fp32_bytes": 4 * parameters}
-    if is_main_process():
-        for name, size in sizes.items():
+        if is_main_process():
             print(
-                f"{name}: {size['parameters'] / 1e6:.2f} M parameters,"
-                f" {size['gops']:.2f} GOps at 1 x {length}, {size['fp32_bytes'] / 1e6:.1f} MB"
+                f"{name}: {parameters / 1e6:.2f} M parameters, {gops:.2f} GOps at 1 x {length},"
+                f" {4 * parameters / 1e6:.1f} MB"
             )
     return sizes
 
 
 def pack_student(
-    args: argparse.Namespace, cfg: PackCfg, opened: OpenedModel, task: Task, run: Run, anew: bool
+    args: argparse.Namespace,
+    cfg: bert_pack.PackCfg,
+    opened: OpenedModel,
+    task: Task,
+    run: Run,
+    anew: bool,
 ) -> PreTrainedModel:
     """Load the student, and pack it unless it is packed already.
 
@@ -476,7 +483,7 @@ def pack_student(
 
 def measure_importance(
     run: Run,
-    importance: HeadImportance,
+    importance: bert_pack.HeadImportance,
     student: PreTrainedModel,
     teacher: PreTrainedModel,
     task: Task,
@@ -519,7 +526,7 @@ def distill(
     position = run.states.position()
     first = names.index(position["stage"]) if position else -1
     pruned_at = names.index("heads") if "heads" in names else 0
-    importance = HeadImportance(student, accelerator.device)
+    importance = bert_pack.HeadImportance(student, accelerator.device)
     accelerator.register_for_checkpointing(importance)
     for i, part in enumerate(plan):
         output_loss = task.output_loss(run, teachers) if part.outputs else None

@@ -27,7 +27,6 @@ import squad_utils
 from bert.model_folder import AutoClass, special_ids
 from cli import UserError, warn
 from deploy import onnx_file
-from deploy.onnx_file import QA_OUTPUTS
 from squad_utils import SquadData, Windows
 from tasks.extra_pairs import ExtraBatches, Pool, check_articles, read_texts
 from tasks.hidden_states import OutputLoss, state_errors
@@ -81,7 +80,9 @@ class QaTask(Task):
     )
     best_by = "f1"
     score_names: ClassVar[dict[str, str]] = {"f1": "F1", "exact_match": "exact match"}
-    outputs = onnx_file.Outputs(("start_logits", "end_logits"), QA_OUTPUTS, per_token=True)
+    outputs = onnx_file.Outputs(
+        ("start_logits", "end_logits"), onnx_file.QA_OUTPUTS, per_token=True
+    )
     train_windows: Windows
     dev_windows: Windows
     evaluation: QaEvaluation
