@@ -18,7 +18,7 @@ from transformers.modeling_outputs import ModelOutput
 from bert.embedding import Embedding, EmbeddingOutput
 from cli import UserError, key_values, one_of, warn
 from squad_utils import INPUTS
-from tasks.hidden_states import state_errors
+from tasks.hidden_states import summed_errors
 from tasks.texts import Encoder, Pairs, split_passes
 from training.passes import BatchesByLength, as_tensors, to_device
 from training.run import Run
@@ -429,10 +429,8 @@ class EmbeddingLoss:
             embedding = embedding.index_select(0, rows)
         with torch.no_grad(), self.run.accelerator.autocast():
             target = teacher(**inputs, output_hidden_states=True)
-        if self.state_maps is not None:
-            with self.run.accelerator.autocast():
-                states = [m(s) for m, s in zip(self.state_maps, states, strict=True)]
-        errors = state_errors(states, target.hidden_states, inputs["attention_mask"]).sum(dim=0)
+        mask, accelerator = inputs["attention_mask"], self.run.accelerator
+        errors = summed_errors(states, target.hidden_states, mask, self.state_maps, accelerator)
         difference = embedding.float() - target.embedding.float()
         if self.cfg.emb_loss == "L1":
             return errors, difference.abs().sum(dim=1)

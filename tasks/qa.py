@@ -29,7 +29,7 @@ from cli import UserError, warn
 from deploy import onnx_file
 from squad_utils import SquadData, Windows
 from tasks.extra_pairs import ExtraBatches, Pool, check_articles, read_texts
-from tasks.hidden_states import OutputLoss, state_errors
+from tasks.hidden_states import OutputLoss, summed_errors
 from tasks.squad_scores import Scorer, load_scorer
 from tasks.task import Rows, Task
 from training.passes import Batches, BatchesByLength, LossFunction, as_tensors, to_device
@@ -367,13 +367,9 @@ class QaLoss:
                 taught = forward(self.teacher, batch, hidden_states=True)
             distillation = soft_cross_entropy(log_probs, log_probabilities(taught, mask))
             losses["distillation"] = self.kd_weight * distillation
-            states = outputs.hidden_states
-            if self.state_maps is not None:
-                with self.run.accelerator.autocast():
-                    states = [m(s) for m, s in zip(self.state_maps, states, strict=True)]
-            losses["hidden_states"] = self.supervision_weight * state_errors(
-                states, taught.hidden_states, mask
-            ).sum(dim=0)
+            states, target = outputs.hidden_states, taught.hidden_states
+            errors = summed_errors(states, target, mask, self.state_maps, self.run.accelerator)
+            losses["hidden_states"] = self.supervision_weight * errors
         return losses
 
 

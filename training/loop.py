@@ -112,7 +112,7 @@ class Training:
             run.states.restore()
             self.step, earlier = position["step"], position["progress"]
             self.divergence = Divergence(**position["divergence"])
-            self.gradient.set_pass_tokens(position.get("pass_tokens", []))
+            self.gradient.set_pass_tokens(position["pass_tokens"])
             where = f" of {stage.name}" if stage.count > 1 else ""
             run.say(
                 f"going on from step {self.step} of {self.total_steps}{where}, saved in"
