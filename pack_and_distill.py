@@ -71,25 +71,6 @@ SAMPLE_WINDOWS = 256  # the sample on which a packed model is fitted to its teac
 
 def parse_arguments() -> argparse.Namespace:
     parser = ArgumentParser(GROUPS, description=__doc__.splitlines()[0])
-    add_model_arguments(parser)
-    add_data_arguments(parser, max_seq_length_q=64)
-    add_more_data_arguments(parser)
-    add_packing_arguments(parser)
-    add_stage_arguments(parser)
-    add_loss_arguments(parser)
-    add_run_arguments(parser)
-    args = parser.parse_args()
-    if args.passes is None:
-        return args
-    parser.set_defaults(stages=None, num_train_epochs=None, **PASSES_FLAGS)
-    args = parser.parse_args()
-    for flag in ("stages", "num_train_epochs"):
-        if getattr(args, flag) is not None:
-            raise UserError(f"--{flag}: --passes={args.passes:g} plans that; leave one of them out")
-    return args
-
-
-def add_model_arguments(parser: ArgumentParser) -> None:
     add = parser.group(MODELS).add_argument
     add("--model_student", required=True, metavar="MODEL",
         help="fine-tuned BERT to pack: a folder or a hub name; if it is packed already,"
@@ -97,9 +78,7 @@ def add_model_arguments(parser: ArgumentParser) -> None:
     add("--model_teacher", type=comma_separated, required=True, metavar="MODEL",
         help="fine-tuned BERT to learn from: a folder or a hub name; several, MODEL,MODEL,...: the"
         " student learns the hidden states of the first and the mean of all logits")  # fmt: skip
-
-
-def add_more_data_arguments(parser: ArgumentParser) -> None:
+    add_data_arguments(parser, max_seq_length_q=64)
     add = parser.group(DATA).add_argument
     add("--extra_pairs", type=number(float, 0, 100), default=0.0, metavar="FACTOR",
         help="question answering: add FACTOR x as many windows to each epoch, new ones each time:"
@@ -110,6 +89,18 @@ def add_more_data_arguments(parser: ArgumentParser) -> None:
     add("--eval_extra_contexts", metavar="FILE",
         help="embeddings: SQuAD JSON whose contexts are searched beside those of the dev data"
         " (default: none)")  # fmt: skip
+    add_packing_arguments(parser)
+    add_stage_arguments(parser)
+    add_run_arguments(parser)
+    args = parser.parse_args()
+    if args.passes is None:
+        return args
+    parser.set_defaults(stages=None, num_train_epochs=None, **PASSES_FLAGS)
+    args = parser.parse_args()
+    for flag in ("stages", "num_train_epochs"):
+        if getattr(args, flag) is not None:
+            raise UserError(f"--{flag}: --passes={args.passes:g} plans that; leave one of them out")
+    return args
 
 
 def add_packing_arguments(parser: ArgumentParser) -> None:
@@ -150,9 +141,6 @@ def add_stage_arguments(parser: ArgumentParser) -> None:
     add("--total_train_batch_size_for_tune", type=positive, default=64, metavar="N",
         help="windows or texts per step of the stage final")  # fmt: skip
 
-
-def add_loss_arguments(parser: ArgumentParser) -> None:
-    add = parser.group(TRAINING).add_argument
     add("--loss_weight_alpha", type=number(float, 0, 100, True), default=1.5, metavar="FACTOR",
         help="in the stage final, the error of hidden state i weighs FACTOR^i")  # fmt: skip
     add("--embedding_weight", type=number(float, 0, 1e6), default=0.0, metavar="WEIGHT",

@@ -106,7 +106,7 @@ class EmbEvaluation:
 
 
 # ------------------------------------------------------------------------------------------------
-# The task as the scripts see it
+# The task
 
 
 class TextBatches(BatchesByLength):
@@ -174,7 +174,7 @@ class EmbeddingTask(Task):
             self.data["extra"] = load_squad(path, "--eval_extra_contexts")
 
     def tokenize(self, tokenizer: PreTrainedTokenizerFast) -> None:
-        """Make the texts of all files.
+        """Tokenise the texts of all files.
 
         Raises:
             UserError: there is nothing to train on, or only one context.

@@ -42,7 +42,7 @@ LOGITS_WEIGHT, LOGITS_TEMPERATURE = 0.1, 1.0
 
 
 # ------------------------------------------------------------------------------------------------
-# The task as the scripts see it
+# The task
 
 
 def check_lengths(args: argparse.Namespace) -> None:

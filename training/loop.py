@@ -1,4 +1,4 @@
-"""The training loop that all stages share."""
+"""The training loop: it takes the steps of a stage, saves states, and goes back if it diverges."""
 
 from __future__ import annotations
 
@@ -254,7 +254,7 @@ class Training:
         self.progress.go_back(self.step, position["progress"])
 
     def close(self) -> None:
-        """Give the model back as it was, for the next stage."""
+        """Undo what accelerate changed in the model, for the next stage."""
         self.progress.close()
         self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
         if self.own_forward is not None:

@@ -25,7 +25,7 @@ BEST = "best"  # the folder of the best weights, beside the states
 
 
 class Best(TypedDict):
-    """The best weights kept so far: their stage, step and score."""
+    """The stage, step and score of the best weights so far."""
 
     stage: str
     step: int
