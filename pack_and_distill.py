@@ -409,8 +409,8 @@ def check_flags(args: argparse.Namespace, task: type[Task]) -> None:
     averaged = task is QaTask and learned and args.logits_weight != 0
     if len(args.model_teacher) > 1 and not averaged:
         raise UserError(
-            "--model_teacher: several teachers' logits are averaged, which only question answering"
-            f" learns, in the {where} stage with a --logits_weight over 0; give one model"
+            "--model_teacher: with several models the logits are averaged, which only question"
+            f" answering learns, in the {where} stage with a --logits_weight over 0; give one"
         )
 
 
