@@ -190,6 +190,7 @@ def pack(
     return student
 
 
+@torch.no_grad()
 def fit_to_teacher(
     student: PreTrainedModel,
     teacher: PreTrainedModel,
@@ -216,18 +217,16 @@ def fit_to_teacher(
         torch.autocast, teacher.device.type, dtype=torch.bfloat16, enabled=bf16
     )
     sample = Sample(list(batches), autocast)
-    with torch.no_grad():
-        directions = principal_directions(bert, sample, packed.config.hidden_size)
-        target = sample.embed(bert.embeddings)
+    directions = principal_directions(bert, sample, packed.config.hidden_size)
+    target = sample.embed(bert.embeddings)
     fit = Fit(sample, directions, Regression(autocast))
     state = _fit_embeddings(packed, fit, target)
     originals, n = bert_layers(bert), packed.config.num_hidden_layers
     for i, layer in enumerate(packed.packed_layers):
         report(i + 1, n)
         skipped, last = len(originals) * i // n, len(originals) * (i + 1) // n - 1
-        with torch.no_grad():
-            for original in originals[skipped:last]:
-                target = sample.attend(original, target)
+        for original in originals[skipped:last]:
+            target = sample.attend(original, target)
         state_map = _state_map(packed, i + 1)
         state, target = _fit_layer(layer, state_map, originals[last], fit, state, target)
 
@@ -340,6 +339,7 @@ class Regression:
     def __init__(self, autocast: Callable[[], Any]) -> None:
         self.generator, self.autocast = torch.Generator().manual_seed(0), autocast
 
+    @torch.enable_grad()
     def __call__(
         self, function: Callable[[Tensor], Tensor], modules: Sequence[nn.Module], targets: Tensor
     ) -> None:
@@ -397,15 +397,9 @@ def _fit_embeddings(packed: PackedBertModel, fit: Fit, target: Tensor) -> Tensor
         maps = embeddings.maps()
         for each in maps:
             _set(each, directions.T, 0.0)
-        with torch.no_grad():
-            _fit_norm(
-                embeddings.LayerNorm,
-                embeddings.summed(**sample.inputs),
-                target @ directions.to(target.dtype),
-            )
-    with torch.no_grad():
-        state = sample.embed(embeddings)
-        _set(state_map, *least_squares(state, target, directions))
+        wanted = target @ directions.to(target.dtype)
+        _fit_norm(embeddings.LayerNorm, embeddings.summed(**sample.inputs), wanted)
+    _set(state_map, *least_squares(sample.embed(embeddings), target, directions))
     if embeddings.sum_map is None and directions.shape[0] > directions.shape[1]:
 
         def states(chosen: Tensor) -> Tensor:
@@ -413,8 +407,7 @@ def _fit_embeddings(packed: PackedBertModel, fit: Fit, target: Tensor) -> Tensor
             return state_map(embeddings(**ids))
 
         fit.regress(states, (*maps, embeddings.LayerNorm, state_map), target)
-    with torch.no_grad():
-        return sample.embed(embeddings)
+    return sample.embed(embeddings)
 
 
 def _fit_layer(
@@ -435,29 +428,27 @@ def _fit_layer(
         both states after the layer.
     """
     up, down = fit.directions, fit.directions.T  # h to H and H to h
-    with torch.no_grad():
-        state, target_before = _fit_attention(layer, original, fit, state, target)
-        target = original.output(original.intermediate(target_before), target_before)
-        wanted = target @ up.to(target.dtype)
-        if layer.stacked:
-            _start_stacked(layer, state, wanted - state, fit.regress.generator)
-        else:
-            weight, bias = least_squares(state, target_before, up)
-            first, second = original.intermediate.dense, original.output.dense
-            packed_first, packed_second = layer.linears
-            inner = first.weight.double()
-            _set(packed_first, inner @ weight, inner @ bias + first.bias)
-            _set(packed_second, down @ second.weight.double(), down @ second.bias.double())
-        _fit_norm(layer.output_norm, state + layer.feed(state), wanted)
-        _set(state_map, *least_squares(layer.after_attention(state), target, up))
+    state, target_before = _fit_attention(layer, original, fit, state, target)
+    target = original.output(original.intermediate(target_before), target_before)
+    wanted = target @ up.to(target.dtype)
+    if layer.stacked:
+        _start_stacked(layer, state, wanted - state, fit.regress.generator)
+    else:
+        weight, bias = least_squares(state, target_before, up)
+        first, second = original.intermediate.dense, original.output.dense
+        packed_first, packed_second = layer.linears
+        inner = first.weight.double()
+        _set(packed_first, inner @ weight, inner @ bias + first.bias)
+        _set(packed_second, down @ second.weight.double(), down @ second.bias.double())
+    _fit_norm(layer.output_norm, state + layer.feed(state), wanted)
+    _set(state_map, *least_squares(layer.after_attention(state), target, up))
     if layer.stacked:
         fit.regress(
             lambda chosen: state_map(layer.after_attention(state[chosen])),
             (layer.feed_forward, layer.output_norm, state_map),
             target,
         )
-    with torch.no_grad():
-        return layer.after_attention(state), target
+    return layer.after_attention(state), target
 
 
 def _fit_attention(

@@ -30,7 +30,6 @@ from bert.model_folder import (
     open_model,
 )
 from bert.packed import PackedBertConfig, PackedBertPreTrainedModel, merge
-from bert_pack import HeadImportance, PackCfg
 from cli import ArgumentParser, UserError, is_main_process, number, run_main
 from tasks import TASKS, EmbeddingTask, QaTask, Task
 from tasks.hidden_states import StateLoss
@@ -72,25 +71,6 @@ SAMPLE_WINDOWS = 256  # the sample on which a packed model is fitted to its teac
 
 def parse_arguments() -> argparse.Namespace:
     parser = ArgumentParser(GROUPS, description=__doc__.splitlines()[0])
-    add_model_arguments(parser)
-    add_data_arguments(parser, max_seq_length_q=64)
-    add_more_data_arguments(parser)
-    add_packing_arguments(parser)
-    add_stage_arguments(parser)
-    add_loss_arguments(parser)
-    add_run_arguments(parser)
-    args = parser.parse_args()
-    if args.passes is None:
-        return args
-    parser.set_defaults(stages=None, num_train_epochs=None, **PASSES_FLAGS)
-    args = parser.parse_args()
-    for flag in ("stages", "num_train_epochs"):
-        if getattr(args, flag) is not None:
-            raise UserError(f"--{flag}: --passes={args.passes:g} plans that; leave one of them out")
-    return args
-
-
-def add_model_arguments(parser: ArgumentParser) -> None:
     add = parser.group(MODELS).add_argument
     add("--model_student", required=True, metavar="MODEL",
         help="fine-tuned BERT to pack: a folder or a hub name; if it is packed already,"
@@ -98,9 +78,7 @@ def add_model_arguments(parser: ArgumentParser) -> None:
     add("--model_teacher", type=comma_separated, required=True, metavar="MODEL",
         help="fine-tuned BERT to learn from: a folder or a hub name; several, MODEL,MODEL,...: the"
         " student learns the hidden states of the first and the mean of all logits")  # fmt: skip
-
-
-def add_more_data_arguments(parser: ArgumentParser) -> None:
+    add_data_arguments(parser, max_seq_length_q=64)
     add = parser.group(DATA).add_argument
     add("--extra_pairs", type=number(float, 0, 100), default=0.0, metavar="FACTOR",
         help="question answering: add FACTOR x as many windows to each epoch, new ones each time:"
@@ -111,6 +89,18 @@ def add_more_data_arguments(parser: ArgumentParser) -> None:
     add("--eval_extra_contexts", metavar="FILE",
         help="embeddings: SQuAD JSON whose contexts are searched beside those of the dev data"
         " (default: none)")  # fmt: skip
+    add_packing_arguments(parser)
+    add_stage_arguments(parser)
+    add_run_arguments(parser)
+    args = parser.parse_args()
+    if args.passes is None:
+        return args
+    parser.set_defaults(stages=None, num_train_epochs=None, **PASSES_FLAGS)
+    args = parser.parse_args()
+    for flag in ("stages", "num_train_epochs"):
+        if getattr(args, flag) is not None:
+            raise UserError(f"--{flag}: --passes={args.passes:g} plans that; leave one of them out")
+    return args
 
 
 def add_packing_arguments(parser: ArgumentParser) -> None:
@@ -151,9 +141,6 @@ def add_stage_arguments(parser: ArgumentParser) -> None:
     add("--total_train_batch_size_for_tune", type=positive, default=64, metavar="N",
         help="windows or texts per step of the stage final")  # fmt: skip
 
-
-def add_loss_arguments(parser: ArgumentParser) -> None:
-    add = parser.group(TRAINING).add_argument
     add("--loss_weight_alpha", type=number(float, 0, 100, True), default=1.5, metavar="FACTOR",
         help="in the stage final, the error of hidden state i weighs FACTOR^i")  # fmt: skip
     add("--embedding_weight", type=number(float, 0, 1e6), default=0.0, metavar="WEIGHT",
@@ -335,7 +322,7 @@ def select_trained(student: nn.Module, part: Distillation) -> None:
 
 
 def check_models(
-    args: argparse.Namespace, cfg: PackCfg
+    args: argparse.Namespace, cfg: bert_pack.PackCfg
 ) -> tuple[OpenedModel, list[OpenedModel], type[Task]]:
     """Open student and teachers, check them and the flags, and find their task.
 
@@ -350,21 +337,23 @@ def check_models(
     for model in (student, *teachers):
         if model.quantized:
             raise UserError(
-                f"{model.flag}: {model.name} is quantized; give the model that it was made of"
+                f"{model.flag}: {model.name} is quantized; give the model from before quantization"
             )
         task = next((each for each in TASKS if model.architecture in each.architectures), None)
         if task is None:
             raise UserError(
-                f"{model.flag}: {model.name} is {model.architecture or 'no architecture'}, a model"
-                " of no task that can be distilled; fine-tune it first (train_qa.py,"
+                f"{model.flag}: {model.name} is {model.architecture or 'no architecture'}, which"
+                " belongs to no task that can be distilled; fine-tune it first (train_qa.py,"
                 " train_qcemb.py)"
             )
         found.append(task)
     if len(set(found)) > 1:
-        raise UserError("--model_student and --model_teacher are of different tasks")
+        raise UserError("--model_student and --model_teacher belong to different tasks")
     for each in teachers:
         if each.packed:
-            raise UserError(f"--model_teacher: {each.name} is packed; give the model it is of")
+            raise UserError(
+                f"--model_teacher: {each.name} is packed; give the model from before packing"
+            )
     check_flags(args, found[0])
     check_teacher(teachers[0], student)
     for each in teachers[1:]:  # only their logits are used, so their hidden sizes may differ
@@ -400,12 +389,12 @@ def check_flags(args: argparse.Namespace, task: type[Task]) -> None:
     """
     for flag in ("eval_extra_contexts", "embedding_weight"):
         if getattr(args, flag) and task is not EmbeddingTask:
-            raise UserError(f"--{flag} is for embedding models; leave it out")
+            raise UserError(f"--{flag} is for embedding models; leave the flag out")
     for flag in ("logits_weight", "logits_temperature", "extra_texts"):
         if getattr(args, flag) is not None and task is not QaTask:
-            raise UserError(f"--{flag} is for question answering; leave it out")
+            raise UserError(f"--{flag} is for question answering; leave the flag out")
     if args.extra_pairs and task is not QaTask:
-        raise UserError("--extra_pairs is for question answering; leave it out")
+        raise UserError("--extra_pairs is for question answering; leave the flag out")
     if args.extra_texts and not args.extra_pairs:
         raise UserError("--extra_texts needs --extra_pairs, which says how many windows are drawn")
     where = " and ".join(OUTPUTS_IN)
@@ -414,17 +403,23 @@ def check_flags(args: argparse.Namespace, task: type[Task]) -> None:
         if getattr(args, flag) and not learned:
             raise UserError(f"--{flag} counts in the {where} stage, which --stages leaves out")
     if args.logits_temperature is not None and args.logits_weight == 0:
-        raise UserError("--logits_temperature does nothing with --logits_weight=0; leave it out")
+        raise UserError(
+            "--logits_temperature does nothing with --logits_weight=0; leave one of them out"
+        )
     averaged = task is QaTask and learned and args.logits_weight != 0
     if len(args.model_teacher) > 1 and not averaged:
         raise UserError(
-            "--model_teacher: several teachers' logits are averaged, which only question answering"
-            f" learns, in the {where} stage with a --logits_weight over 0; give one model"
+            "--model_teacher: with several models the logits are averaged, which only question"
+            f" answering learns, in the {where} stage with a --logits_weight over 0; give one"
         )
 
 
 def show_sizes(
-    task: Task, teacher: PreTrainedConfig, student: PreTrainedConfig, cfg: PackCfg, length: int
+    task: Task,
+    teacher: PreTrainedConfig,
+    student: PreTrainedConfig,
+    cfg: bert_pack.PackCfg,
+    length: int,
 ) -> dict[str, Any]:
     """Print and return the parameters, operations and FP32 size of teacher and merged student."""
     if not isinstance(student, PackedBertConfig):
@@ -435,17 +430,21 @@ def show_sizes(
     for name, config in (("teacher", teacher), ("student", student)):
         parameters, gops = bert_pack.size_of(task.auto_class.from_config, config, length)
         sizes[name] = {"parameters": parameters, "gops": gops, "fp32_bytes": 4 * parameters}
-    if is_main_process():
-        for name, size in sizes.items():
+        if is_main_process():
             print(
-                f"{name}: {size['parameters'] / 1e6:.2f} M parameters,"
-                f" {size['gops']:.2f} GOps at 1 x {length}, {size['fp32_bytes'] / 1e6:.1f} MB"
+                f"{name}: {parameters / 1e6:.2f} M parameters, {gops:.2f} GOps at 1 x {length},"
+                f" {4 * parameters / 1e6:.1f} MB"
             )
     return sizes
 
 
 def pack_student(
-    args: argparse.Namespace, cfg: PackCfg, opened: OpenedModel, task: Task, run: Run, anew: bool
+    args: argparse.Namespace,
+    cfg: bert_pack.PackCfg,
+    opened: OpenedModel,
+    task: Task,
+    run: Run,
+    anew: bool,
 ) -> PreTrainedModel:
     """Load the student, and pack it unless it is packed already.
 
@@ -472,7 +471,7 @@ def pack_student(
 
 def measure_importance(
     run: Run,
-    importance: HeadImportance,
+    importance: bert_pack.HeadImportance,
     student: PreTrainedModel,
     teacher: PreTrainedModel,
     task: Task,
@@ -515,7 +514,7 @@ def distill(
     position = run.states.position()
     first = names.index(position["stage"]) if position else -1
     pruned_at = names.index("heads") if "heads" in names else 0
-    importance = HeadImportance(student, accelerator.device)
+    importance = bert_pack.HeadImportance(student, accelerator.device)
     accelerator.register_for_checkpointing(importance)
     for i, part in enumerate(plan):
         output_loss = task.output_loss(run, teachers) if part.outputs else None

@@ -199,7 +199,14 @@ def timing_run(precision: str, no_cuda: bool, seed: int = 0) -> Iterator[TimingR
     accelerator = make_accelerator(precision, no_cuda, seed)
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     with tempfile.TemporaryDirectory() as folder:
-        run = TimingRun(accelerator, folder, {}, "new", 1e9, 1, "none")
+        flags = argparse.Namespace(
+            output_dir=folder,
+            save_minutes=1e9,
+            log_steps=1,
+            report_to="none",
+            overwrite_output_dir=False,
+        )
+        run = TimingRun(accelerator, flags, {}, "new")
         run.states.save = lambda position: True
         for number, handler in handlers.items():  # a run asks its loop to stop: there is no need
             signal.signal(number, handler)

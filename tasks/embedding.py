@@ -106,7 +106,7 @@ class EmbEvaluation:
 
 
 # ------------------------------------------------------------------------------------------------
-# The task as the scripts see it
+# The task
 
 
 class TextBatches(BatchesByLength):
@@ -166,14 +166,15 @@ class EmbeddingTask(Task):
         if args.max_seq_length_q > args.max_seq_length_c:
             raise UserError(
                 f"--max_seq_length_q={args.max_seq_length_q} is over"
-                f" --max_seq_length_c={args.max_seq_length_c}, the longest that the model is for"
+                f" --max_seq_length_c={args.max_seq_length_c}, the longest text that the model"
+                " takes"
             )
         super().__init__(args)
         if path := getattr(args, "eval_extra_contexts", None):
             self.data["extra"] = load_squad(path, "--eval_extra_contexts")
 
     def tokenize(self, tokenizer: PreTrainedTokenizerFast) -> None:
-        """Make the texts of all files.
+        """Tokenise the texts of all files.
 
         Raises:
             UserError: there is nothing to train on, or only one context.
@@ -187,8 +188,8 @@ class EmbeddingTask(Task):
         ):
             if not len(pairs) or len(pairs.contexts) < 2:
                 raise UserError(
-                    f"{flag}: {len(pairs)} questions of {len(pairs.contexts)} different contexts;"
-                    " at least one of two is needed"
+                    f"{flag}: {len(pairs)} questions and {len(pairs.contexts)} different contexts;"
+                    " at least one question and two contexts are needed"
                 )
         self.train_rows, self.dev_rows = (
             Rows(each.contexts.total_lengths, each.contexts.batch)
@@ -219,7 +220,7 @@ class EmbeddingTask(Task):
             if (student.config.architectures or [""])[0] in self.architectures:
                 raise UserError(
                     f"--pooler=identity: {name} is an embedding model, whose pooler would be lost;"
-                    " leave it out"
+                    " leave the flag out"
                 )
             cast(BertForEmbedding, student).start_pooler_anew()
             if is_main_process():

@@ -18,7 +18,7 @@ from transformers.modeling_outputs import ModelOutput
 from bert.embedding import Embedding, EmbeddingOutput
 from cli import UserError, key_values, one_of, warn
 from squad_utils import INPUTS
-from tasks.hidden_states import state_errors
+from tasks.hidden_states import summed_errors
 from tasks.texts import Encoder, Pairs, split_passes
 from training.passes import BatchesByLength, as_tensors, to_device
 from training.run import Run
@@ -193,11 +193,11 @@ class HardNegatives:
         wrong = next((c for c in contexts if not self.pairs.answered_by(pair, c)), None)
         remedy = "it gets another one at random"
         if wrong is None:
-            remedy = "and so has every other one of its file, so it counts out of the triplet"
+            remedy = "and so does every other context of its file, so the triplet leaves it out"
         if remedy not in self.told:
             self.told.add(remedy)
             question = self.pairs.questions.strings[self.pairs.question[pair]]
-            warn(f"every context mined for the question {question!r} has its answer; {remedy}")
+            warn(f"every context mined for the question {question!r} answers it; {remedy}")
         return int(self.pairs.context[pair]) if wrong is None else wrong
 
     def _softmax(
@@ -282,7 +282,7 @@ class PairBatches(BatchesByLength):
     """Batches of pairs with their hard negatives."""
 
     def __init__(self, pairs: Pairs, negatives: HardNegatives, step_size: int, seed: int) -> None:
-        """`lengths` are those of the contexts."""
+        """Steps hold pairs whose contexts are of similar length."""
         super().__init__(pairs.contexts.total_lengths[pairs.context], step_size, seed)
         self.pairs, self.negatives = pairs, negatives
 
@@ -429,10 +429,8 @@ class EmbeddingLoss:
             embedding = embedding.index_select(0, rows)
         with torch.no_grad(), self.run.accelerator.autocast():
             target = teacher(**inputs, output_hidden_states=True)
-        if self.state_maps is not None:
-            with self.run.accelerator.autocast():
-                states = [m(s) for m, s in zip(self.state_maps, states, strict=True)]
-        errors = state_errors(states, target.hidden_states, inputs["attention_mask"]).sum(dim=0)
+        mask, accelerator = inputs["attention_mask"], self.run.accelerator
+        errors = summed_errors(states, target.hidden_states, mask, self.state_maps, accelerator)
         difference = embedding.float() - target.embedding.float()
         if self.cfg.emb_loss == "L1":
             return errors, difference.abs().sum(dim=1)

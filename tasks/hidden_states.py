@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import torch
+from accelerate import Accelerator
 from torch import Tensor, nn
 from transformers import BertModel, PreTrainedModel
 from transformers.modeling_outputs import ModelOutput
@@ -59,6 +60,24 @@ def state_errors(
         error: Tensor = SquaredError.apply(state, target)
         errors.append((error * weight).sum(dim=1))
     return torch.stack(errors)
+
+
+def summed_errors(
+    student: Sequence[Tensor],
+    teacher: Sequence[Tensor],
+    attention_mask: Tensor,
+    state_maps: nn.ModuleList | None,
+    accelerator: Accelerator,
+) -> Tensor:
+    """`state_errors` summed over the pairs of states, [B].
+
+    Args:
+        state_maps: maps from the states of a merged student to the teacher's size, or None.
+    """
+    if state_maps is not None:
+        with accelerator.autocast():
+            student = [m(state) for m, state in zip(state_maps, student, strict=True)]
+    return state_errors(student, teacher, attention_mask).sum(dim=0)
 
 
 # From the student's outputs, the teacher's last state [B, L, H] and the batch to named errors of

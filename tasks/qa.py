@@ -27,10 +27,9 @@ import squad_utils
 from bert.model_folder import AutoClass, special_ids
 from cli import UserError, warn
 from deploy import onnx_file
-from deploy.onnx_file import QA_OUTPUTS
 from squad_utils import SquadData, Windows
 from tasks.extra_pairs import ExtraBatches, Pool, check_articles, read_texts
-from tasks.hidden_states import OutputLoss, state_errors
+from tasks.hidden_states import OutputLoss, summed_errors
 from tasks.squad_scores import Scorer, load_scorer
 from tasks.task import Rows, Task
 from training.passes import Batches, BatchesByLength, LossFunction, as_tensors, to_device
@@ -43,11 +42,11 @@ LOGITS_WEIGHT, LOGITS_TEMPERATURE = 0.1, 1.0
 
 
 # ------------------------------------------------------------------------------------------------
-# The task as the scripts see it
+# The task
 
 
 def check_lengths(args: argparse.Namespace) -> None:
-    """Check that a context fits beside the longest question; warn if --doc_stride does not.
+    """Check that a context fits beside the longest question; warn of a longer --doc_stride.
 
     Raises:
         UserError: there is no room for a context.
@@ -81,7 +80,9 @@ class QaTask(Task):
     )
     best_by = "f1"
     score_names: ClassVar[dict[str, str]] = {"f1": "F1", "exact_match": "exact match"}
-    outputs = onnx_file.Outputs(("start_logits", "end_logits"), QA_OUTPUTS, per_token=True)
+    outputs = onnx_file.Outputs(
+        ("start_logits", "end_logits"), onnx_file.QA_OUTPUTS, per_token=True
+    )
     train_windows: Windows
     dev_windows: Windows
     evaluation: QaEvaluation
@@ -98,8 +99,8 @@ class QaTask(Task):
         self.extra_texts = read_texts(paths, self.dev_data.contexts) if paths else []
         if not self.train_data.answerable.all() and self.dev_data.answerable.all():
             warn(
-                "--squad_train_data has questions without an answer, --squad_dev_data has none: no"
-                " threshold can be fitted, so ask.py will not tell that a text has no answer"
+                "only --squad_train_data has questions without an answer: no threshold can be"
+                " fitted on --squad_dev_data, so ask.py will not tell that a text has no answer"
             )
         if getattr(args, "extra_pairs", 0.0) and not paths:
             check_articles(self.train_data)
@@ -366,13 +367,9 @@ class QaLoss:
                 taught = forward(self.teacher, batch, hidden_states=True)
             distillation = soft_cross_entropy(log_probs, log_probabilities(taught, mask))
             losses["distillation"] = self.kd_weight * distillation
-            states = outputs.hidden_states
-            if self.state_maps is not None:
-                with self.run.accelerator.autocast():
-                    states = [m(s) for m, s in zip(self.state_maps, states, strict=True)]
-            losses["hidden_states"] = self.supervision_weight * state_errors(
-                states, taught.hidden_states, mask
-            ).sum(dim=0)
+            states, target = outputs.hidden_states, taught.hidden_states
+            errors = summed_errors(states, target, mask, self.state_maps, self.run.accelerator)
+            losses["hidden_states"] = self.supervision_weight * errors
         return losses
 
 

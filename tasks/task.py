@@ -56,7 +56,7 @@ class Task(ABC):
         best_by: the figure that ranks evaluations; the higher, the better.
         score_names: from the main figures to their labels.
         outputs: the outputs of its exported file.
-        data: the files; the names are those of their hashes in a run's arguments.
+        data: the files, each under the name that its hash has in a run's arguments.
         train_rows, dev_rows: the rows of both files (of several kinds, the longest), to calibrate
             and to check the exported file; set by `tokenize`.
         evaluation: set by `make_evaluation`.
@@ -120,7 +120,7 @@ class Task(ABC):
         """Before fine-tuning, apply the flags that change the student itself.
 
         Raises:
-            UserError: that would undo what the student has learned.
+            UserError: a flag would undo the student's training.
         """
 
     # -- training
@@ -147,7 +147,7 @@ class Task(ABC):
 
     @abstractmethod
     def output_loss(self, run: Run, teachers: Sequence[PreTrainedModel]) -> OutputLoss | None:
-        """The loss of outputs that distillation adds to that of states by the flags, or None.
+        """The loss of outputs that distillation adds to the loss of states, or None by the flags.
 
         Args:
             teachers: the student learns the states of the first.

@@ -793,7 +793,7 @@ class Constant(torch.nn.Module):
     ("more", "negative", "counts", "said"),
     [
         ([BAKERS], 3, 1.0, "it gets another one at random"),
-        ([], None, 0.0, "so has every other one of its file, so it counts out of the triplet"),
+        ([], None, 0.0, "so does every other context of its file, so the triplet leaves it out"),
     ],
     ids=["another context is there", "no other is"],
 )

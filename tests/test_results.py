@@ -130,7 +130,7 @@ def test_a_card_tells_of_quantizers_and_of_a_file_that_failed(tmp_path: Path) ->
     assert "is a plain model in FP32" in text
     assert "```python" not in text
     assert "`model.failed.onnx` is NOT the same model: it has failed its check. Inputs\n" in text
-    assert "from the PyTorch model by what is no number. In\n" in text
+    assert "from the PyTorch model by a value that is not a number. In\n" in text
     right = {"passed": True, "difference": 0.0}
     text = card(tmp_path, BertConfig(), AutoModelForQuestionAnswering, int8=[1], onnx_check=right)
     assert "by 0.0e+00 standard deviations of its outputs on average, layer by layer. In\n" in text

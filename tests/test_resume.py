@@ -247,7 +247,7 @@ def test_a_state_that_does_not_fit_the_disk_says_what_is_left(
     states = States(accelerator, str(tmp_path), print)
     assert not states.save({"step": 1})
     assert (
-        "; there is none before it, so a run that stops now starts anew" in capfd.readouterr().err
+        "; there is no earlier state, so a run that stops now starts anew" in capfd.readouterr().err
     )
     (tmp_path / "state-000001").mkdir()
     (tmp_path / "state-000001" / "position.json").write_text("{}")

@@ -631,5 +631,5 @@ def test_help_groups_flags_by_subject(capfd: pytest.CaptureFixture) -> None:
         "training",
         "quantization",
         "the machine",
-        "what a run keeps and tells",
+        "results and logs",
     ]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import dataclasses
 import difflib
 import os
 import shutil
@@ -40,7 +39,6 @@ from int8.quantizers import hold_weight_range, save_quantized
 from int8.settings import NncfConfig, read_nncf_config
 from squad_utils import INPUTS
 from training import flags, results
-from training.flags import check_arguments, not_negative, rate
 from training.machine import make_accelerator, use_all_gpus
 from training.passes import Batches, LossFunction, to_device
 from training.run import CHECKPOINTS, Run, check_output_dir
@@ -87,14 +85,14 @@ def add_fine_tuning_arguments(parser: ArgumentParser, teacher: str) -> None:
         help=f"{teacher} to learn from, of the student's hidden size and vocabulary: a folder or a"
         " hub name; loaded only if --supervision_weight is over 0")  # fmt: skip
     add = parser.group(flags.TRAINING).add_argument
-    add("--num_train_epochs", type=not_negative, default=2.0, metavar="EPOCHS",
+    add("--num_train_epochs", type=flags.not_negative, default=2.0, metavar="EPOCHS",
         help="passes over the training data, may be a fraction; 0 only evaluates and"
         " exports")  # fmt: skip
-    add("--learning_rate", type=rate, default=3e-5, metavar="RATE",
+    add("--learning_rate", type=flags.rate, default=3e-5, metavar="RATE",
         help="learning rate at the first step; it falls linearly to 0")  # fmt: skip
     add("--freeze_list", default="none", metavar="NAME,...",
         help="do not train parameters whose name contains one of these")  # fmt: skip
-    add("--supervision_weight", type=not_negative, default=0.0, metavar="WEIGHT",
+    add("--supervision_weight", type=flags.not_negative, default=0.0, metavar="WEIGHT",
         help="weight of the squared error between the hidden states of student and"
         " teacher")  # fmt: skip
     add("--dropout", type=number(float, 0, 0.9), default=0.0, metavar="PROBABILITY",
@@ -104,7 +102,7 @@ def add_fine_tuning_arguments(parser: ArgumentParser, teacher: str) -> None:
     add("--nncf_config", metavar="FILE",
         help="quantize to INT8 with the settings of this JSON file; docs/int8.md explains its keys"
         " (default: none, train in floating point)")  # fmt: skip
-    add("--quantizer_epochs", type=not_negative, default=1.0, metavar="EPOCHS",
+    add("--quantizer_epochs", type=flags.not_negative, default=1.0, metavar="EPOCHS",
         help="epochs after calibration in which only the quantizers' ranges train, at a learning"
         f" rate of {QUANTIZER_RATE}")  # fmt: skip
 
@@ -175,7 +173,7 @@ def check(
     Raises:
         UserError: for the first mistake found.
     """
-    check_arguments(args)
+    flags.check_arguments(args)
     taught, length = args.supervision_weight > 0, args.max_seq_length_c
     # In FP32 a packed student learns hidden states before it is merged.
     unmerged = taught and not args.nncf_config
@@ -183,11 +181,13 @@ def check(
     task_class.check(student, every)
     if args.nncf_config and student.packed and not student.merged:
         raise UserError(
-            f"--model_student: {args.model_student} is packed but not merged; quantize the folder"
-            " that it lies in"
+            f"--model_student: {args.model_student} is packed but not merged; quantize the merged"
+            " model in the folder above it"
         )
     if args.dropout and student.packed:
-        raise UserError(f"--dropout: {args.model_student} is packed and has none; leave it out")
+        raise UserError(
+            f"--dropout: {args.model_student} is packed and has no dropout; leave the flag out"
+        )
     teacher = None
     if taught:
         teacher = open_model(args.model_teacher, "--model_teacher", length)
@@ -256,7 +256,7 @@ def deliver(job: Job, run: Run, student: PreTrainedModel, teacher: PreTrainedMod
     """Save the student, evaluate the saved folder, export it, and describe it.
 
     The evaluation is in FP32, as the exported file computes. A packed student that learned hidden
-    states is saved as it is and once more merged; the merged one is exported.
+    states is saved twice, unmerged and merged; the merged one is exported.
     """
     task, models = job.task, {}
     if getattr(student.config, "merged", True) is False:
@@ -267,6 +267,9 @@ def deliver(job: Job, run: Run, student: PreTrainedModel, teacher: PreTrainedMod
     saved = results.load(run, task)
     figures = task.evaluation(saved, fp32=True)
     others = {} if teacher is None else task.score_in_teacher_index(saved, teacher)
+    made = "fine-tuned on" if job.plan() else "not trained on"
+    if job.settings and not job.student.quantized:
+        made = "quantized to INT8 on"
     names = ("fp32", "calibrated", "ranges", "weights", "fine-tuning")
     delivery = results.Delivery(
         figures=figures,
@@ -276,17 +279,10 @@ def deliver(job: Job, run: Run, student: PreTrainedModel, teacher: PreTrainedMod
         stages=names if job.quantized else (),
         kept={"kept": figures},
         more={"int8": quantizers.what_is_int8(saved.cpu())} if job.quantized else {},
-        made=_made(job),
+        made=made,
     )
     del saved  # the export loads it anew
     results.deliver(run, task, job.student.tokenizer, delivery)
-
-
-def _made(job: Job) -> str:
-    """How the model was made, for its card: the words before the training data's name."""
-    if job.settings and not job.student.quantized:
-        return "quantized to INT8 on"
-    return "fine-tuned on" if job.plan() else "not trained on"
 
 
 # ------------------------------------------------------------------------------------------------
@@ -366,7 +362,7 @@ def _try_settings(config: NncfConfig) -> None:
     sample = dict.fromkeys(INPUTS, torch.zeros(1, 8, dtype=torch.long))
     with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
         model = fuse_attention(BertForQuestionAnswering(tiny), separate_products=True)
-        calibrate(model, dataclasses.replace(config, arguments=arguments), [sample])
+        calibrate(model, replace(config, arguments=arguments), [sample])
 
 
 def quantize(run: Run, model: PreTrainedModel, config: NncfConfig, job: Job) -> PreTrainedModel:

@@ -17,7 +17,7 @@ over_0, rate = number(float, 0, low_open=True), number(float, 0, 1, True)
 # The titles under which --help shows the flags, in this order.
 MODELS, DATA, PACKING = "models and folder", "data", "packing"
 TRAINING, NEGATIVES = "training", "hard negatives"
-INT8, MACHINE, RUN = "quantization", "the machine", "what a run keeps and tells"
+INT8, MACHINE, RUN = "quantization", "the machine", "results and logs"
 GROUPS = (MODELS, DATA, PACKING, TRAINING, NEGATIVES, INT8, MACHINE, RUN)
 
 
@@ -57,7 +57,7 @@ def add_data_arguments(parser: ArgumentParser, max_seq_length_q: int) -> None:
 
 
 def add_run_arguments(parser: ArgumentParser) -> None:
-    """Add the seed, the flags for the machine, and those for what a run keeps and reports."""
+    """Add the flags for the seed, the machine, the results and the logs."""
     parser.group(TRAINING).add_argument(
         "--seed", type=number(int, 0, 2**32 - 1), default=42, metavar="N",
         help="seed of the random numbers")  # fmt: skip

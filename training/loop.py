@@ -1,4 +1,4 @@
-"""The training loop that all stages share."""
+"""The training loop: it takes the steps of a stage, saves states, and goes back if it diverges."""
 
 from __future__ import annotations
 
@@ -112,7 +112,7 @@ class Training:
             run.states.restore()
             self.step, earlier = position["step"], position["progress"]
             self.divergence = Divergence(**position["divergence"])
-            self.gradient.set_pass_tokens(position.get("pass_tokens", []))
+            self.gradient.set_pass_tokens(position["pass_tokens"])
             where = f" of {stage.name}" if stage.count > 1 else ""
             run.say(
                 f"going on from step {self.step} of {self.total_steps}{where}, saved in"
@@ -254,7 +254,7 @@ class Training:
         self.progress.go_back(self.step, position["progress"])
 
     def close(self) -> None:
-        """Give the model back as it was, for the next stage."""
+        """Undo what accelerate changed in the model, for the next stage."""
         self.progress.close()
         self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
         if self.own_forward is not None:
@@ -283,7 +283,7 @@ def train(
 
     Raises:
         UserError: the loss or the gradient is not finite (again and again, if the stage goes
-            back); the last state stays as it is.
+            back); the last state is kept.
         Interrupted: Ctrl-C or SIGTERM came; the state has been saved.
     """
     training = Training(run, model, stage, batches, loss)

@@ -250,8 +250,8 @@ class StepGradient:
         largest = max(len(examples) for examples in passes)
         if self.pass_tokens is None or largest == 1:
             raise UserError(
-                "the GPU's memory does not hold the training of one example; a shorter"
-                " --max_seq_length_c, a smaller model or a larger GPU would"
+                "the GPU's memory does not hold the training of one example; use a shorter"
+                " --max_seq_length_c, a smaller model or a larger GPU"
             )
         cost = max(int(self.batches.tokens(examples).max()) for examples in passes)
         self.pass_tokens = max(1, min(self.pass_tokens, largest * cost) // 2)

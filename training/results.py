@@ -30,6 +30,7 @@ from training.run import Run, read_log, summary
 if TYPE_CHECKING:
     from matplotlib.axes import Axes  # a type only: importing it takes half a second
 
+# The packages on whose versions figures may depend.
 PACKAGES = ("torch", "transformers", "accelerate", "onnx", "onnxruntime", "numpy")
 STYLES, COLORS = ("-", "--", "-.", ":"), 10  # curves vary in colour first, then in dashes
 # The entries of a training record that are not losses.
@@ -37,11 +38,6 @@ NO_LOSS = (
     *("stage", "step", "epoch", "learning_rate", "examples_per_second", "tokens_per_second"),
     *("padding", "seconds", "seconds_left", "seconds_left_all"),
 )
-
-
-def versions() -> dict[str, str]:
-    """Versions of Python and of the packages on which figures may depend."""
-    return {"python": platform.python_version(), **{p: metadata.version(p) for p in PACKAGES}}
 
 
 @dataclass(frozen=True)
@@ -193,7 +189,8 @@ def describe_run(run: Run) -> dict[str, object]:
         "cpu": asdict(this_cpu()),
         "gpu": gpu,
         "arguments": run.arguments,
-        "versions": versions(),
+        "versions": {"python": platform.python_version()}
+        | {package: metadata.version(package) for package in PACKAGES},
     }
 
 

@@ -40,7 +40,8 @@ FREE_ARGUMENTS = (
     "per_gpu_eval_batch_size",
     "no_cuda",
 )
-# What a finished run leaves in its folder. --overwrite_output_dir removes these and nothing else.
+# The files that a finished run leaves in its folder. --overwrite_output_dir removes only these and
+# RUN_FOLDERS.
 RUN_FILES = (
     "metrics.json",
     "reader.json",
@@ -71,7 +72,7 @@ def check_output_dir(args: argparse.Namespace, arguments: Mapping[str, object]) 
         arguments: all that identifies this command: its flags, and hashes of its data.
 
     Returns:
-        what the folder holds of this command: "new" (nothing), "unfinished" or "finished".
+        the state of this command's run in the folder: "new" (none), "unfinished" or "finished".
 
     Raises:
         UserError: the folder holds another command's run (the line names the arguments that
@@ -223,12 +224,12 @@ class Run:
             self.stop_if_asked()
             time.sleep(WAIT_SECONDS)
 
-    def interrupt(self, number: int, what: str) -> NoReturn:
-        """Stop the run because of signal `number`; `what` says what became of its state."""
+    def interrupt(self, number: int, outcome: str) -> NoReturn:
+        """Stop the run because of signal `number`; `outcome` says whether its state was saved."""
         name = signal.Signals(number).name
         without = ", without --overwrite_output_dir," if self.args.overwrite_output_dir else ""
         raise Interrupted(
-            f"{name}: {what}. The same command again{without} goes on from there.", number
+            f"{name}: {outcome}. The same command again{without} goes on from there.", number
         )
 
     def say(self, text: str) -> None:

@@ -25,7 +25,7 @@ BEST = "best"  # the folder of the best weights, beside the states
 
 
 class Best(TypedDict):
-    """The best weights kept so far: their stage, step and score."""
+    """The stage, step and score of the best weights so far."""
 
     stage: str
     step: int
@@ -165,7 +165,7 @@ class States:
             if self.main:
                 shutil.rmtree(temporary, ignore_errors=True)
                 free = shutil.disk_usage(self.folder).free
-                left = "there is none before it, so a run that stops now starts anew"
+                left = "there is no earlier state, so a run that stops now starts anew"
                 if self._states():
                     left = "the one before it stays"
                 warn(
