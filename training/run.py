@@ -106,8 +106,8 @@ def check_output_dir(output_dir: str, arguments: Mapping[str, object], overwrite
             if not differing:
                 return state
             raise UserError(
-                f"--output_dir: {output_dir} holds the {state} run of another command"
-                f" or version ({'; '.join(differing)}); choose another folder or add --overwrite_output_dir"
+                f"--output_dir: {output_dir} holds the {state} run of another command or version"
+                f" ({'; '.join(differing)}); choose another folder or add --overwrite_output_dir"
             )
     present = [name for name in RUN_FILES if os.path.exists(os.path.join(output_dir, name))]
     if present:
