@@ -97,7 +97,7 @@ def check_output_dir(output_dir: str, arguments: Mapping[str, object], overwrite
             written = read_json(path)
             earlier = written.get("arguments", {})
             differing = [
-                f"{key} was {_shown(earlier, key)}, now {_shown(arguments, key)}"
+                f"{key} was {shown(earlier, key)}, now {shown(arguments, key)}"
                 for key in sorted(earlier.keys() | arguments.keys())
                 if key not in FREE_ARGUMENTS and earlier.get(key) != arguments.get(key)
             ]
@@ -106,7 +106,7 @@ def check_output_dir(output_dir: str, arguments: Mapping[str, object], overwrite
             if not differing:
                 return state
             raise UserError(
-                f"--output_dir: {output_dir} holds the {state} run of another command or version"
+                f"--output_dir: {output_dir} holds the {state} run of another command"
                 f" ({'; '.join(differing)}); choose another folder or add --overwrite_output_dir"
             )
     present = [name for name in RUN_FILES if os.path.exists(os.path.join(output_dir, name))]
@@ -116,11 +116,6 @@ def check_output_dir(output_dir: str, arguments: Mapping[str, object], overwrite
             f" ({', '.join(present[:3])}); choose another folder or add --overwrite_output_dir"
         )
     return "new"
-
-
-def _shown(arguments: Mapping[str, object], key: str) -> str:
-    """An argument's value; a run of an earlier version lacks the flags that are new."""
-    return repr(arguments[key]) if key in arguments else "absent"
 
 
 def _passed(metrics: Mapping[str, object]) -> bool:
@@ -314,6 +309,11 @@ class Run:
                 self._board.close()
             self._lock_file.close()
             os.remove(os.path.join(self.output_dir, ".lock"))
+
+
+def shown(arguments: Mapping[str, object], key: str) -> str:
+    """The value of an argument; "absent" if its version does not have it."""
+    return repr(arguments[key]) if key in arguments else "absent"
 
 
 def read_log(output_dir: str) -> list[dict[str, Any]]:
