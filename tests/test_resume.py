@@ -368,6 +368,16 @@ def test_another_command(
     assert snapshot(out) == before
 
 
+def test_a_run_of_another_version_is_refused_by_the_flags_that_are_new_or_gone(
+    tiny_bert: Path, few: Path, tmp_path: Path, capfd: pytest.CaptureFixture
+) -> None:
+    (tmp_path / "metrics.json").write_text(json.dumps({"arguments": {"start": "teacher"}}))
+    assert call(command_of("train_qa", tiny_bert, few, tmp_path, *FLAGS)) == 2
+    line = error_line(capfd.readouterr().err)
+    assert "max_answer_length was absent, now 30" in line
+    assert "start was 'teacher', now absent" in line
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("which", ["reference", "unfinished"])
 @pytest.mark.parametrize("split", ["train", "dev"])

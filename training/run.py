@@ -98,7 +98,7 @@ def check_output_dir(args: argparse.Namespace, arguments: Mapping[str, object]) 
             written = read_json(path)
             earlier = written.get("arguments", {})
             differing = [
-                f"{key} was {earlier.get(key)!r}, now {arguments.get(key)!r}"
+                f"{key} was {shown(earlier, key)}, now {shown(arguments, key)}"
                 for key in sorted(earlier.keys() | arguments.keys())
                 if key not in FREE_ARGUMENTS and earlier.get(key) != arguments.get(key)
             ]
@@ -305,6 +305,11 @@ class Run:
                 self._board.close()
             self._lock_file.close()
             os.remove(os.path.join(self.output_dir, ".lock"))
+
+
+def shown(arguments: Mapping[str, object], key: str) -> str:
+    """The value of an argument; "absent" if its version does not have it."""
+    return repr(arguments[key]) if key in arguments else "absent"
 
 
 def read_log(output_dir: str) -> list[dict[str, Any]]:
