@@ -55,8 +55,6 @@ ANY = {  # function -> why its signature says Any
     "training.results._draw_scores": LOG,
     "training.results._one_after_another": LOG,
     "int8.settings._weight_range": "arguments of nncf.quantize, each of a type of its own",
-    "int8.settings._idle_keys": "what a JSON file holds",
-    "int8.settings._leaves": "what a JSON file holds",
     "int8.settings._build": "it gives a value of the type that is its argument",
     "int8.fake_quantize.FakeQuantize.forward": CONTEXT,
     "int8.fake_quantize.FakeQuantize.backward": CONTEXT,

@@ -199,9 +199,9 @@ TABLE = "id,question,context,answer_text,answer_start\n"
         ("d.jsonl", "", "has no questions"),
         ("d.csv", TABLE, "has no questions"),
         # Bytes that are no UTF-8 text.
-        ("d.json", two([]).encode("utf-16"), "is not UTF-8 text, but UTF-16; save it as UTF-8"),
-        ("d.csv", TABLE.encode("utf-16-be"), "is not UTF-8 text: character 0 is NUL"),
-        ("d.csv", "\ufeff".encode("utf-16-be") + TABLE.encode("utf-16-be"), "but UTF-16"),
+        ("d.json", two([]).encode("utf-16"), "is UTF-16, not UTF-8: iconv -f UTF-16 -t UTF-8"),
+        ("d.csv", TABLE.encode("utf-16-be"), "has NUL bytes (the first is byte 0)"),
+        ("d.csv", "\ufeff".encode("utf-16-be") + TABLE.encode("utf-16-be"), "is UTF-16, not UTF-8"),
         ("d.json", two([]) + "\0", "character"),
         ("d.csv", f"{TABLE}a,caf\xe9,c,d,0".encode("latin-1"), "is not UTF-8 text (byte"),
     ],
@@ -398,7 +398,7 @@ def test_folders_that_are_refused(
     with pytest.raises(UserError, match=r"several data sets .*other/validation\.parquet"):
         load_squad(str(hub), FLAG)
     (tmp_path / "empty").mkdir()
-    with pytest.raises(UserError, match="is a folder, which has no parquet files; the layouts"):
+    with pytest.raises(UserError, match="is a folder without parquet files; the layouts"):
         load_squad(str(tmp_path / "empty"), FLAG)
     (tmp_path / "cut.parquet").write_text("{")
     with pytest.raises(UserError, match=r"cut\.parquet is not parquet that can be read"):

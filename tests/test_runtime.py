@@ -261,7 +261,7 @@ def logits(model: runtime.OnnxModel) -> np.ndarray:
 def picked(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
     """What has been opened: the runtime and its options."""
     calls: list[tuple[Any, ...]] = []
-    for name in ("_openvino", "_onnxruntime"):
+    for name in ("in_openvino", "in_onnxruntime"):
         original = getattr(runtime, name)
 
         def opened(path: str, *options: Any, name: str = name, original: Any = original) -> Any:
@@ -279,7 +279,7 @@ def test_a_file_that_cannot_overflow_runs_in_openvino_in_f32_on_every_cpu(
 ) -> None:
     monkeypatch.setattr(runtime, "this_cpu", lambda: cpu)
     model = load(qa_folder(tmp_path / "qa", weight))
-    assert picked == [("_openvino", "f32", False)]
+    assert picked == [("in_openvino", "f32", False)]
     assert model.arithmetic == "f32"
     note = f"note: --model {tmp_path / 'qa'} runs in f32; --runtime_precision=default is faster"
     assert capfd.readouterr().err == (f"{note} and less exact\n" if cpu.has_bf16 else "")
@@ -309,7 +309,7 @@ def test_full_range_without_vnni_is_computed_in_floating_point_and_says_so_in_a_
     monkeypatch.setattr(onnxruntime, "InferenceSession", session)
     monkeypatch.setattr(runtime, "this_cpu", lambda: cpu)
     model = load(full, asked)
-    assert picked == [("_onnxruntime", True)]
+    assert picked == [("in_onnxruntime", True)]
     assert options == ["1"]
     assert logits(model).tolist() == LOGITS.tolist()
     assert capfd.readouterr().err == (
@@ -324,7 +324,7 @@ def test_full_range_with_vnni_runs_as_it_is(
 ) -> None:
     monkeypatch.setattr(runtime, "this_cpu", lambda: NEW)
     load(full), load(full, "onnxruntime")
-    assert picked == [("_openvino", "f32", False), ("_onnxruntime", False)]
+    assert picked == [("in_openvino", "f32", False), ("in_onnxruntime", False)]
     assert "warning" not in capfd.readouterr().err
 
 
@@ -334,7 +334,7 @@ def test_without_openvino_onnx_runtime_is_taken(
     monkeypatch.setattr(runtime.importlib.util, "find_spec", lambda _: None)
     monkeypatch.setattr(runtime, "this_cpu", lambda: NEW)
     load(full)
-    assert picked == [("_onnxruntime", False)]
+    assert picked == [("in_onnxruntime", False)]
 
 
 def test_openvino_where_it_is_asked_for_multiplies_full_range_weights_in_floating_point(
@@ -342,7 +342,7 @@ def test_openvino_where_it_is_asked_for_multiplies_full_range_weights_in_floatin
 ) -> None:
     monkeypatch.setattr(runtime, "this_cpu", lambda: OLD)
     model = load(full, "openvino")
-    assert picked == [("_openvino", "f32", True)]
+    assert picked == [("in_openvino", "f32", True)]
     assert model.arithmetic == "f32"
     assert logits(model).tolist() == LOGITS.tolist()
     assert "it runs in floating point, which is slower" in capfd.readouterr().err
@@ -360,7 +360,7 @@ def test_openvino_says_that_products_of_activations_may_be_wrong(
     assert "its numbers may be wrong, which --runtime=onnxruntime avoids" in line
     assert line.endswith("quantize again with weight_range pairs")
     assert load(folder).arithmetic == "f32"
-    assert picked == [("_openvino", "f32", True), ("_onnxruntime", True)]
+    assert picked == [("in_openvino", "f32", True), ("in_onnxruntime", True)]
 
 
 @pytest.mark.skipif(not this_cpu().has_bf16, reason="only a CPU with bf16 computes in it")
