@@ -1,4 +1,4 @@
-"""Seconds and peak memory from a SQuAD file to windows, the file repeated a number of times."""
+"""Seconds and peak memory from a SQuAD file, repeated several times, to windows."""
 
 from __future__ import annotations
 

@@ -22,6 +22,7 @@ from deploy import timing
 from deploy.cpu import this_cpu
 
 SCORES = {"f1": "F1", "top_1": "top 1", "top_5": "top 5"}  # key of metrics.json -> table head
+DRAWN = ("f1", "top_1")  # of SCORES, one per task
 MARKERS = dict(zip(timing.WAYS, "os^", strict=True))
 
 
@@ -130,7 +131,7 @@ def draw(rows: Sequence[Row], length: int, path: str) -> None:
     import matplotlib.pyplot as plt  # after the backend is chosen
     from matplotlib import ticker  # as matplotlib
 
-    keys = [key for key in ("f1", "top_1") if any(key in row.scores for row in rows)]
+    keys = [key for key in DRAWN if any(key in row.scores for row in rows)]
     figure, panels = plt.subplots(
         len(keys), 1, figsize=(8, 5 * len(keys)), squeeze=False, layout="constrained"
     )

@@ -24,7 +24,7 @@ FLAGS = {  # of ask.py, for each way
     "ONNX Runtime": "--runtime=onnxruntime",
 }
 SECONDS = 60.0  # for the timing at the end of a stage, with loading
-ROUNDS = 10
+ROUNDS = 5
 TURN, CALLS = 0.2, 5  # a turn ends after so many seconds or calls, whichever come first
 REST = 0.1  # seconds before a turn: threads of the previous runtime may still spin
 
@@ -108,7 +108,7 @@ def milliseconds(
             last = times[key][-1] if times[key] else 0.0
             time.sleep(min(REST, 5 * last))
             warm = _seconds(run, 1)  # the other runs have replaced its memory in the caches
-            count = max(1, min(calls, int(turn / max(warm, 1e-9))))
+            count = max(1, int(min(calls, turn / max(warm, 1e-9))))
             times[key].append(_seconds(run, count))
         longest = max(longest, time.monotonic() - began)
     return {key: 1000 * statistics.median(each) for key, each in times.items()}

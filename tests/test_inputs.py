@@ -202,7 +202,7 @@ TABLE = "id,question,context,answer_text,answer_start\n"
         ("d.json", two([]).encode("utf-16"), "is UTF-16, not UTF-8: iconv -f UTF-16 -t UTF-8"),
         ("d.csv", TABLE.encode("utf-16-be"), "has NUL bytes (the first is byte 0)"),
         ("d.csv", "\ufeff".encode("utf-16-be") + TABLE.encode("utf-16-be"), "is UTF-16, not UTF-8"),
-        ("d.json", two([]) + "\0", "character"),
+        ("d.json", two([]) + "\0", "has NUL bytes"),
         ("d.csv", f"{TABLE}a,caf\xe9,c,d,0".encode("latin-1"), "is not UTF-8 text (byte"),
     ],
 )  # fmt: skip

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 import torch
 from calls import call
-from conftest import ROOT, train_qa_command
+from conftest import ROOT, command_of
 from nncf.torch.function_hook.wrapper import get_hook_storage
 from nncf.torch.quantization.layers import (
     AsymmetricQuantizer,
@@ -412,7 +412,7 @@ def test_a_users_file_with_keys_without_effect_is_warned_about_in_one_line(
     keys = (nested("target_device", "CPU"), nested(f"{ADVANCED}.quantize_outputs", True))
     path.write_text(json.dumps(together(*keys, nested("ignored_scope.names", ["nothing"]))))
     out = tmp_path / "out"
-    assert call(train_qa_command(teacher, few, out, f"--nncf_config={path}")) == 2
+    assert call(command_of("train_qa", teacher, few, out, f"--nncf_config={path}")) == 2
     lines = [line for line in capfd.readouterr().err.splitlines() if "without effect" in line]
     assert lines == [
         f"warning: --nncf_config: {path}: keys without effect: target_device,"
