@@ -190,7 +190,9 @@ def _read_answers(
             file.get(given, within(at, "answers"), k, list) for k in ("text", "answer_start")
         )
         if len(texts) != len(starts):
-            raise file.refused(f"{within(at, 'answers')} has not as many texts as starts")
+            raise file.refused(
+                f"{within(at, 'answers')} has {len(texts)} texts, but {len(starts)} starts"
+            )
         notes["lists"].append(name)
         given = [{"text": t, "answer_start": n} for t, n in zip(texts, starts, strict=True)]
     elif given is None:
@@ -256,8 +258,8 @@ def _tell_notes(
         tell(f"{file.path} is read as {layout}: {questions} questions, {contexts} contexts")
     if notes["searched"]:
         tell(
-            f"{file.path}: answers without answer_start that stand once in their context, and count"
-            f" there: {len(notes['searched'])}"
+            f"{file.path}: {len(notes['searched'])} answers without answer_start were found at one"
+            " place in their context"
         )
     for key, kind, then in (
         ("repeated", "that come again with the same id, context and answers", "they count once"),
@@ -267,7 +269,7 @@ def _tell_notes(
         if notes[key]:
             warn(f"{file.path}: questions {kind}: {count(key)}; {then}")
     if misplaced := len(notes["misplaced"]):
-        searched = ", or not once where there is none," if notes["not found"] else ""
+        searched = ", or, without answer_start, at exactly one place," if notes["not found"] else ""
         warn(
             f"{file.path}: {misplaced} answers are not in the context at answer_start{searched} and"
             f" are left out (first ids: {first('misplaced')}); {len(notes['lost'])} questions lose"
@@ -277,8 +279,8 @@ def _tell_notes(
     if version != "" and 0 < unanswered < questions:
         though = f", though its version is {version}" if version else ""
         warn(
-            f"{file.path}: of {questions} questions have no answer: {count('unanswered')}; so the"
-            f" file counts as SQuAD 2.0{though}"
+            f"{file.path}: {unanswered} of {questions} questions have no answer (first ids:"
+            f" {first('unanswered')}), so the file counts as SQuAD 2.0{though}"
         )
 
 
@@ -485,8 +487,7 @@ def truncate(tokens: Tokens, max_length: int) -> Tokens:
 
 def cut_windows(
     data: SquadData,
-    contexts: Tokens,
-    questions: Tokens,
+    tokens: tuple[Tokens, Tokens],
     special: SpecialIds,
     max_seq_length_c: int,
     doc_stride: int,
@@ -499,12 +500,14 @@ def cut_windows(
     so that they still cover the context.
 
     Args:
+        tokens: of contexts and questions, as from `tokenize_squad`.
         for_training: leave out questions whose answers are all misplaced in the file or without
             tokens; otherwise training would learn that they have no answer.
 
     Raises:
         UserError: a question leaves no room for a context token.
     """
+    contexts, questions = tokens
     room = max_seq_length_c - 3 - questions.lengths  # context tokens beside each question
     if len(room) and room.min() < 1:
         worst = int(room.argmin())
@@ -552,7 +555,7 @@ def _answer_tokens(data: SquadData, contexts: Tokens) -> tuple[np.ndarray, np.nd
                 found.append((first, last))
                 counts[q] += 1
     if lost := sum(map(len, data.answers)) - len(found):
-        warn(f"{data.path}: {lost} answers hold nothing that the tokenizer keeps, and are left out")
+        warn(f"{data.path}: {lost} answers give no tokens, and are left out")
     return np.array(found, np.int32).reshape(-1, 2), counts
 
 

@@ -154,7 +154,7 @@ class Reader:
         data = SquadData("", [], [""], ["question"], [""], np.zeros(1, np.int32), [[]],
                          np.zeros(1, bool), True, "")  # fmt: skip
         windows = squad_utils.cut_windows(
-            data, tokens, asked, self.special, self.length, self.doc_stride, for_training=False
+            data, (tokens, asked), self.special, self.length, self.doc_stride, for_training=False
         )
         offsets = tokens.offsets_of(0)
         taken = np.zeros(len(offsets), bool)

@@ -17,8 +17,7 @@ from deploy.cpu import this_cpu
 from deploy.runtime import is_int8
 from squad_utils import INPUTS
 
-WAYS = ("OpenVINO f32", "OpenVINO default", "ONNX Runtime")  # to run a file
-FLAGS = {  # of ask.py, for each way
+WAYS = {  # to run a file -> the flags of ask.py
     "OpenVINO f32": "--runtime=openvino",
     "OpenVINO default": "--runtime=openvino --runtime_precision=default",
     "ONNX Runtime": "--runtime=onnxruntime",
@@ -37,7 +36,7 @@ def compiled(path: str, way: str, length: int) -> Run:
 
     Args:
         path: an exported model.onnx, of any declared length.
-        way: one of WAYS.
+        way: a key of WAYS.
     """
     row = np.arange(length, dtype=np.int64)[None]
     # Every vocabulary has these ids, and the time does not depend on them.
@@ -65,10 +64,9 @@ def time_files(
     """Median milliseconds of each file at 1 x `length`, by way.
 
     Args:
-        paths: by the names that the result has.
+        paths: the files by name.
         seconds: as in `milliseconds`, with loading.
-        failed: called with name, way and error where a way does not run a file; the result lacks
-            it.
+        failed: called with name, way and error if a way cannot run a file; the result lacks it.
     """
     end = time.monotonic() + seconds
     runs: dict[tuple[str, str], Run] = {}
@@ -191,7 +189,7 @@ def fastest(own: Mapping[str, float], fp32: Mapping[str, float], int8: bool, len
         return "no runtime on this machine runs the file"
     best = min(own, key=lambda way: own[way])
     line = (
-        f"fastest here ({this_cpu()}): {best} ({FLAGS[best]}),"
+        f"fastest here ({this_cpu()}): {best} ({WAYS[best]}),"
         f" {own[best]:.1f} ms for {length} tokens"
     )
     if not int8:

@@ -210,27 +210,34 @@ _round_to, _gradients = _Compiled(round_to), _Compiled(gradients)
 _only_inside, _gradient_sums = _Compiled(only_inside), _Compiled(gradient_sums)
 
 
+@dataclass(frozen=True)
+class Rounding:
+    """How to round values.
+
+    Attributes:
+        levels, eps: the quantizer's.
+        dtype: the dtype of the result.
+        known: the result if it has been computed before, else None.
+    """
+
+    levels: Levels
+    eps: float
+    dtype: torch.dtype
+    known: Tensor | None
+
+
 class FakeQuantize(torch.autograd.Function):
     """Round values to the levels of a range, with gradients for values and range."""
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        values: Tensor,
-        levels: Levels,
-        eps: float,
-        dtype: torch.dtype,
-        known: Tensor | None,
-        *parameters: Tensor,
-    ) -> Tensor:
+    def forward(ctx: Any, values: Tensor, rounding: Rounding, *parameters: Tensor) -> Tensor:
         """Round values of any shape.
 
         Args:
-            dtype: the dtype of the result.
-            known: the result if it has been computed before, else None.
             parameters: the scale of a symmetric range, or low end and width of an asymmetric one;
                 they broadcast to the values.
         """
+        levels, eps = rounding.levels, rounding.eps
         if len(parameters) == 1:
             low, width = symmetric_range(parameters[0], levels, eps)
         else:
@@ -239,15 +246,15 @@ class FakeQuantize(torch.autograd.Function):
         ctx.levels = levels
         # The parameters themselves may be raised before the backward pass.
         ctx.save_for_backward(values, low, width, steps, torch.sign(parameters[-1]))
-        if known is not None:
-            return known.detach()
+        if rounding.known is not None:
+            return rounding.known.detach()
         (flat,) = _flat(low, values)
-        return _round_to(flat, low, width, steps, dtype).view_as(values)
+        return _round_to(flat, low, width, steps, rounding.dtype).view_as(values)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         values, low, width, steps, sign = ctx.saved_tensors
-        needs_values, _, _, _, _, *needs_range = ctx.needs_input_grad
+        needs_values, _, *needs_range = ctx.needs_input_grad
         grads, inputs = _flat(low, grad, values)
         of_values: Tensor | None = None
         of_range: list[Tensor | None] = [None] * len(needs_range)
@@ -266,7 +273,7 @@ class FakeQuantize(torch.autograd.Function):
             of_values = of_values.view_as(values).to(values.dtype)
         else:
             of_values = None
-        return of_values, None, None, None, None, *of_range
+        return of_values, None, *of_range
 
 
 def _flat(low: Tensor, *tensors: Tensor) -> list[Tensor]:
@@ -283,30 +290,18 @@ def _flat(low: Tensor, *tensors: Tensor) -> list[Tensor]:
 
 
 # NNCF knows the next two functions by their names, and by the parameters among their arguments.
-def symmetric_quantize(
-    x: Tensor, scale: Tensor, levels: Levels, eps: float, dtype: torch.dtype, known: Tensor | None
-) -> Tensor:
-    """Round values to a symmetric range; arguments as in `FakeQuantize`."""
-    rest = (levels, eps, dtype, known)
+def symmetric_quantize(x: Tensor, scale: Tensor, rounding: Rounding) -> Tensor:
+    """Round values to a symmetric range."""
     if has_torch_function_unary(x):
-        return handle_torch_function(symmetric_quantize, (x,), x, scale, *rest)
-    return FakeQuantize.apply(x, *rest, scale)
+        return handle_torch_function(symmetric_quantize, (x,), x, scale, rounding)
+    return FakeQuantize.apply(x, rounding, scale)
 
 
-def asymmetric_quantize(
-    x: Tensor,
-    low: Tensor,
-    width: Tensor,
-    levels: Levels,
-    eps: float,
-    dtype: torch.dtype,
-    known: Tensor | None,
-) -> Tensor:
-    """Round values to an asymmetric range; arguments as in `FakeQuantize`."""
-    rest = (levels, eps, dtype, known)
+def asymmetric_quantize(x: Tensor, low: Tensor, width: Tensor, rounding: Rounding) -> Tensor:
+    """Round values to an asymmetric range."""
     if has_torch_function_unary(x):
-        return handle_torch_function(asymmetric_quantize, (x,), x, low, width, *rest)
-    return FakeQuantize.apply(x, *rest, low, width)
+        return handle_torch_function(asymmetric_quantize, (x,), x, low, width, rounding)
+    return FakeQuantize.apply(x, rounding, low, width)
 
 
 @dataclass(frozen=True)
@@ -335,7 +330,6 @@ def quantize(
     """
     if execute_traced_op_as_identity:
         return x
-    symmetric = isinstance(quantizer, SymmetricQuantizer)
     with torch._C.DisableTorchFunction():  # NNCF would take this for a part of the model
         weight = isinstance(x, nn.Parameter)
         # Embedding tables are weights without a range to hold: their rows are not multiplied.
@@ -347,11 +341,12 @@ def quantize(
             known = None
         if held and known is None:
             hold(quantizer, x)
-    rest = (quantizer.levels_in_use, quantizer.eps, dtype, None if known is None else known.rounded)
-    if symmetric:
-        rounded = symmetric_quantize(x, quantizer.scale, *rest)
+    earlier = None if known is None else known.rounded
+    rounding = Rounding(quantizer.levels_in_use, quantizer.eps, dtype, earlier)
+    if isinstance(quantizer, SymmetricQuantizer):
+        rounded = symmetric_quantize(x, quantizer.scale, rounding)
     else:
-        rounded = asymmetric_quantize(x, quantizer.input_low, quantizer.input_range, *rest)
+        rounded = asymmetric_quantize(x, quantizer.input_low, quantizer.input_range, rounding)
     if keeps and known is None:
         with torch._C.DisableTorchFunction():
             _known[quantizer] = Known(rounded.detach(), _state(quantizer, x, dtype))
