@@ -62,9 +62,14 @@ def multiplies_activations(model: onnx.ModelProto) -> bool:
     )
 
 
-def may_saturate(model: onnx.ModelProto) -> bool:
-    """Whether integer kernels that add two products in 16 bits can give wrong numbers."""
-    return (largest_pair(model) or 0) > PAIR_LIMIT or multiplies_activations(model)
+def overflow_causes(model: onnx.ModelProto) -> list[str]:
+    """Why integer kernels that add two products in 16 bits can overflow; [] if they cannot."""
+    causes = []
+    if (largest_pair(model) or 0) > PAIR_LIMIT:
+        causes.append("its INT8 weights use the full range")
+    if multiplies_activations(model):
+        causes.append("it multiplies activations of 8 bits")
+    return causes
 
 
 def overflow(model: onnx.ModelProto, cpu: Cpu) -> tuple[str, str]:
@@ -72,13 +77,9 @@ def overflow(model: onnx.ModelProto, cpu: Cpu) -> tuple[str, str]:
 
     On an unknown CPU, or one other than x86, the numbers may still be right.
     """
-    if cpu.sums_exactly or not may_saturate(model):
+    causes = overflow_causes(model)
+    if cpu.sums_exactly or not causes:
         return "", ""
-    causes = []
-    if (largest_pair(model) or 0) > PAIR_LIMIT:
-        causes.append("its INT8 weights use the full range")
-    if multiplies_activations(model):
-        causes.append("it multiplies activations of 8 bits")
     where = f"some integer kernels, and this CPU ({cpu.name}) has not been tried"
     if "avx2" in cpu.features:
         where = f"integer kernels without VNNI, and this CPU ({cpu.name}) has none"

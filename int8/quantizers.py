@@ -25,7 +25,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from cli import UserError, in_one_line
+from cli import UserError, in_one_line, read_object
 from int8 import fake_quantize  # noqa: F401 - takes the place of NNCF's functions
 from int8.weight_range import WeightRange, hold_in_use, use_seven_bits
 from squad_utils import INPUTS
@@ -34,23 +34,13 @@ QUANTIZERS = "quantizers.json"  # in a quantized model's folder: the places of i
 QUANTIZER_WEIGHTS = "quantizers.safetensors"  # beside it: their ranges
 HOOKS = "__nncf_hooks."  # the prefix of the quantizers' parameters
 WEIGHT_RANGE = "weight_range"  # a key of QUANTIZERS, beside NNCF's own
-PLAIN_WEIGHTS = (
-    "plain_weights"  # another: whether the saved weights are without SmoothQuant's scales
-)
+PLAIN_WEIGHTS = "plain_weights"  # a key: whether SmoothQuant's scales are divided out of weights
 # Operations that do arithmetic; others only move numbers.
 KINDS = ("embedding", "linear", "matmul", "softmax", "layer_norm", "gelu", "relu", "add", "mul")
-INT8_KINDS = ("embedding", "linear", "matmul")
-MOVING = (
-    "transpose",
-    "flatten",
-    "unflatten",
-    "view",
-    "reshape",
-    "permute",
-    "chunk",
-    "unbind",
-    "contiguous",
-)
+# Operations that can be INT8 -> inputs with quantizers; an embedding's input 0 is indices.
+INT8_INPUTS = {"embedding": {1}, "linear": {0, 1}, "matmul": {0, 1}}
+MOVING = ("transpose", "flatten", "unflatten", "view", "reshape", "permute", "chunk", "unbind",
+          "contiguous")  # fmt: skip
 WHY_FLOAT = {
     "matmul": "an input is softmax's, which 8 bits round too coarsely, or it is in ignored_scope",
     "softmax": "exponentials need the range of floating point",
@@ -242,8 +232,7 @@ def load_quantizers(model: PreTrainedModel, folder: str, flag: str) -> PreTraine
         UserError: the files are damaged.
     """
     with in_one_line(f"{flag}: the quantizers of {folder} do not load"):
-        with open(os.path.join(folder, QUANTIZERS), encoding="utf-8") as file:
-            config = json.load(file)
+        config = read_object(os.path.join(folder, QUANTIZERS), flag)
         weight_range = WeightRange(config.pop(WEIGHT_RANGE, WeightRange.FULL))
         plain = config.pop(PLAIN_WEIGHTS, False)
         model = nncf.torch.load_from_config(model, config)
@@ -268,8 +257,7 @@ def load_quantizers(model: PreTrainedModel, folder: str, flag: str) -> PreTraine
 def how_it_loads(folder: str, script: str) -> str:
     """A text for the model card of a folder with quantizers: how to load the INT8 model, and which
     model `from_pretrained` loads."""
-    with open(os.path.join(folder, QUANTIZERS), encoding="utf-8") as file:
-        plain = json.load(file).get(PLAIN_WEIGHTS, False)
+    plain = read_object(os.path.join(folder, QUANTIZERS), "--output_dir").get(PLAIN_WEIGHTS)
     weights = (
         "is a plain model in FP32, which `from_pretrained` loads"
         if plain
@@ -285,9 +273,8 @@ def what_is_int8(model: nn.Module) -> list[dict[str, str | int]]:
     """For each kind of operation: how many are INT8, how many are not, and why they are not."""
     counts: dict[str, list[int]] = {}
     for operation in operations(model):
-        # An embedding's first input is indices, so only its table can be INT8.
-        needed = {1} if operation.kind == "embedding" else {0, 1}
-        int8 = operation.kind in INT8_KINDS and needed <= operation.quantized
+        needed = INT8_INPUTS.get(operation.kind)
+        int8 = needed is not None and needed <= operation.quantized
         counts.setdefault(operation.kind, [0, 0])[int8] += 1
     return [
         {

@@ -82,13 +82,13 @@ def test_pairs_are_neighbours_along_the_input_axis_of_one_channel(form: dict[str
     assert int8_file.largest_pair(linear(weight, **form)) == 128
     weight[3, 0] = -2
     assert int8_file.largest_pair(linear(weight, **form)) == 129
-    assert int8_file.may_saturate(linear(weight, **form))
+    assert int8_file.overflow_causes(linear(weight, **form))
 
 
 def test_the_last_of_an_odd_number_of_inputs_counts_alone() -> None:
     weight = np.array([[1], [-100], [127]], np.int8)
     assert int8_file.largest_pair(linear(weight)) == 127
-    assert not int8_file.may_saturate(linear(weight))
+    assert not int8_file.overflow_causes(linear(weight))
     assert int8_file.largest_pair(linear(np.array([[-128]], np.int8))) == 128
     assert int8_file.largest_pair(linear(np.full((4, 1), -128, np.int8))) == 256
 
@@ -113,7 +113,7 @@ def test_tables_that_are_looked_up_do_not_count() -> None:
     inputs = {"ids": (TensorProto.INT64, [1])}
     only = model_of(look_up, {k: tensors[k] for k in ("table", "scale")}, inputs, {"x": [1, 4]})
     assert int8_file.largest_pair(only) is None
-    assert not int8_file.may_saturate(only)
+    assert not int8_file.overflow_causes(only)
     product = [
         node("DequantizeLinear", ["w", "scale"], ["w_d"]),
         node("MatMul", ["x", "w_d"], ["y"]),
@@ -127,7 +127,7 @@ def test_a_file_in_floating_point_has_no_pairs() -> None:
     inputs = {"x": (TensorProto.FLOAT, [1, 4])}
     model = model_of([node("MatMul", ["x", "w"], ["y"])], weight, inputs, {"y": [1, 2]})
     assert int8_file.largest_pair(model) is None
-    assert not int8_file.may_saturate(model)
+    assert not int8_file.overflow_causes(model)
 
 
 @pytest.mark.parametrize("quantized", [("q", "k"), ("q",), ("k",), ()])
@@ -147,7 +147,7 @@ def test_a_product_of_two_activations_is_told_from_one_of_weights(
     model = model_of(nodes, tensors, inputs, {"y": [2, 2]})
     assert int8_file.largest_pair(model) is None
     assert int8_file.multiplies_activations(model) == (len(quantized) == 2)
-    assert int8_file.may_saturate(model) == (len(quantized) == 2)
+    assert bool(int8_file.overflow_causes(model)) == (len(quantized) == 2)
 
 
 def test_weights_become_floating_point_with_the_scale_of_their_channel() -> None:
