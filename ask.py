@@ -1,8 +1,9 @@
 """Ask an exported QA model about a text of any length, or about many texts.
 
-Runs model.onnx of a train_qa.py output folder in ONNX Runtime or OpenVINO; no torch is needed.
-Tokenisation, windows and span search are those of the evaluation. With an embedding model too, it
-finds the paragraphs that are nearest to a question first, and reads those; alone, it shows them.
+Runs the model.onnx of a train_qa.py output folder in ONNX Runtime or OpenVINO, without torch.
+Tokenisation, windows and span search are those of the evaluation. With an embedding model as well,
+it first finds the paragraphs nearest to a question and reads only those. With an embedding model
+alone, it shows these paragraphs.
 """
 
 from __future__ import annotations
@@ -12,9 +13,10 @@ import signal
 
 
 def stop(number: int, _: FrameType | None) -> NoReturn:
-    """Ctrl-C while there is nothing to save: a line, and the exit code that it always has.
+    """Handle Ctrl-C while there is nothing to save: print a line and exit as after any Ctrl-C.
 
-    KeyboardInterrupt would not do: raised in a callback of an import it is shown and forgotten.
+    A KeyboardInterrupt is not enough: if a callback of an import raises it, Python prints it and
+    goes on.
     """
     os.write(2, b"stopped\n")
     os._exit(128 + number)
@@ -32,9 +34,17 @@ from dataclasses import replace
 from types import FrameType
 from typing import Any, NoReturn
 
-from cli import ArgumentParser, Interrupted, UserError, number, run_main
+from cli import (
+    ArgumentParser,
+    Interrupted,
+    UnreadableError,
+    UserError,
+    decode,
+    number,
+    run_main,
+)
 from deploy import documents, reader
-from deploy.documents import Paragraph, UnreadableError
+from deploy.documents import Paragraph
 from deploy.reader import Answer
 from deploy.runtime import PRECISIONS, RUNTIMES, Runtime
 from deploy.search import build_index, load_embedder
@@ -46,42 +56,44 @@ def parse_arguments() -> argparse.Namespace:
     parser = ArgumentParser(description=__doc__.splitlines()[0])
     add = parser.group("models").add_argument
     add("--model", metavar="FOLDER",
-        help="output folder of train_qa.py or pack_and_distill.py, or the model.onnx in it; it"
-        " reads the text (default: none, show the paragraphs that --model_emb finds)")  # fmt: skip
+        help="QA model that reads the text: an output folder of train_qa.py or"
+        " pack_and_distill.py, or the model.onnx in it (default: none, show the paragraphs that"
+        " --model_emb finds)")  # fmt: skip
     add("--model_emb", metavar="FOLDER",
-        help="the same of an embedding model; it finds the paragraphs to read (default: none, read"
-        " all of one text)")  # fmt: skip
+        help="embedding model that finds the paragraphs to read: an output folder, or the"
+        " model.onnx in it (default: none, read all of one text)")  # fmt: skip
     add = parser.group("texts and questions").add_argument
     add("--context", required=True, nargs="+", metavar="FILE",
-        help="UTF-8 text that holds the answers; with --model_emb several, and folders, whose .txt"
-        " and .md files are taken")  # fmt: skip
+        help="UTF-8 text with the answers; --model_emb allows several files, and folders, of"
+        " which the .txt and .md files are read")  # fmt: skip
     add("--top_contexts", type=number(int, 1, 1000), default=5, metavar="N",
-        help="paragraphs to read for a question, with --model_emb")  # fmt: skip
+        help="paragraphs to read per question, with --model_emb")  # fmt: skip
     add("--question", action="append", metavar="TEXT",
-        help="may be given several times (default: asked for, or the lines of a pipe, in"
-        " UTF-8)")  # fmt: skip
+        help="a question; may be given several times (default: type questions at a prompt, or pipe"
+        " them in, one per line, in UTF-8)")  # fmt: skip
     add = parser.group("answers").add_argument
     add("--top_k", type=number(int, 1, 50), default=3, metavar="N",
-        help="answers to show for a question")  # fmt: skip
+        help="answers to show per question")  # fmt: skip
     add("--json", action="store_true",
-        help="print a line for each question, one JSON object; start and end of an answer count"
-        " code points of the whole file, byte order mark and carriage returns too")  # fmt: skip
+        help="print one JSON object per question, each on its own line; an answer's start and end"
+        " count code points of the whole file, with byte order mark and carriage"
+        " returns")  # fmt: skip
     add = parser.group("the machine").add_argument
     add("--runtime", choices=RUNTIMES, default="auto",
-        help="auto takes OpenVINO where it is installed and computes exactly, else ONNX"
+        help="auto takes OpenVINO if it is installed and computes the file exactly, else ONNX"
         " Runtime")  # fmt: skip
     add("--runtime_precision", choices=PRECISIONS, default="f32",
-        help="default lets OpenVINO take bf16 where the CPU has it: faster and less"
+        help="default lets OpenVINO compute in bf16 on CPUs that have it: faster, less"
         " exact")  # fmt: skip
     return parser.parse_args()
 
 
 # ------------------------------------------------------------------------------------------------
-# What is printed
+# Output
 
 
 def show(answers: list[Answer]) -> None:
-    """Print answers for people: probability, answer, its sentence, and where that stands."""
+    """Print answers to read: probability, answer, its sentence, and its source."""
     colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ
     if answers and answers[0].no_answer and answers[0].source is None:
         print("  no answer in this text; the nearest there is:")
@@ -98,7 +110,7 @@ def show(answers: list[Answer]) -> None:
 
 
 def as_record(answer: Answer) -> dict[str, Any]:
-    """An answer for JSON; `no_answer` only for models of SQuAD 2.0."""
+    """An answer for JSON, with `no_answer` only if the model is one for SQuAD 2.0."""
     record: dict[str, Any] = {
         "text": answer.text,
         "probability": answer.probability,
@@ -115,7 +127,7 @@ def as_record(answer: Answer) -> dict[str, Any]:
 
 
 def show_paragraphs(nearest: list[tuple[Paragraph, float]]) -> None:
-    """Print the paragraphs nearest to a question for people."""
+    """Print the paragraphs nearest to a question, to read."""
     for rank, (paragraph, distance) in enumerate(nearest, 1):
         print(f"  {rank}. {paragraph.source}, distance {distance:.3f}")
         print(f"     {' '.join(paragraph.text.split())}")
@@ -123,21 +135,33 @@ def show_paragraphs(nearest: list[tuple[Paragraph, float]]) -> None:
 
 
 def print_json(question: str, **found: Any) -> None:
-    """Print what was found as one line of JSON, escaped where stdout has no UTF-8."""
+    """Print the results as one line of JSON, with escapes if stdout's encoding is not UTF-8."""
     escaped = (sys.stdout.encoding or "").lower().replace("-", "") != "utf8"
     print(json.dumps({"question": question, **found}, ensure_ascii=escaped), flush=True)
 
 
+def print_answers(as_json: bool, question: str, answers: list[Answer], **more: Any) -> None:
+    """Print the answers to a question.
+
+    Args:
+        more: further values for JSON.
+    """
+    if as_json:
+        print_json(question, **more, answers=[as_record(each) for each in answers])
+    else:
+        show(answers)
+
+
 # ------------------------------------------------------------------------------------------------
-# What is asked
+# Questions
 
 
 def questions_from_input() -> Iterator[str]:
-    """Questions from a prompt, until its end or an empty line; or all lines of a pipe that are not
-    blank.
+    """Questions typed at a prompt, until an empty line or its end; or a pipe's lines, blank ones
+    left out.
 
     Raises:
-        UserError: a line is no UTF-8 text; names it.
+        UserError: a line is not UTF-8 text; names the line.
     """
     prompts = sys.stdin.isatty()
     for count in itertools.count(1):
@@ -145,7 +169,7 @@ def questions_from_input() -> Iterator[str]:
             print("question> ", end="", file=sys.stderr, flush=True)
         line = sys.stdin.buffer.readline()
         try:
-            text = documents.decode(line)
+            text = decode(line)
         except UnreadableError as error:
             raise UserError(f"line {count} of the input {error}") from None
         if count == 1:
@@ -157,7 +181,11 @@ def questions_from_input() -> Iterator[str]:
 
 
 def check_streams(args: argparse.Namespace) -> None:
-    """Raises a UserError where there is no input to read questions from, or texts take it."""
+    """Check that there is a question, or an input to read questions from.
+
+    Raises:
+        UserError: a question is empty or not UTF-8; stdin is closed, or is read as a text.
+    """
     for each in args.question or ():
         try:
             each.encode()
@@ -174,9 +202,9 @@ def check_streams(args: argparse.Namespace) -> None:
 
 
 def ask_text(args: argparse.Namespace) -> Callable[[str], None]:
-    """Answers from one text: what prints those to a question."""
+    """The function that prints the answers to a question from one text."""
     if len(args.context) > 1:
-        raise UserError("--context: several files need --model_emb, which finds what to read")
+        raise UserError("--context: several files need --model_emb, which finds paragraphs to read")
     file = documents.read_file(args.context[0])
     model = reader.load(args.model, Runtime(args.runtime, args.runtime_precision))
     if not len(model.tokens(file.text).ids):
@@ -187,33 +215,26 @@ def ask_text(args: argparse.Namespace) -> Callable[[str], None]:
             replace(each, start=each.start + file.start, end=each.end + file.start)
             for each in model.answers(file.text, question, args.top_k)
         ]
-        if args.json:
-            sure = model.threshold is None or not answers
-            none = {} if sure else {"no_answer": answers[0].no_answer}
-            print_json(question, **none, answers=[as_record(each) for each in answers])
-        else:
-            show(answers)
+        knows_none = model.threshold is not None and answers
+        none = {"no_answer": answers[0].no_answer} if knows_none else {}
+        print_answers(args.json, question, answers, **none)
 
     return ask
 
 
 def ask_texts(args: argparse.Namespace) -> Callable[[str], None]:
-    """Answers from many texts, or with no --model their paragraphs: what prints those to a
-    question."""
+    """The function that prints the answers to a question from many texts, or, without --model, the
+    nearest paragraphs."""
     runtime = Runtime(args.runtime, args.runtime_precision)
     embedder = load_embedder(args.model_emb, runtime)
     model = reader.load(args.model, runtime) if args.model else None
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # an index saves what it has
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # stopped, an index saves its vectors
     index = build_index(embedder, args.context)
 
     def ask(question: str) -> None:
         nearest = index.nearest(embedder.question(question), args.top_contexts)
         if model is not None:
-            answers = model.answers_from(nearest, question, args.top_k)
-            if args.json:
-                print_json(question, answers=[as_record(each) for each in answers])
-            else:
-                show(answers)
+            print_answers(args.json, question, model.answers_from(nearest, question, args.top_k))
         elif args.json:
             paragraphs = [
                 {
@@ -233,7 +254,7 @@ def ask_texts(args: argparse.Namespace) -> Callable[[str], None]:
 
 
 def main() -> None:
-    signal.signal(signal.SIGINT, stop)  # still: runtimes are imported as models are loaded
+    signal.signal(signal.SIGINT, stop)  # again, for the imports of runtimes as models load
     args = parse_arguments()
     check_streams(args)
     if not args.model and not args.model_emb:

@@ -9,6 +9,7 @@ import argparse
 import contextlib
 import difflib
 import io
+import json
 import os
 import signal
 import sys
@@ -17,19 +18,29 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NoReturn
 
-MAIN_PROCESS_SECONDS = 10.0  # that the main process has to tell an error before others tell it
+MAIN_PROCESS_SECONDS = 10.0  # other processes wait so long before they report an error
 PATHS = ("FILE", "FOLDER", "MODEL")  # metavars of flags whose values may be paths
+BYTE_ORDER_MARKS = (  # longest first: the mark of UTF-32 begins with that of UTF-16
+    (b"\xff\xfe\0\0", "UTF-32"),
+    (b"\0\0\xfe\xff", "UTF-32"),
+    (b"\xff\xfe", "UTF-16"),
+    (b"\xfe\xff", "UTF-16"),
+)
 
 
 class UserError(Exception):
-    """A mistake of the user's: one line that names the file, flag or value and what is right."""
+    """A user's mistake: one line that names the file, flag or value, and says what is right."""
+
+
+class UnreadableError(Exception):
+    """Why a file cannot be read, as the end of a sentence that begins with its name."""
 
 
 class Interrupted(Exception):
-    """The run was asked to stop (Ctrl-C, SIGTERM); the message says how to go on.
+    """The run was asked to stop (Ctrl-C, SIGTERM); the message says how to resume it.
 
     Attributes:
-        signal_number: the signal, which gives the exit code 128 + signal_number.
+        signal_number: the signal; the exit code is 128 + signal_number.
     """
 
     def __init__(self, message: str, signal_number: int) -> None:
@@ -38,16 +49,16 @@ class Interrupted(Exception):
 
 
 def first_line(error: BaseException) -> str:
-    """What an error says, in one line; its name where it says nothing."""
+    """The first line of an error's message, or the error's name if the message is empty."""
     return (str(error).strip() or repr(error)).splitlines()[0]
 
 
 @contextlib.contextmanager
 def in_one_line(what: str, kinds: tuple[type[Exception], ...] = (Exception,)) -> Iterator[None]:
-    """Around calls of a library: its errors become ours, "`what`: <first line of the error>".
+    """Turn a library's errors into UserErrors that read "`what`: <first line of the error>".
 
     Args:
-        kinds: the errors that become ours; those that are ours already stay as they are.
+        kinds: the errors to turn. UserError and Interrupted pass unchanged.
     """
     try:
         yield
@@ -58,8 +69,10 @@ def in_one_line(what: str, kinds: tuple[type[Exception], ...] = (Exception,)) ->
 
 
 class HelpFormatter(argparse.HelpFormatter):
-    """Says of each flag that it is required, or its default. Where None is the default, what that
-    means is said by the flag's own help."""
+    """Adds to each flag's help that the flag is required, or its default.
+
+    If the default is None, the help itself says what happens without the flag.
+    """
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
         if action.required:
@@ -71,7 +84,7 @@ class HelpFormatter(argparse.HelpFormatter):
         return f"{action.help} (default: %(default)s)"
 
     def _split_lines(self, text: str, width: int) -> list[str]:
-        # A default that is longer than a line stays whole, to be copied.
+        # A default longer than a line stays in one piece, so that it can be copied.
         return textwrap.wrap(
             " ".join(text.split()), width, break_long_words=False, break_on_hyphens=False
         )
@@ -81,7 +94,7 @@ class ArgumentParser(argparse.ArgumentParser):
     """argparse with one-line errors, close matches for unknown flags, defaults in --help.
 
     Args:
-        groups: titles of flags in --help, in the order in which it shows them; see `group`.
+        groups: titles of the groups of flags, in the order in which --help shows them.
     """
 
     def __init__(self, groups: Sequence[str] = (), **kwargs: Any) -> None:
@@ -90,14 +103,12 @@ class ArgumentParser(argparse.ArgumentParser):
             self.group(title)
 
     def group(self, title: str) -> argparse._ArgumentGroup:
-        """The flags that --help shows under this title; without flags it shows no title."""
-        for each in self._action_groups:
-            if each.title == title:
-                return each
-        return self.add_argument_group(title)
+        """The group of flags with this title; --help does not show a group without flags."""
+        found = [each for each in self._action_groups if each.title == title]
+        return found[0] if found else self.add_argument_group(title)
 
     def format_usage(self) -> str:
-        """What must be given, alone: the list of all flags follows anyway."""
+        """The required flags alone: the list of all flags follows in --help."""
         required = [f"{a.option_strings[-1]} ..." for a in self._actions if a.required]
         words = f"usage: {self.prog} {' '.join(required)} [--flag=value ...]"
         return textwrap.fill(
@@ -108,7 +119,7 @@ class ArgumentParser(argparse.ArgumentParser):
         self.usage = self.format_usage().removeprefix("usage: ").replace("%", "%%")
         return super().format_help()
 
-    def parse_args(  # type: ignore[override]  # the library's also takes namespaces of other kinds
+    def parse_args(  # type: ignore[override]  # the library's method takes other namespaces too
         self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None
     ) -> argparse.Namespace:
         parsed, unknown = self.parse_known_args(args, namespace)
@@ -118,7 +129,7 @@ class ArgumentParser(argparse.ArgumentParser):
         return parsed
 
     def _get_value(self, action: argparse.Action, arg_string: str) -> Any:
-        if action.metavar in PATHS:  # a shell leaves the ~ of --flag=~/x as it is
+        if action.metavar in PATHS:  # a shell does not expand the ~ in --flag=~/x
             arg_string = os.path.expanduser(arg_string)
         return super()._get_value(action, arg_string)
 
@@ -131,28 +142,28 @@ class ArgumentParser(argparse.ArgumentParser):
 
 
 def is_main_process() -> bool:
-    """Whether this process is the one that speaks (rank 0, or not launched in parallel)."""
+    """Whether this process prints: it has rank 0, or it is the only one."""
     return int(os.environ.get("RANK", "0")) == 0
 
 
 def warn(message: str) -> None:
-    """Print one line ``warning: ...`` to stderr, on the main process alone."""
+    """Print one line ``warning: ...`` to stderr; the main process alone does so."""
     if is_main_process():
         print(f"warning: {message}", file=sys.stderr, flush=True)
 
 
 def tell(message: str) -> None:
-    """Print one line ``note: ...`` to stderr, on the main process alone."""
+    """Print one line ``note: ...`` to stderr; the main process alone does so."""
     if is_main_process():
         print(f"note: {message}", file=sys.stderr, flush=True)
 
 
 @contextlib.contextmanager
 def _main_process_first() -> Iterator[None]:
-    """Around a script: an error beside the main process waits before it is told.
+    """Let a process other than the main one wait before it reports an error.
 
-    If the main process has it too, or has caused it, that tells it and ends; then torchrun ends the
-    others, which say nothing. If not, an error of this process alone is told after all.
+    Often the main process fails too, or first. It then reports its error and ends, and torchrun
+    ends the waiting processes. Otherwise this process reports its own error after the wait.
     """
     try:
         yield
@@ -171,7 +182,7 @@ def run_main(main: Callable[[], None]) -> NoReturn:
 
     Exit codes: 0 done, 2 a user's mistake, 128 + n stopped by signal n.
     """
-    code = 0
+    code, message = 0, ""
     signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         _prepare_streams()
@@ -179,61 +190,57 @@ def run_main(main: Callable[[], None]) -> NoReturn:
             main()
         sys.stdout.flush()
     except UserError as error:
-        code = 2
-        print(f"error: {error}", file=sys.stderr, flush=True)
-    except BrokenPipeError:  # the reader of our output has gone, as `| head` does
+        code, message = 2, f"error: {error}"
+    except BrokenPipeError:  # the reader of our output is gone, as `| head` is after ten lines
         pass
-    except OSError as error:  # most often a full disk; UserErrors name the rest before it matters
-        code = 2
+    except OSError as error:  # most often a full disk; UserErrors cover other causes
         where = f"{error.filename}: " if error.filename else ""
-        print(f"error: {where}{error.strerror or error}", file=sys.stderr, flush=True)
+        code, message = 2, f"error: {where}{error.strerror or error}"
     except RuntimeError as error:
-        # torch's, by name: this module does without torch. Training has an answer of its own.
+        # torch's error, known by its name: this module does not import torch. Training handles its
+        # own.
         if type(error).__name__ != "OutOfMemoryError":
             raise
-        code = 2
-        print(
-            "error: the GPU's memory is full. A smaller --per_gpu_eval_batch_size takes less,"
-            " and so does closing what else runs there; the same command again goes on from"
-            " the last saved state",
-            file=sys.stderr,
-            flush=True,
+        code, message = (
+            2,
+            (
+                "error: the GPU's memory is full. Use a smaller --per_gpu_eval_batch_size, or close"
+                " other programs on the GPU; the same command resumes from the last saved state"
+            ),
         )
     except Interrupted as stop:
-        code = 128 + stop.signal_number
-        if is_main_process():
-            print(str(stop), file=sys.stderr, flush=True)
+        code, message = 128 + stop.signal_number, str(stop) if is_main_process() else ""
     except KeyboardInterrupt:
         code = 130
-        if is_main_process():
-            print("stopped before there was anything to save", file=sys.stderr, flush=True)
+        message = "stopped before there was anything to save" if is_main_process() else ""
+    if message:
+        print(message, file=sys.stderr, flush=True)
     try:
         sys.stdout.flush()
-    except (OSError, AttributeError):  # gone, full, or closed from the start
-        # Python tries once more as it ends, and would then complain in lines of its own.
+    except (OSError, AttributeError):  # its reader is gone, its disk full, or it was never open
+        # Python flushes once more at exit, and would print an error of its own.
         with contextlib.suppress(OSError):
             os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     sys.exit(code)
 
 
 def _prepare_streams() -> None:
-    """Make this process's streams fit to write to, whatever terminal or shell it was started from.
+    """Make stdout and stderr safe to write to, however this process was started.
 
-    Characters that stdout cannot show are replaced. A closed stderr becomes one that drops what it
-    is given. A closed stdin stays None.
+    stdout replaces characters that it cannot show. A closed stderr becomes one that drops all
+    text. A closed stdin stays None.
 
     Raises:
         UserError: stdout is closed.
     """
-    # A file that is opened later must not get the number of a closed stream: C libraries print
-    # there.
+    # C libraries print to descriptors 1 and 2, so no file that is opened later may get these.
     while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
         pass
     os.close(descriptor)
     if sys.stderr is None:
         sys.stderr = os.fdopen(2, "w")
     if sys.stdout is None:
-        raise UserError("stdout is closed; > /dev/null drops what is printed")
+        raise UserError("stdout is closed; > /dev/null drops all output")
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")
 
@@ -263,7 +270,7 @@ def number(
 
 
 def did_you_mean(given: str, known: Iterable[str]) -> str:
-    """What to say of a name that is not known: the nearest that is, or all that are."""
+    """A hint about an unknown name: the nearest known name, or all of them."""
     names = list(known)
     close = difflib.get_close_matches(given, names, n=1)
     return f"did you mean {close[0]}?" if close else f"known are {', '.join(names)}"
@@ -273,11 +280,11 @@ def key_values(text: str, flag: str, kinds: dict[str, Callable[[str], Any]]) -> 
     """The values of a flag's "key:value,key:value".
 
     Args:
-        kinds: for each key that there is, the function from a text to its value: `number`, or one
-            that raises a ValueError that says what the text should be.
+        kinds: for each known key, the function that turns a text into its value: `number`, or a
+            function whose ValueError says what the text should be.
 
     Raises:
-        UserError: a key that is not known or given twice; a value that is not of its kind.
+        UserError: a key is unknown or given twice, or a value is not of its kind.
     """
     values: dict[str, Any] = {}
     for item in text.split(","):
@@ -291,13 +298,13 @@ def key_values(text: str, flag: str, kinds: dict[str, Callable[[str], Any]]) -> 
             values[key] = kinds[key](value)
         except ValueError as error:
             raise UserError(f"{flag}: {key}:{value[:20]} is not {error}") from None
-        except argparse.ArgumentTypeError as error:  # which names the value: of `number`
+        except argparse.ArgumentTypeError as error:  # from `number`; it names the value
             raise UserError(f"{flag}: {key}:{error}") from None
     return values
 
 
 def one_of(*values: Any) -> Callable[[str], Any]:
-    """A kind for `key_values`: one of some values, written as `str` writes it."""
+    """A kind for `key_values`: one of these values, written as `str` writes it."""
     texts = {str(value): value for value in values}
 
     def parse(text: str) -> Any:
@@ -308,29 +315,58 @@ def one_of(*values: Any) -> Callable[[str], Any]:
     return parse
 
 
-def read_text(path: str, flag: str, newline: str | None = None) -> str:
-    """The text of a UTF-8 file.
-
-    Args:
-        newline: as of `open`; "" keeps ends of lines as they are.
+def decode(data: bytes) -> str:
+    """The text in UTF-8 bytes, with a byte order mark if there is one.
 
     Raises:
-        UserError: the file is missing, unreadable, a folder, or not UTF-8, or has NUL bytes, which
-            no text has; names flag and path.
+        UnreadableError: the bytes are not UTF-8, or contain NULs, which no text does.
+    """
+    for mark, name in BYTE_ORDER_MARKS:
+        if data.startswith(mark):
+            raise UnreadableError(f"is {name}, not UTF-8: iconv -f {name} -t UTF-8 converts it")
+    if b"\0" in data:
+        raise UnreadableError(
+            f"has NUL bytes (the first is byte {data.index(0)}), so it is UTF-16 or no text"
+        )
+    try:
+        return data.decode()
+    except UnicodeDecodeError as error:
+        raise UnreadableError(f"is not UTF-8 text (byte {error.start})") from None
+
+
+def read_text(path: str, flag: str) -> str:
+    """The text of a UTF-8 file, without a byte order mark; ends of lines stay as they are.
+
+    Raises:
+        UserError: the file is missing, a folder, unreadable or not UTF-8; names flag and path.
     """
     try:
-        with open(path, encoding="utf-8-sig", newline=newline) as file:
-            text = file.read()
+        with open(path, "rb") as file:
+            return decode(file.read()).removeprefix("\ufeff")
     except FileNotFoundError:
         raise UserError(f"{flag}: no such file: {path}") from None
     except IsADirectoryError:
         raise UserError(f"{flag}: {path} is a folder, a file is needed") from None
-    except UnicodeDecodeError as error:
-        utf_16 = error.object[:2] in (b"\xff\xfe", b"\xfe\xff")
-        kind = ", but UTF-16; save it as UTF-8" if utf_16 else f" (byte {error.start})"
-        raise UserError(f"{flag}: {path} is not UTF-8 text{kind}") from None
     except OSError as error:
         raise UserError(f"{flag}: cannot read {path}: {error.strerror or error}") from None
-    if "\0" in text:
-        raise UserError(f"{flag}: {path} is not UTF-8 text: character {text.index(chr(0))} is NUL")
-    return text
+    except UnreadableError as error:
+        raise UserError(f"{flag}: {path} {error}") from None
+
+
+def read_object(path: str, flag: str, remedy: str = "") -> dict[str, Any]:
+    """The object in a JSON file.
+
+    Args:
+        remedy: the end of the message if the file does not hold an object.
+
+    Raises:
+        UserError: as `read_text`, or the file is not JSON, or not an object.
+    """
+    text = read_text(path, flag)
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError) as error:  # numbers too long, lists too deep
+        raise UserError(f"{flag}: {path} is not JSON: {error}{remedy}") from None
+    if not isinstance(value, dict):
+        raise UserError(f"{flag}: {path} is not a JSON object{remedy}")
+    return value

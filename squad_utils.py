@@ -10,8 +10,8 @@ The way of the data, top to bottom:
     best_spans        -> the most probable answer span of each window
     Answers           -> the best span of each question, cut from the original text
 
-Scores are in squad_scores.py. Everything is numpy: answering questions with an exported model
-needs no torch.
+Scores are in tasks/squad_scores.py. Everything here is numpy, so that an exported model answers
+questions without torch.
 """
 
 from __future__ import annotations
@@ -33,10 +33,10 @@ from files import squad_layouts
 from files.squad_layouts import DataFile, within
 
 INPUTS = ("input_ids", "attention_mask", "token_type_ids", "position_ids")  # of a model
-MAX_ANSWER_LENGTH = 30  # tokens of the longest span that is searched, unless a user says more
+MAX_ANSWER_LENGTH = 30  # the most tokens of an answer, unless a user sets another number
 POOL_STEPS = 64  # steps whose windows are sorted by length together
 TOKENIZER_CHUNK = 1000  # texts between two moves of the progress bar
-IMPOSSIBLE = -np.inf  # log-probability of what must not be chosen
+IMPOSSIBLE = -np.inf  # log-probability of spans that must not be chosen
 # Thai, Lao, Burmese, Hangul (whose particles join words), Khmer, kana and Chinese characters.
 UNSPACED = re.compile(
     "[\u0e00-\u0eff\u1000-\u11ff\u1780-\u17ff\u2e80-\u9fff\ua960-\ua97f\uac00-\ud7ff\uf900-\ufaff"
@@ -78,17 +78,16 @@ class ArticleRecord(TypedDict):
 
 @dataclass(frozen=True)
 class SquadData:
-    """A SQuAD file. Question i is ids[i], questions[i], asked of contexts[context_of[i]].
+    """A SQuAD file. Question i is ids[i], questions[i], about contexts[context_of[i]].
 
     Attributes:
-        articles: `data` of the file as SQuAD has it, for evaluation scripts: whatever layout and
-            whatever sign of having no answer it has, each question is there once and its answers
-            are a list, which is empty where there is none.
-        answers: for each question its (answer_start, text) pairs that stand in the context;
-            empty for a question without an answer.
-        answerable: bool [questions], what the file says: whether it gives an answer at all.
+        articles: the articles in SQuAD's layout, for evaluation scripts. Each question is there
+            once; its answers are a list, which is empty if it has none.
+        answers: the (answer_start, text) pairs of each question that are in its context; empty for
+            a question without an answer.
+        answerable: bool [questions], whether the file gives an answer, in the context or not.
         version_2: whether some question has no answer (SQuAD 2.0), or the file's version says so.
-        sha256: of the file's text, to tell whether a run goes on with the same data.
+        sha256: the hash of the file's text, so that a run resumes only with the same data.
     """
 
     path: str
@@ -106,15 +105,15 @@ class SquadData:
 def load_squad(path: str, flag: str) -> SquadData:
     """Read and check a data file: SQuAD v1.1 or v2.0, or another layout of `squad_layouts`.
 
-    What a file's author may not know of is told in a line each; see `_tell_notes`.
+    A line tells of each oddity that the file's author may not know; see `_tell_notes`.
 
     Args:
         path: the file, or a folder with parquet files.
         flag: the command-line flag that gave it, for error messages.
 
     Raises:
-        UserError: the file cannot be read, is of no layout that is read, has a record that is not
-            as it should be (names its place), two questions of one id, or no question.
+        UserError: the file cannot be read, or has none of the layouts, a wrong record (the message
+            names its place), two questions with one id, or no question.
     """
     file = squad_layouts.read(path, flag)
     notes: Notes = defaultdict(list)
@@ -148,12 +147,12 @@ def load_squad(path: str, flag: str) -> SquadData:
     )
 
 
-Notes = defaultdict[str, list[str]]  # what is to be told -> ids of the questions it is about
-Seen = dict[str, tuple[object, str]]  # id -> question, context and answers; and their place
+Notes = defaultdict[str, list[str]]  # kind of oddity -> ids of the questions that have it
+Seen = dict[str, tuple[object, str]]  # id -> question with context and answers; and its place
 
 
 def _read_articles(file: DataFile, notes: Notes) -> list[ArticleRecord]:
-    """The articles of a file, checked, each question once."""
+    """The articles of a file, checked, with each question once."""
     articles: list[ArticleRecord] = []
     seen: Seen = {}
     places = iter(file.places or ())
@@ -180,10 +179,10 @@ def _read_articles(file: DataFile, notes: Notes) -> list[ArticleRecord]:
 def _read_answers(
     file: DataFile, qa: Any, at: str, context: str, notes: Notes
 ) -> list[AnswerRecord]:
-    """The answers of a question as SQuAD has them, in whatever way the file does; none where it
-    says in any way that there is none.
+    """The answers of a question in SQuAD's form, from any form in which files have them.
 
-    Where a row has no answer_start, that is where the text stands, or -1 unless that is one place.
+    If a row has no answer_start, it becomes the only place of the answer in the context, or -1 if
+    there is none or more than one.
     """
     name, given = qa["id"], qa.get("answers")
     if isinstance(given, dict):
@@ -191,7 +190,9 @@ def _read_answers(
             file.get(given, within(at, "answers"), k, list) for k in ("text", "answer_start")
         )
         if len(texts) != len(starts):
-            raise file.refused(f"{within(at, 'answers')} has not as many texts as starts")
+            raise file.refused(
+                f"{within(at, 'answers')} has {len(texts)} texts, but {len(starts)} starts"
+            )
         notes["lists"].append(name)
         given = [{"text": t, "answer_start": n} for t, n in zip(texts, starts, strict=True)]
     elif given is None:
@@ -202,7 +203,7 @@ def _read_answers(
     for n, answer in enumerate(given):
         here = within(at, f"answers[{n}]")
         text = file.get(answer, here, "text", str)
-        if not text.strip():  # how converters write that there is none
+        if not text.strip():  # some converters write this for "no answer"
             continue
         if file.layout and "answer_start" not in answer:
             start = only_place(text, context)
@@ -222,10 +223,10 @@ def _read_answers(
 
 
 def _is_repeated(file: DataFile, name: str, asked: object, at: str, seen: Seen) -> bool:
-    """Whether a question has been seen; now it has.
+    """Whether a question has been seen before; from now on it has.
 
     Raises:
-        UserError: another one of its id has been.
+        UserError: another question with its id has been seen.
     """
     earlier, place = seen.setdefault(name, (asked, at))
     if asked != earlier:
@@ -240,10 +241,10 @@ def _is_repeated(file: DataFile, name: str, asked: object, at: str, seen: Seen) 
 def _tell_notes(
     file: DataFile, notes: Notes, questions: int, contexts: int, version: str | None
 ) -> None:
-    """Tell what a file was read as and what is unusual in it, a line each.
+    """Print the layout of a file and its oddities, one line each.
 
     Args:
-        version: of SQuAD, as the file tells it or None; "" for 2.0.
+        version: the SQuAD version in the file, or None; "" for 2.0.
     """
 
     def first(key: str) -> str:
@@ -257,8 +258,8 @@ def _tell_notes(
         tell(f"{file.path} is read as {layout}: {questions} questions, {contexts} contexts")
     if notes["searched"]:
         tell(
-            f"{file.path}: answers without answer_start that stand once in their context, and count"
-            f" there: {len(notes['searched'])}"
+            f"{file.path}: {len(notes['searched'])} answers without answer_start were found at one"
+            " place in their context"
         )
     for key, kind, then in (
         ("repeated", "that come again with the same id, context and answers", "they count once"),
@@ -268,7 +269,7 @@ def _tell_notes(
         if notes[key]:
             warn(f"{file.path}: questions {kind}: {count(key)}; {then}")
     if misplaced := len(notes["misplaced"]):
-        searched = ", or not once where there is none," if notes["not found"] else ""
+        searched = ", or, without answer_start, at exactly one place," if notes["not found"] else ""
         warn(
             f"{file.path}: {misplaced} answers are not in the context at answer_start{searched} and"
             f" are left out (first ids: {first('misplaced')}); {len(notes['lost'])} questions lose"
@@ -278,14 +279,14 @@ def _tell_notes(
     if version != "" and 0 < unanswered < questions:
         though = f", though its version is {version}" if version else ""
         warn(
-            f"{file.path}: of {questions} questions have no answer: {count('unanswered')}; so the"
-            f" file counts as SQuAD 2.0{though}"
+            f"{file.path}: {unanswered} of {questions} questions have no answer (first ids:"
+            f" {first('unanswered')}), so the file counts as SQuAD 2.0{though}"
         )
 
 
 def only_place(phrase: str, text: str) -> int:
-    """Where a phrase stands in a text, if that is one place, and else -1. Where it stands as whole
-    words, other places do not count."""
+    """The only place of a phrase in a text, or -1. If the phrase occurs as whole words, other
+    places do not count."""
     for places in (list(whole_words(phrase, text)), list(_places(phrase, text))):
         if places:
             return places[0] if len(places) == 1 else -1
@@ -293,7 +294,7 @@ def only_place(phrase: str, text: str) -> int:
 
 
 def whole_words(phrase: str, text: str) -> Iterator[int]:
-    """Where a phrase stands in a text and neither begins nor ends inside a word of it."""
+    """The places where a phrase occurs in a text and neither begins nor ends inside a word."""
     return (
         at
         for at in _places(phrase, text)
@@ -309,8 +310,10 @@ def _places(phrase: str, text: str) -> Iterator[int]:
 
 
 def _inside_a_word(text: str, at: int) -> bool:
-    """Whether the characters before and behind a place are letters, digits or marks of one word.
-    Scripts that write no spaces between words, or not between all, have no inside."""
+    """Whether the characters before and after a place are letters, digits or marks of one word.
+
+    In scripts that put no spaces between words, or not between all, no place counts as inside one.
+    """
     beside = text[at - 1 : at + 1] if at else ""
     return len(beside) == 2 and all(
         unicodedata.category(c)[0] in "LMN" and not UNSPACED.match(c) for c in beside
@@ -318,7 +321,7 @@ def _inside_a_word(text: str, at: int) -> bool:
 
 
 # ------------------------------------------------------------------------------------------------
-# Tokens: flat arrays, one slice a text
+# Tokens: flat arrays, one slice per text
 
 
 @dataclass(frozen=True)
@@ -328,9 +331,9 @@ class Tokens:
     Attributes:
         ids: int32 [tokens].
         bounds: int64 [texts + 1].
-        offsets: int32 [tokens, 2], each token's first character and the one after its last, in
-            the original text, with the characters behind it that are no token's; None where they
-            were not asked for.
+        offsets: int32 [tokens, 2], each token's first character in the original text, and the one
+            after its last; dropped characters belong to the token in front of them. None if
+            offsets were not asked for.
     """
 
     ids: np.ndarray
@@ -346,7 +349,7 @@ class Tokens:
         return slice(self.bounds[text], self.bounds[text + 1])
 
     def offsets_of(self, text: int) -> np.ndarray:
-        """The offsets of a text's tokens, where they were kept: int32 [tokens, 2]."""
+        """The offsets of a text's tokens, int32 [tokens, 2]."""
         assert self.offsets is not None
         return self.offsets[self.of(text)]
 
@@ -358,9 +361,9 @@ def tokenize(
 
     Args:
         tokenizer: the Rust tokenizer (`PreTrainedTokenizerFast.backend_tokenizer`). Truncation
-            and padding that its file may carry are switched off.
+            and padding that its file may set are switched off.
         with_offsets: keep character offsets too.
-        description: shown beside the progress bar.
+        description: the text beside the progress bar.
     """
     tokenizer.no_truncation()
     tokenizer.no_padding()
@@ -390,11 +393,11 @@ def tokenize(
 
 
 def _with_last_marks(text: str, offsets: np.ndarray) -> np.ndarray:
-    """Offsets of a text's tokens, each of which ends behind the marks of its last character.
+    """The offsets of a text's tokens, with each end moved behind the marks of the last character.
 
-    The tokenizer's normaliser drops accents, variation selectors, joiners and controls. Such a
-    character belongs to the one before it: it is no token's and no white space. Marks that a
-    tokenizer keeps, as tokens of their own, belong there too.
+    The tokenizer's normaliser drops accents, variation selectors, joiners and controls. A
+    character that is in no token and is not white space was dropped; it belongs to the character
+    before it. So do marks that a tokenizer keeps as tokens of their own.
     """
     if text.isascii() and text.isprintable():
         return offsets
@@ -412,7 +415,7 @@ def _with_last_marks(text: str, offsets: np.ndarray) -> np.ndarray:
 
 @dataclass(frozen=True)
 class SpecialIds:
-    """Ids of the tokens that BERT's input format adds."""
+    """The ids of the tokens that BERT's input format adds."""
 
     cls: int
     sep: int
@@ -427,7 +430,7 @@ class SpecialIds:
 class Windows:
     """Windows over contexts, as indices: no token is copied before a batch is made.
 
-    Window w is [CLS] question [SEP] context part [SEP], of question `question[w]` and of the
+    Window w is [CLS] question [SEP] context part [SEP], with the question `question[w]` and the
     context tokens first[w] .. first[w] + length[w]. A question's windows follow one another.
 
     Attributes:
@@ -455,12 +458,12 @@ class Windows:
 
     @cached_property
     def context_at(self) -> np.ndarray:
-        """int64 [windows], position of the first context token: after [CLS] question [SEP]."""
+        """int64 [windows], the position of the first context token, after [CLS] question [SEP]."""
         return self.questions.lengths[self.question] + 2
 
     @cached_property
     def total_lengths(self) -> np.ndarray:
-        """int64 [windows], tokens of each window with its special tokens."""
+        """int64 [windows], the tokens of each window with its special tokens."""
         return self.context_at + self.length + 1
 
 
@@ -484,8 +487,7 @@ def truncate(tokens: Tokens, max_length: int) -> Tokens:
 
 def cut_windows(
     data: SquadData,
-    contexts: Tokens,
-    questions: Tokens,
+    tokens: tuple[Tokens, Tokens],
     special: SpecialIds,
     max_seq_length_c: int,
     doc_stride: int,
@@ -493,17 +495,19 @@ def cut_windows(
 ) -> Windows:
     """Cut every question's context into windows of at most max_seq_length_c tokens in all.
 
-    Windows start `doc_stride` tokens apart, and the last one is moved back so that it ends where
-    the context ends. Where a question leaves less room for the context than the stride, its
-    windows start one room apart, so that they cover the context in any case.
+    Windows start `doc_stride` tokens apart. The last one is moved back to end with the context. If
+    a question leaves less room for the context than the stride, its windows start one room apart,
+    so that they still cover the context.
 
     Args:
-        for_training: leave out questions whose answers were all misplaced in the file, or have no
-            token: they would be learnt as having none.
+        tokens: of contexts and questions, as from `tokenize_squad`.
+        for_training: leave out questions whose answers are all misplaced in the file or without
+            tokens; otherwise training would learn that they have no answer.
 
     Raises:
         UserError: a question leaves no room for a context token.
     """
+    contexts, questions = tokens
     room = max_seq_length_c - 3 - questions.lengths  # context tokens beside each question
     if len(room) and room.min() < 1:
         worst = int(room.argmin())
@@ -535,8 +539,12 @@ def cut_windows(
 
 
 def _answer_tokens(data: SquadData, contexts: Tokens) -> tuple[np.ndarray, np.ndarray]:
-    """First and last token that share a character with each answer, int32 [answers, 2], and how
-    many answers each question has, int64 [questions]. Answers that have no token are left out."""
+    """The tokens of all answers; answers without tokens are left out.
+
+    Returns:
+        the first and last token that share a character with each answer, int32 [answers, 2], and
+        the number of answers of each question, int64 [questions].
+    """
     found, counts = [], np.zeros(len(data.answers), np.int64)
     for q, (context, answers) in enumerate(zip(data.context_of, data.answers, strict=True)):
         starts, ends = contexts.offsets_of(context).T
@@ -547,19 +555,19 @@ def _answer_tokens(data: SquadData, contexts: Tokens) -> tuple[np.ndarray, np.nd
                 found.append((first, last))
                 counts[q] += 1
     if lost := sum(map(len, data.answers)) - len(found):
-        warn(f"{data.path}: {lost} answers hold nothing that the tokenizer keeps, and are left out")
+        warn(f"{data.path}: {lost} answers give no tokens, and are left out")
     return np.array(found, np.int32).reshape(-1, 2), counts
 
 
 def targets(windows: Windows, rng: np.random.Generator) -> np.ndarray:
     """The spans to learn: int64 [windows, 2], positions in the window of first and last token.
 
-    Where a question has several answers one is drawn, the same for all its windows. (0, 0), the
-    [CLS] token, where the window lacks part of the answer or the question has none.
+    If a question has several answers, one is drawn for all its windows. The span is (0, 0), the
+    [CLS] token, if the window lacks a part of the answer or the question has none.
     """
     counts = np.diff(windows.answer_bounds)
     draw = windows.answer_bounds[:-1] + (rng.random(len(counts)) * counts).astype(np.int64)
-    # A question without answers points one past its own; any row serves, it is masked below.
+    # A question without answers takes the last row, which `inside` masks below.
     rows = np.vstack([windows.answer_tokens, [[0, -1]]])[np.where(counts > 0, draw, -1)]
     first, last = rows[windows.question].T.astype(np.int64)
     inside = (first >= windows.first) & (last < windows.first + windows.length) & (first <= last)
@@ -574,10 +582,10 @@ def targets(windows: Windows, rng: np.random.Generator) -> np.ndarray:
 def plan_steps(lengths: np.ndarray, step_size: int, seed: int, epoch: int) -> list[np.ndarray]:
     """The windows of each optimisation step of an epoch, as indices, longest last in a step.
 
-    Windows are shuffled, sorted by length within pools of POOL_STEPS steps so that a step's
-    windows are of similar length, and the steps shuffled again. The order depends on seed and
-    epoch alone: not on the number of processes, nor on the accumulation. Each window occurs once;
-    the last step has what is left over.
+    Windows are shuffled, then sorted by length within pools of POOL_STEPS steps, so that a step's
+    windows are of similar length; then the steps are shuffled. The order depends only on seed and
+    epoch, not on the number of processes or the accumulation. Each window occurs once; the last
+    step takes the remaining windows.
     """
     rng = np.random.default_rng([seed, epoch])
     order = rng.permutation(len(lengths))
@@ -593,19 +601,19 @@ def plan_steps(lengths: np.ndarray, step_size: int, seed: int, epoch: int) -> li
 
 
 def padded(length: int) -> int:
-    """The length that rows of so many tokens are padded to: a multiple of 8."""
+    """The length to which rows of `length` tokens are padded: the next multiple of 8."""
     return -(-length // 8) * 8
 
 
 def token_rows(
     rows: Sequence[Sequence[np.ndarray]], special: SpecialIds, pad_to: int | None = None
 ) -> dict[str, np.ndarray]:
-    """What a model reads, padded to the longest row, rounded up to a multiple of 8.
+    """A model's inputs, padded to the length of the longest row, rounded up to a multiple of 8.
 
     Args:
-        rows: the token ids of each row's parts; a row is [CLS] part [SEP] part [SEP] ..., and a
-            part's place is its token type.
-        pad_to: pad to this length instead (what a static graph needs).
+        rows: the token ids of each row's parts; a row is [CLS] part [SEP] part [SEP] ..., and the
+            number of a part is its token type.
+        pad_to: pad to this length instead, for graphs of static shape.
 
     Returns:
         input_ids, attention_mask, token_type_ids, position_ids: int64 [B, L].
@@ -628,7 +636,7 @@ def token_rows(
         "input_ids": input_ids,
         "attention_mask": (position_ids < lengths[:, None]).astype(np.int64),
         "token_type_ids": token_type_ids,
-        # Rounding up may go past the positions that a model has; padding may repeat one.
+        # Rounding up may exceed a model's positions, so padding repeats the last one.
         "position_ids": np.minimum(position_ids, max(longest, pad_to or 0) - 1),
     }
 
@@ -636,7 +644,7 @@ def token_rows(
 def make_batch(
     windows: Windows, chosen: np.ndarray, pad_to: int | None = None
 ) -> dict[str, np.ndarray]:
-    """`token_rows` of a few windows, `chosen`: int [B]."""
+    """`token_rows` of the windows `chosen`, int [B]."""
     rows = []
     for w in chosen:
         question = windows.questions.ids[windows.questions.of(windows.question[w])]
@@ -664,19 +672,19 @@ def best_spans(
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """The most probable span inside the context part of each window of a batch.
 
-    A span's probability is the product of the softmax probabilities of its start and its end,
-    taken over the window's tokens; it has at most max_answer_length tokens. Of equal spans the
-    one that starts, then ends, first wins (equal logits; sums may round apart).
+    A span has at most max_answer_length tokens. Its probability is the product of the softmax
+    probabilities of its start and of its end, over the window's tokens. Of spans with equal
+    logits, the one that starts first wins, then the one that ends first; sums may round apart.
 
     Args:
         start_logits, end_logits: float [B, L].
-        lengths: int [B], tokens of each window, padding excluded.
+        lengths: int [B], tokens of each window, without padding.
         context_at: int [B], position of the first context token; the last is lengths - 2.
-        taken: bool [B, L], positions that no span may hold; None for none.
+        taken: bool [B, L], positions that no span may contain; None for none.
 
     Returns:
         start, end: int64 [B], positions in the window, end inclusive.
-        log_prob: float64 [B]; -inf where there is no span.
+        log_prob: float64 [B]; -inf for a window without a span.
         no_answer: float64 [B], log-probability of the span ([CLS], [CLS]).
     """
     batch, length = start_logits.shape
@@ -689,7 +697,7 @@ def best_spans(
     no_answer = start[:, 0] + end[:, 0]
 
     def ahead(values: np.ndarray, beyond: float) -> np.ndarray:
-        """[b, i, d]: the value at i + d; `beyond` the window's end."""
+        """[b, i, d]: the value at i + d, or `beyond` after the window's end."""
         padding = ((0, 0), (0, max_answer_length - 1))
         padded_values = np.pad(values, padding, constant_values=beyond)
         return np.lib.stride_tricks.sliding_window_view(padded_values, max_answer_length, axis=1)
@@ -709,12 +717,12 @@ def best_spans(
 
 
 class Answers:
-    """The best span of every question over all its windows, whatever order they come in.
+    """The best span of every question over all its windows, which may come in any order.
 
     Attributes:
-        max_answer_length: tokens of the longest span that is searched.
-        log_prob: float64 [questions], of the best span; -inf where none was found.
-        no_answer: float64 [questions], log-probability of no answer in that span's window.
+        max_answer_length: the most tokens of an answer.
+        log_prob: float64 [questions], that of the best span; -inf if none was found.
+        no_answer: float64 [questions], the log-probability of no answer in that span's window.
     """
 
     def __init__(
@@ -727,7 +735,7 @@ class Answers:
         self._span = np.zeros((len(data.ids), 2), np.int64)  # tokens of the context
 
     def add(self, chosen: np.ndarray, start_logits: np.ndarray, end_logits: np.ndarray) -> None:
-        """Take in the logits [B, L] of the windows `chosen` [B]."""
+        """Add the logits [B, L] of the windows `chosen` [B]."""
         windows = self.windows
         context_at = windows.context_at[chosen]
         lengths = context_at + windows.length[chosen] + 1
@@ -739,7 +747,7 @@ class Answers:
         self.merge(list(zip(chosen, log_prob, no_answer, spans, strict=True)))
 
     def merge(self, found: Sequence[tuple[int, float, float, np.ndarray]]) -> None:
-        """Take in (window, log_prob, no_answer, span) of windows; of equals the first wins."""
+        """Add (window, log_prob, no_answer, span) of windows; of equal ones the first wins."""
         for window, log_prob, no_answer, span in found:
             q = self.windows.question[window]
             earlier = log_prob == self.log_prob[q] and window < self._window[q]
@@ -748,14 +756,14 @@ class Answers:
                 self._window[q], self._span[q] = window, span
 
     def found(self) -> list[tuple[int, float, float, np.ndarray]]:
-        """What `merge` takes, to bring the answers of several processes together."""
+        """The argument for `merge`, to join the answers of several processes."""
         return [
             (int(self._window[q]), self.log_prob[q], self.no_answer[q], self._span[q])
             for q in np.flatnonzero(self._window >= 0)
         ]
 
     def texts(self) -> dict[str, str]:
-        """Question id -> the answer, cut from the original context; "" where none was found."""
+        """Question id -> the answer, cut from the original context; "" if none was found."""
         answers = {}
         for q, name in enumerate(self.data.ids):
             answers[name] = ""
@@ -767,6 +775,6 @@ class Answers:
         return answers
 
     def no_answer_scores(self) -> dict[str, float]:
-        """Question id -> probability of no answer over that of the best span."""
+        """Question id -> the probability of no answer divided by that of the best span."""
         odds = np.where(self._window >= 0, self.no_answer - self.log_prob, np.inf)
         return dict(zip(self.data.ids, np.exp(np.minimum(odds, 700.0)).tolist(), strict=True))

@@ -1,7 +1,7 @@
 """Stage QA 1 on a random-weight model of BERT-large's exact shape, for a few steps.
 
-Shows that the shape trains and exports within a memory budget; the figures it learns mean
-nothing. Prints the peak memory and the size of model.onnx, ready for `ovc` or `mo`.
+It shows that the shape trains and exports within a memory budget; its scores mean nothing. It
+prints the peak memory and the size of model.onnx, which is ready for `ovc` or `mo`.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""The export check again, on any folder and machine: what model.onnx gives against PyTorch.
+"""Repeat the export check on any folder and machine: model.onnx compared with PyTorch.
 
     python -m benchmarks.check_file --model=DIR --squad_dev_data=DEV [--windows=16 --length=128]
 
-Under an emulator it shows what another CPU makes of the file, e.g. one without VNNI:
+Under an emulator it shows the numbers of another CPU, e.g. one without VNNI:
 
     qemu-x86_64 -cpu Haswell $(realpath .venv/bin/python) -m benchmarks.check_file ...
 """

@@ -1,11 +1,11 @@
-"""Measure training on one GPU: share of its peak rate, against the Trainer, whole commands.
+"""Measure training on one GPU: its share of the peak rate, the Trainer's speed, whole commands.
 
     python -m benchmarks.gpu --minutes=9 --output_dir=models/gpu-figures
 
 Run it from the repository's root. It needs no network: the models have BERT-large's shape and
 random weights, and the data is generated. `gpu.json` and `gpu.md` in the output folder are written
-after each part. The same command again measures what is missing there or has failed, so it may be
-run in pieces. `--dry-run` goes through all parts with tiny models on a CPU.
+after each part. The same command again measures the parts that are missing there or have failed, so
+the work can be split. `--dry-run` runs all parts with tiny models on a CPU.
 """
 
 from __future__ import annotations
@@ -35,12 +35,12 @@ from training import passes
 from training.states import write_json
 
 STARTED = time.monotonic()
-PATIENCE = 4  # times a part's estimate, after which it is given up
+PATIENCE = 4  # a part is stopped after so many times its estimate
 
 
 @dataclass(frozen=True)
 class Part:
-    """A part: what measures it, and about how many seconds that takes on an H100."""
+    """A part: the function that measures it, and its rough time on an H100 in seconds."""
 
     measure: Callable[[Bench], dict[str, Any]]
     seconds: float
@@ -69,7 +69,7 @@ GROUPS = {
 
 
 class PartTimeout(Exception):
-    """A part takes much longer than it should."""
+    """A part takes much longer than estimated."""
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -77,7 +77,7 @@ def parse_arguments() -> argparse.Namespace:
     add = parser.add_argument
     add("--output_dir", required=True, help="folder for gpu.json, gpu.md, logs and profiles")
     add("--minutes", type=number(float, 0, low_open=True), default=60.0, help="for this call")
-    add("--only", help=f"comma-separated parts: {', '.join([*PARTS, *GROUPS])}; all if left out")
+    add("--only", help=f"comma-separated parts: {', '.join([*PARTS, *GROUPS])} (default: all)")
     add("--work_dir", default="models/gpu", help="folder for models that commands make")
     add("--model", help="folder of a small pretrained BERT for the squad parts, else left out")
     add("--squad_train_data", help="SQuAD JSON for the squad parts")
@@ -88,10 +88,10 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def chosen_parts(args: argparse.Namespace) -> list[str]:
-    """The parts to measure, in the order of PARTS; `peak`, which others need, is among them.
+    """The parts to measure, in the order of PARTS, with `peak`, which others need.
 
     Raises:
-        UserError: --only names none of them; the squad parts lack what they are made from.
+        UserError: --only names no part, or the squad parts lack their model or data.
     """
     given = bool(args.model and args.squad_train_data and args.squad_dev_data)
     names = [name for name in PARTS if given or args.dry_run or name not in GROUPS["squad"]]
@@ -108,7 +108,7 @@ def chosen_parts(args: argparse.Namespace) -> list[str]:
 
 
 def describe_machine(args: argparse.Namespace) -> dict[str, Any]:
-    """Card, its memory, versions; what figures of one file have to share."""
+    """The card, its memory and versions, which all figures of one file must share."""
     machine: dict[str, Any] = {"card": "none: a dry run on a CPU", "torch": torch.__version__}
     machine |= {"python": sys.version.split()[0], "transformers": transformers.__version__}
     if not args.dry_run:
@@ -120,7 +120,7 @@ def describe_machine(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def measure(bench: Bench, name: str) -> dict[str, Any]:
-    """The figures of a part, or what it failed with."""
+    """The figures of a part, or its error."""
 
     def give_up(*_: Any) -> None:
         raise PartTimeout(f"given up after {PATIENCE} times its estimate")
@@ -148,7 +148,7 @@ def table(machine: dict[str, Any], parts: dict[str, dict[str, Any]]) -> str:
 
 
 def shown(value: Any) -> str:
-    """A value, or several by their names, for people."""
+    """A value, or several with their names, as text."""
     if isinstance(value, dict):
         return ", ".join(f"{key} {shown(each)}" for key, each in value.items())
     if isinstance(value, float):
@@ -159,11 +159,11 @@ def shown(value: Any) -> str:
 def main() -> None:
     args = parse_arguments()
     names = chosen_parts(args)
-    # One GPU for all parts, and no look at the hub; both before anything reads them.
+    # One GPU for all parts, and no access to the hub; set before a library reads them.
     os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     if args.dry_run:
-        torch.set_num_threads(1)  # of tiny models, threads only wait for one another
+        torch.set_num_threads(1)  # for tiny models, more threads only wait
         os.environ["OMP_NUM_THREADS"] = "1"
     if not args.dry_run and not torch.cuda.is_available():
         raise UserError("no CUDA GPU here; --dry-run goes through all parts on the CPU")

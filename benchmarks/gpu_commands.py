@@ -1,4 +1,4 @@
-"""The parts of benchmarks/gpu.py that run the scripts as a user does: whole commands."""
+"""The parts of benchmarks/gpu.py that run whole commands, as a user does."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ SIX_PACK = PACK_CFG.format(12, 8, 512) + " --loss_weight_alpha=1.5"
 TAUGHT = "--freeze_list=none --supervision_weight=0.02 --nncf_config=nncf_config.json"
 MINING = "--hnm_batch_size=8 --hnm_hist_num=32 --hnm_num=256"
 # The README's six commands with little data and few steps, and a small model on all of SQuAD.
-# {name}: the folder of another command's results; {base}: BERT-large's shape; {model}: --model.
+# {name}: the folder with another command's results; {base}: BERT-large's shape; {model}: --model.
 COMMANDS = {
     "qa1": "train_qa.py --model_student={base} --freeze_list=embedding --supervision_weight=0"
     " --learning_rate=3e-5 --per_gpu_train_batch_size=2 --total_train_batch_size=48 "
@@ -79,7 +79,7 @@ def make_base(bench: Bench, folder: Path, data: Path) -> None:
 
 
 def run_command(bench: Bench, name: str) -> dict[str, Any]:
-    """Run one of COMMANDS as a process, after those whose results it reads and are not there."""
+    """Run one of COMMANDS as a process, after the commands whose results it needs and lacks."""
     args, sizes = bench.args, bench.sizes
     work_dir = Path(args.work_dir).resolve() / ("dry" if args.dry_run else "real")
     data, base = work_dir / "data", work_dir / "base"

@@ -50,7 +50,7 @@ DENSE_TERAFLOPS = {
 
 
 def measure_peak(bench: Bench) -> dict[str, Any]:
-    """The rate of a large matrix product, best of five goes, and the rate of the data sheet."""
+    """The rate of a large matrix product, the best of five, and the data sheet's rate."""
     size, dtype = bench.sizes.product, {"fp16": torch.float16}.get(bench.precision, torch.bfloat16)
     left, right, result = (torch.randn(size, size, device=bench.device).to(dtype) for _ in range(3))
     best, products = 0.0, 20
@@ -71,7 +71,7 @@ def measure_peak(bench: Bench) -> dict[str, Any]:
 
 
 def measure_fine_tuning(bench: Bench, profile: str | None = "fine_tuning") -> dict[str, Any]:
-    """QA 1: windows of 384 tokens, embeddings frozen, 48 a step."""
+    """QA 1: windows of 384 tokens, embeddings frozen, 48 windows per step."""
     sizes = bench.sizes
     batches = RandomBatches(sizes, sizes.warm_up + sizes.steps + 1, 48)
     with timing_run(bench.precision, bench.device == "cpu") as run:
@@ -81,7 +81,7 @@ def measure_fine_tuning(bench: Bench, profile: str | None = "fine_tuning") -> di
 
 
 def measure_plain_passes(bench: Bench) -> dict[str, Any]:
-    """The same as it was before passes went by memory: two windows a pass, masks, no compiler."""
+    """The same with passes of two windows, masks and no compiler."""
 
     def passes_of_two(gradient: passes.StepGradient, epoch: int, chosen: np.ndarray) -> int:
         return 2 * bench.sizes.length
@@ -97,7 +97,7 @@ def measure_plain_passes(bench: Bench) -> dict[str, Any]:
 
 
 class StepTimes(transformers.TrainerCallback):
-    """The Trainer's clock: a `Clock` that is asked when a step begins."""
+    """A callback that reads a `Clock` when a step of the Trainer begins."""
 
     def __init__(self, clock: Clock) -> None:
         self.clock = clock
@@ -132,7 +132,7 @@ def trainer_seconds(
                 dataloader_num_workers=0 if bench.args.dry_run else 4,
                 use_cpu=bench.device == "cpu",
                 logging_strategy="no",
-                logging_nan_inf_filter=False,  # which waits for the GPU after every step
+                logging_nan_inf_filter=False,  # it would wait for the GPU after every step
                 save_strategy="no",
                 report_to="none",
                 disable_tqdm=True,
@@ -191,7 +191,7 @@ def measure_trainer_compiled(bench: Bench) -> dict[str, Any]:
 
 
 def measure_distillation(bench: Bench) -> dict[str, Any]:
-    """QA 2's final stage, 64 windows a step."""
+    """QA 2's final stage, 64 windows per step."""
     sizes = bench.sizes
     teacher, student = bench.teacher(), bench.packed(merged=False)
     for name, parameter in student.named_parameters():
@@ -212,7 +212,7 @@ def measure_distillation(bench: Bench) -> dict[str, Any]:
 
 
 def measure_int8(bench: Bench) -> dict[str, Any]:
-    """QA 3, with its teacher and without, and the packed model without quantizers; 32 a step."""
+    """QA 3 with its teacher and without, and the packed model without quantizers; 32 per step."""
     sizes = bench.sizes
     batches = RandomBatches(sizes, sizes.warm_up + sizes.steps + 1, 32)
     teacher, plain = bench.teacher(), bench.packed(merged=True)
@@ -248,7 +248,7 @@ def measure_int8(bench: Bench) -> dict[str, Any]:
 
 
 def measure_embeddings(bench: Bench) -> dict[str, Any]:
-    """Embedding 1: triplets of 32 pairs a step, mined from 256 contexts; with its teacher too."""
+    """Embedding 1: triplets of 32 pairs per step, mined from 256 contexts; and with a teacher."""
     sizes, rng, count = bench.sizes, np.random.default_rng(0), 32
     pairs_of = count * (sizes.warm_up + sizes.steps + 1)
     vocabulary = sizes.bert["vocab_size"]
@@ -259,7 +259,7 @@ def measure_embeddings(bench: Bench) -> dict[str, Any]:
         return Texts(strings, random_tokens(rng, pairs_of, length - 2, vocabulary), SPECIAL)
 
     question = min(32, sizes.length // 2)
-    # Each context is an article of its own: no question is answered by another's.
+    # Each context is an article of its own, so no context answers another's question.
     pairs = Pairs(texts(question), texts(sizes.length), every, every, every, [("?",)] * pairs_of)
     tokens = count * (question + 2 * sizes.length) + count * question + sizes.mined * sizes.length
     cfg = parse_loss_cfg("triplet_num:1,emb_loss:none")

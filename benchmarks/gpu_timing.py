@@ -1,4 +1,4 @@
-"""What the parts of benchmarks/gpu.py share: models, data, the clock, counts of operations.
+"""The shared code of the parts of benchmarks/gpu.py: models, data, the clock, operation counts.
 
 MFU is the share of the card's dense peak rate that the model's own operations take: the products
 of linear layers and of attention, forward and backward, on tokens without padding. Work that is
@@ -44,7 +44,7 @@ PROFILED_STEPS = 3
 
 @dataclass(frozen=True)
 class Sizes:
-    """Sizes of what is measured: the real ones, or those of a dry run.
+    """The sizes of a measurement, real or of a dry run.
 
     Attributes:
         bert: arguments of BertConfig.
@@ -83,7 +83,7 @@ TINY = Sizes(bert_sizes(2, 64, 4, 2000), PackCfg(2, 2, 2, 32), 64, 128, 1, 2, 8,
 
 @dataclass
 class Bench:
-    """What all parts share.
+    """The state that all parts share.
 
     Attributes:
         device: "cuda", or "cpu" in a dry run.
@@ -126,7 +126,7 @@ class Bench:
 
 
 def synchronize() -> None:
-    """Wait for what a GPU has been given to do."""
+    """Wait until a GPU has done its work."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
 
@@ -184,7 +184,7 @@ class RandomBatches(Batches):
 
 
 class TimingRun(Run):
-    """A run that keeps no states and says nothing."""
+    """A run that saves and prints nothing."""
 
     def say(self, text: str) -> None:
         pass
@@ -192,7 +192,7 @@ class TimingRun(Run):
 
 @contextlib.contextmanager
 def timing_run(precision: str, no_cuda: bool, seed: int = 0) -> Iterator[TimingRun]:
-    """A run in a folder that does not stay."""
+    """A run in a temporary folder."""
     # Accelerators share their precision through class attributes, and the Trainer sets its own.
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()

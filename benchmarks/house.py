@@ -2,7 +2,7 @@
 
     python -m benchmarks.house [FOLDER]
 
-The product is what lies at the top level and in the rooms, without tests, benchmarks and examples.
+The product is all code at the top level and in the rooms, without tests, benchmarks and examples.
 Lines are counted without comments, docstrings and blank lines.
 """
 
@@ -18,7 +18,7 @@ DEFINITIONS = (ast.Module, ast.ClassDef, ast.FunctionDef)
 
 
 def docstring_lines(tree: ast.AST) -> set[int]:
-    """Numbers of the lines that docstrings take."""
+    """The numbers of the lines of docstrings."""
     lines: set[int] = set()
     for node in ast.walk(tree):
         if isinstance(node, DEFINITIONS) and ast.get_docstring(node) is not None:
@@ -27,7 +27,7 @@ def docstring_lines(tree: ast.AST) -> set[int]:
 
 
 def imports(tree: ast.AST, modules: set[str]) -> set[str]:
-    """Those of `modules` that a file imports."""
+    """The modules among `modules` that a file imports."""
     found: set[str] = set()
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):

@@ -3,12 +3,12 @@
     python -m benchmarks.int8_files --squad_dev_data=DEV --fp32=DIR --int8=DIR \
         [--other NAME=FILE.onnx|FILE.xml ...]
 
---other adds a file of another tool's, e.g. of Optimum Intel's static quantization of the same FP32
-model; its inputs go by the same names, its outputs are taken in the order start, end. All are
-timed alternating in one run. The share of the same answers, as SQuAD's exact match compares them,
-is against the fake-quantized PyTorch model in FP32 arithmetic. How many answers it shares with
-itself, the embeddings' LayerNorm gains changed in their last digits, tells what can be expected:
-no two programs add in the same order.
+--other adds a file from another tool, e.g. Optimum Intel's static quantization of the same FP32
+model. Its inputs must have the same names, and its outputs the order start, end. All files are
+timed in turns in one run. The table has the share of answers that equal those of the fake-quantized
+PyTorch model in FP32 arithmetic, by SQuAD's exact match. Some answers always differ, since no two
+programs add in the same order. To show how many, the PyTorch model is also compared with itself
+after a change in the last digits of its embedding LayerNorm's gains.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from cli import ArgumentParser, UserError, number, run_main
 from deploy import timing
 from tasks.squad_scores import exact_match, load_scorer
 
-RUNS = 20  # of a file in a round
+RUNS = 20  # per file and round
 MOVED = 1e-6  # relative change of LayerNorm's gains; FP32 resolves 1.2e-7
 
 Infer = Callable[[dict[str, np.ndarray]], tuple[np.ndarray, np.ndarray]]
@@ -63,7 +63,7 @@ def in_onnxruntime(path: str) -> Infer:
 
 
 def in_pytorch(folder: str, moved: float = 0.0) -> Infer:
-    """The checkpoint with its quantizers; gains after the embeddings moved by so much."""
+    """The checkpoint with its quantizers; `moved` changes its embedding LayerNorm's gains."""
     import torch
     from transformers import AutoModelForQuestionAnswering
 
@@ -97,7 +97,7 @@ def main() -> None:
     add("--int8", required=True, help="output folder of train_qa.py --nncf_config")
     add("--other", action="append", default=[], help="name=file; several times")
     add("--rounds", type=number(int, 1, 1000), default=10, help="of all files")
-    add("--json", help="write the figures there")
+    add("--json", help="write the figures to this file")
     args = parser.parse_args()
 
     from bert.model_folder import open_model

@@ -1,4 +1,4 @@
-"""What a step of quantization-aware training takes, in steps of the FP32 model.
+"""The time of a step of quantization-aware training, in steps of the FP32 model.
 
     python -m benchmarks.int8_training [--precision=bf16] [--passes=4]
 
@@ -47,7 +47,7 @@ ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
 
 def by_nncf(quantizer: torch.nn.Module, x: torch.Tensor) -> torch.Tensor:
-    """NNCF's own forward, after the range of a weight is held as ours holds it."""
+    """NNCF's own forward, with the range of weights held as in ours."""
     if hasattr(quantizer, "weight_range"):
         hold(quantizer, x)
     return fake_quantize.REPLACED[type(quantizer)](quantizer, x)
@@ -66,8 +66,10 @@ def main() -> None:
     add, positive = parser.add_argument, number(int, 1)
     add("--precision", choices=("fp32", "bf16"), default="fp32")
     add("--batch_size", type=positive, default=8, help="windows of one pass")
-    add("--passes", type=positive, default=1, help="forward and backward passes to a step")
-    add("--rounds", type=positive, default=7, help="timed steps of each, after one that is not")
+    add("--passes", type=positive, default=1, help="forward and backward passes per step")
+    add(
+        "--rounds", type=positive, default=7, help="timed steps of each model, after an untimed one"
+    )
     args = parser.parse_args()
     accelerator = make_accelerator(args.precision, no_cuda=False, seed=0)
     device = accelerator.device

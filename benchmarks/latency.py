@@ -2,10 +2,10 @@
 
     python -m benchmarks.latency --model teacher=DIR --model student=DIR --bert_large
 
-Each round times every model in every runtime and precision; the table shows the median over the
-rounds, and how many times the first model takes (in OpenVINO at f32). --bert_large adds BERT-large
-and what the default --pack_cfg of pack_and_distill.py and nncf_config.json make of it, with random
-weights, calibrated on random tokens: latency does not depend on their values.
+Each round times every model in every runtime and precision. The table shows medians over rounds,
+and how many times faster a model is than the first one. --bert_large adds
+BERT-large, packed by the default --pack_cfg of pack_and_distill.py, and packed and quantized by
+nncf_config.json. Its weights and calibration tokens are random, which does not change the latency.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def inputs() -> dict[str, np.ndarray]:
 
 
 def export_random(folder: str) -> dict[str, str]:
-    """BERT-large, its packed form and that in INT8, of random weights, exported; paths by name."""
+    """Export BERT-large, packed and in INT8 too, with random weights; give the paths by name."""
     import torch
     from transformers import BertConfig, BertForQuestionAnswering
 
@@ -96,7 +96,7 @@ def measure(paths: dict[str, str], rounds: int, seconds: float) -> dict[str, dic
 
 
 def show(results: dict[str, dict[str, float]]) -> None:
-    """Print the table; the factor is over the first model of a pair at f32 in OpenVINO."""
+    """Print the table; the factors compare a model with the first one of its group."""
     print(f"\n{'ms, 1 x 384':22}" + "".join(f"{column:>26}" for column in timing.WAYS))
     for name, row in results.items():
         first = results[next(iter(results)) if "BERT-large" not in name else "BERT-large"]
@@ -105,7 +105,9 @@ def show(results: dict[str, dict[str, float]]) -> None:
             same, f32 = first[column] / row[column], first["OpenVINO f32"] / row[column]
             cells.append(f"{row[column]:10.2f} {same:6.2f}x {f32:6.2f}x")
         print(f"{name:22}" + "".join(f"{cell:>26}" for cell in cells))
-    print("first factor: over the first model in the same column; second: over its OpenVINO f32")
+    print(
+        "first factor: speed over the first model's in this column; second: over its OpenVINO f32"
+    )
 
 
 def main() -> None:
@@ -113,9 +115,14 @@ def main() -> None:
     add = parser.add_argument
     add("--model", action="append", default=[], help="name=folder with model.onnx; several times")
     add("--bert_large", action="store_true", help="BERT-large, packed, INT8; random weights")
-    add("--rounds", type=number(int, 1, 1000), default=5, help="of all models")
-    add("--seconds", type=number(float, 0, 60, True), default=2.0, help="for each in a round")
-    add("--json", help="write the figures there")
+    add(
+        "--rounds",
+        type=number(int, 1, 1000),
+        default=5,
+        help="rounds, each with a turn for every file",
+    )
+    add("--seconds", type=number(float, 0, 60, True), default=2.0, help="per file and round")
+    add("--json", help="write the figures to this file")
     args = parser.parse_args()
     pairs: dict[str, str] = {}
     for text in args.model:

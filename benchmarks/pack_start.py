@@ -1,4 +1,4 @@
-"""What the start of packing is worth, before any training: several starts side by side.
+"""Several starts of packing side by side, before any training.
 
 For each start: the mean squared error of every hidden state and F1, on the dev file. The starts
 leave out one after the other what `bert_pack.pack` does.
@@ -40,7 +40,7 @@ def random_directions(bert: object, sample: object, width: int) -> Tensor:
 
 
 def rotated_directions(bert: object, sample: object, width: int) -> Tensor:
-    """The principal directions' own space, in random axes."""
+    """The space of the principal directions, in random axes."""
     generator = torch.Generator().manual_seed(0)
     axes = torch.linalg.qr(torch.randn(width, width, generator=generator, dtype=torch.float64))[0]
     return principal_directions(bert, sample, width) @ axes
@@ -48,7 +48,7 @@ def rotated_directions(bert: object, sample: object, width: int) -> Tensor:
 
 @contextmanager
 def changed(**values: object) -> Iterator[None]:
-    """Other constants and functions in bert_pack meanwhile."""
+    """Replace constants and functions of bert_pack in the meantime."""
     kept = {name: getattr(bert_pack, name) for name in values}
     for name, value in values.items():
         setattr(bert_pack, name, value)

@@ -41,7 +41,7 @@ POLL_SECONDS = 0.5
 
 @dataclass(frozen=True)
 class Configuration:
-    """How a run differs: flags, and constants of pack_and_distill.py.
+    """A configuration of runs: flags, and constants of pack_and_distill.py.
 
     Attributes:
         shares: of the passes, by stage; None for the script's own.
@@ -93,7 +93,7 @@ CONFIGURATIONS: dict[str, Configuration] = {
 
 
 def run(name: str) -> None:
-    """In a process of its own: pack_and_distill.py by a configuration."""
+    """Run pack_and_distill.py by a configuration, in a process of its own."""
     import pack_and_distill
 
     configure(pack_and_distill, CONFIGURATIONS[name])
@@ -123,26 +123,33 @@ def configure(script: Any, configuration: Configuration) -> None:
 def parse_arguments() -> argparse.Namespace:
     parser = ArgumentParser(description=__doc__.splitlines()[0])
     add = parser.add_argument
-    add("--model", required=True, help="fine-tuned QA model: teacher, and what is packed")
+    add("--model", required=True, help="fine-tuned QA model to pack, which is also the teacher")
     add("--squad_train_data", required=True)
     add("--squad_dev_data", required=True)
     add("--output_dir", required=True, help="folder of all runs, packing.json and packing.md")
     add(
-        "--questions", type=number(int, 1), help="train on whole articles of so many (default: all)"
+        "--questions",
+        type=number(int, 1),
+        help="train on random articles with about so many questions (default: all)",
     )
-    add("--passes", type=number(float, 0, low_open=True), default=2.0, help="of each run")
-    add("--seeds", default="1,2", help="numbers with commas between them")
-    add("--only", help="parts of names, with commas between them (default: all)")
-    add("--jobs", type=number(int, 1), default=1, help="runs at once")
+    add(
+        "--passes",
+        type=number(float, 0, low_open=True),
+        default=2.0,
+        help="passes over the data per run",
+    )
+    add("--seeds", default="1,2", help="comma-separated numbers")
+    add("--only", help="comma-separated parts of names (default: all)")
+    add("--jobs", type=number(int, 1), default=1, help="parallel runs")
     add("--minutes", type=number(float, 0), default=float("inf"),
         help="start no run after so many")  # fmt: skip
     add("--pack_cfg", default=PACK_CFG)
-    add("--flags", default="", help="further flags of all runs, in one text")
+    add("--flags", default="", help="further flags of all runs, in one string")
     return parser.parse_args()
 
 
 def chosen(only: str | None) -> list[str]:
-    """The configurations whose name is, or has in it, one of the parts.
+    """The configurations whose name contains one of the parts.
 
     Raises:
         UserError: a part is in no name.
@@ -160,7 +167,7 @@ def chosen(only: str | None) -> list[str]:
 
 
 def subset(path: str, questions: int | None, folder: Path) -> str:
-    """The file itself, or one of random whole articles of it with at least so many questions."""
+    """The file, or one with random articles of it that have at least so many questions."""
     if questions is None:
         return os.path.abspath(path)
     target = folder / f"train-{questions}.json"
@@ -185,7 +192,7 @@ class Job:
 
 
 def make_jobs(args: argparse.Namespace, train: str) -> list[Job]:
-    """All runs, a seed of every configuration first."""
+    """All runs: one seed of every configuration, then the next seed."""
     jobs = []
     for seed in args.seeds.split(","):
         for name in chosen(args.only):
@@ -209,7 +216,7 @@ def make_jobs(args: argparse.Namespace, train: str) -> list[Job]:
 
 
 def start(job: Job, jobs: int) -> subprocess.Popen[bytes]:
-    """Start a run; its share of the cores, and its output in a file beside its folder."""
+    """Start a run on its share of the cores, with its output in a file beside its folder."""
     threads = str(max(1, (os.cpu_count() or 1) // jobs))
     environment = {**os.environ, "OMP_NUM_THREADS": threads, "RAYON_NUM_THREADS": threads}
     print(f"{job.name}, seed {job.seed}: {shlex.join(job.command[3:])}", flush=True)
@@ -218,7 +225,7 @@ def start(job: Job, jobs: int) -> subprocess.Popen[bytes]:
 
 
 def figures(folder: Path) -> dict[str, Any]:
-    """What a finished run came to.
+    """The results of a finished run.
 
     Returns:
         f1, exact_match; `by_step`: F1 of each evaluation, by stage and step; those of the teacher
@@ -241,7 +248,7 @@ def figures(folder: Path) -> dict[str, Any]:
 
 
 def run_all(args: argparse.Namespace, jobs: list[Job], rows: dict[str, Any], path: Path) -> None:
-    """Run what `rows` lacks, --jobs at a time, and write them to `path` after each."""
+    """Run the runs that `rows` lacks, --jobs at a time; write `rows` to `path` after each."""
     began = time.monotonic()
     waiting = [job for job in jobs if job.seed not in rows.get(job.name, {})]
     going: list[tuple[Job, subprocess.Popen[bytes]]] = []
@@ -266,7 +273,7 @@ def run_all(args: argparse.Namespace, jobs: list[Job], rows: dict[str, Any], pat
 
 
 def take_in(job: Job, code: int, rows: dict[str, Any], path: Path) -> None:
-    """Write down what a run has come to; one that failed is run again by the same command."""
+    """Record the results of a run; a failed run is repeated by the same command."""
     if code:
         print(f"{job.name}, seed {job.seed}: FAILED, see {job.folder}.log", flush=True)
         return
@@ -282,7 +289,7 @@ def take_in(job: Job, code: int, rows: dict[str, Any], path: Path) -> None:
 
 
 def scores(dev: str, folder: str | Path) -> np.ndarray | None:
-    """F1 of each dev question, of the predictions.json in a folder; None where it has not all."""
+    """F1 per dev question from the predictions.json in a folder; None if questions are missing."""
     from tasks.squad_scores import f1
 
     path = Path(folder) / "predictions.json"
@@ -303,7 +310,7 @@ def scores(dev: str, folder: str | Path) -> np.ndarray | None:
 
 
 def interval(student: np.ndarray, teacher: np.ndarray) -> tuple[float, float]:
-    """The middle 95% of how much of the teacher's F1 is kept, in percent, over draws of questions.
+    """The kept share of the teacher's F1, in percent: the middle 95% over draws of questions.
 
     Args:
         student, teacher: F1 of each question, 0 .. 1; the student's a mean over its seeds.
@@ -315,7 +322,7 @@ def interval(student: np.ndarray, teacher: np.ndarray) -> tuple[float, float]:
 
 
 def table(rows: dict[str, Any], dev: str, model: str, output_dir: str) -> str:
-    """The rows in Markdown, a configuration a line."""
+    """The rows as Markdown, one line per configuration."""
     teacher = scores(dev, model)
     lines = [
         "| | F1 by seed | F1 | EM | of the teacher's F1 | s a step |",

@@ -2,8 +2,8 @@
 
     python -m benchmarks.precisions --output_dir=DIR [--seeds=1,2,3] -- train_qa.py FLAGS ...
 
-FLAGS are those of any of the scripts, without --output_dir, --precision and --seed. Figures are
-those of metrics.json: of the delivered weights, in FP32. A run that was stopped goes on.
+FLAGS are a script's flags without --output_dir, --precision and --seed. The figures come from
+metrics.json, for the delivered weights in FP32. Stopped runs resume.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ PRECISIONS = ("fp32", "bf16")
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--output_dir", required=True, help="a folder for each run lies in it")
+    parser.add_argument("--output_dir", required=True, help="folder for the runs' folders")
     parser.add_argument("--seeds", default="1,2,3")
     parser.add_argument("--score", default="f1", help="a figure of metrics.json")
     parser.add_argument("command", nargs="+", help="the script and its flags")

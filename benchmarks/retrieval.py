@@ -4,9 +4,9 @@
     python -m benchmarks.retrieval --model=DIR --squad_train_data=TRAIN --squad_dev_data=DEV \
         --output_dir=DIR
 
-Dev's questions are searched among dev's contexts and train's. sentence-transformers trains with
-its MultipleNegativesRankingLoss, in bf16, for as long as the longest of our fine-tunings took.
-Every command is printed before it runs; the same command again goes on where it was stopped.
+Dev's questions are searched among the contexts of dev and train. sentence-transformers trains with
+its MultipleNegativesRankingLoss, in bf16, as long as our longest fine-tuning. Every command is
+printed before it runs; the same command again resumes a stopped run.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
 LENGTHS = {"max_seq_length_q": 32, "max_seq_length_c": 384}
 SCORES = {"top_1": "top 1", "top_5": "top 5", "mrr": "MRR"}
-BATCH = 32  # pairs of a step, for all
+BATCH = 32  # pairs per step, in all trainings
 
 
 def parse_arguments() -> argparse.Namespace:

@@ -2,7 +2,7 @@
 
     python -m benchmarks.search_scale --model_emb=DIR --squad_data=TRAIN
 
-The paragraphs are the file's contexts, and where there are not enough, halves of them.
+The paragraphs are the file's contexts, and halves of them if there are too few.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from squad_utils import load_squad
 
 
 def peak_gb() -> float:
-    """Of this process so far."""
+    """The peak memory of this process so far, in GB."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
 
 
@@ -55,7 +55,7 @@ def index_and_ask(folder: str, path: str, count: int, runtime: Runtime) -> None:
 
 
 def metrics_memory(questions: int, contexts: int, width: int) -> None:
-    """Peak memory of the ranks beyond the vectors; a block of questions needs what all need."""
+    """The peak memory of the ranks beyond the vectors; one block of questions shows it."""
     import torch
 
     from tasks.embedding import ranks

@@ -1,4 +1,4 @@
-"""Seconds and peak memory from a SQuAD file to windows, the file repeated a number of times."""
+"""Seconds and peak memory from a SQuAD file, repeated several times, to windows."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def main() -> None:
     loaded = time.perf_counter()
     contexts, questions = squad_utils.tokenize_squad(data, tokenizer, max_seq_length_q=64)
     special = squad_utils.SpecialIds(*map(tokenizer.token_to_id, ("[CLS]", "[SEP]", "[PAD]")))
-    windows = squad_utils.cut_windows(data, contexts, questions, special, 384, 128, True)
+    windows = squad_utils.cut_windows(data, (contexts, questions), special, 384, 128, True)
     done = time.perf_counter()
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
     print(f"{len(data.ids):,} questions, {len(windows):,} windows")

@@ -3,7 +3,7 @@
     python -m benchmarks.train_f1 --model=FOLDER_OR_NAME --squad_train_data=train-v1.1.json \\
         --squad_dev_data=dev-v1.1.json
 
-The Trainer is that of benchmarks/trainer.py. train_qa.py evaluates both.
+benchmarks/trainer.py makes the Trainer. train_qa.py evaluates both.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def write_part(source: str, flag: str, count: int, path: str) -> None:
 
 
 def train_qa(args: argparse.Namespace, model: str, output_dir: str, **flags: Any) -> dict[str, Any]:
-    """Run train_qa.py; what its metrics.json holds."""
+    """Run train_qa.py; give its metrics.json."""
     same = ("max_seq_length_q", "max_seq_length_c", "doc_stride", "learning_rate", "precision")
     flags |= {name: getattr(args, name) for name in (*same, "freeze_list", "seed")}
     flags |= {"model_student": model, "output_dir": output_dir}
@@ -60,8 +60,18 @@ def main() -> None:
     add_arguments(parser)
     add = parser.add_argument
     add("--squad_dev_data", required=True, help="SQuAD JSON to evaluate on")
-    add("--num_questions", type=number(int, 1), default=1000, help="to train on, about")
-    add("--num_dev_questions", type=number(int, 1), default=10**6, help="to evaluate on, about")
+    add(
+        "--num_questions",
+        type=number(int, 1),
+        default=1000,
+        help="about so many questions to train on",
+    )
+    add(
+        "--num_dev_questions",
+        type=number(int, 1),
+        default=10**6,
+        help="about so many questions to evaluate on",
+    )
     args = parser.parse_args()
     tokenizer = open_model(args.model, "--model").tokenizer
     with tempfile.TemporaryDirectory() as folder:

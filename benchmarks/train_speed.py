@@ -1,13 +1,13 @@
-"""How fast train_qa.py trains: against transformers.Trainer, and against bare matrix products.
+"""The speed of train_qa.py, compared with transformers.Trainer and bare matrix products.
 
     python -m benchmarks.train_speed --model=FOLDER_OR_NAME --squad_train_data=train-v1.1.json
 
-Examples/s of our loop and of the Trainer in alternating rounds, each in a process of its own, and
-the time of nothing but the matrix products that our steps consist of. An example is a window:
+It measures the examples per second of our loop and of the Trainer in alternating rounds, each in a
+process of its own, and the time of the matrix products alone in our steps. An example is a window:
 [CLS] question [SEP] part of the context [SEP]. The Trainer has its defaults and the data of the
-library's own QA example: windows padded to max_seq_length, FP32, the dropout of the model's
-configuration. Ours is `loop.train`, the loop of train_qa.py, with that script's defaults. Both
-train the same model with the same batch size and learning rate.
+library's own QA example: windows padded to max_seq_length, FP32, the dropout of the configuration.
+Our loop is `loop.train` with the defaults of train_qa.py. Both train the same model with the same
+batch size and learning rate.
 """
 
 from __future__ import annotations
@@ -52,24 +52,24 @@ DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 @dataclass(frozen=True)
 class Timing:
-    """What a round measured; warm-up is left out."""
+    """The figures of a round, without its warm-up."""
 
     examples: int
     seconds: float
 
     @property
     def rate(self) -> float:
-        """Examples a second."""
+        """Examples per second."""
         return self.examples / self.seconds
 
 
 def overall(timings: list[Timing]) -> Timing:
-    """Several rounds as one: its rate is all examples over all seconds."""
+    """Several rounds as one, whose rate is all examples divided by all seconds."""
     return Timing(sum(each.examples for each in timings), sum(each.seconds for each in timings))
 
 
 class ChosenSteps(qa.QaBatches):
-    """The steps it is given as one epoch."""
+    """The given steps as one epoch."""
 
     def __init__(self, windows: Windows, chosen: list[np.ndarray], seed: int) -> None:
         super().__init__(windows, len(chosen[0]), seed)
@@ -80,7 +80,7 @@ class ChosenSteps(qa.QaBatches):
 
 
 def our_round(args: argparse.Namespace, windows: Windows, steps: list[np.ndarray]) -> Timing:
-    """Train the model for the given steps in the loop of train_qa.py, as it does by default.
+    """Train the model for the given steps in the loop of train_qa.py, with its defaults.
 
     The seconds are those of the loop's own log: they include making the batches, the backward
     pass, clipping, AdamW and the log.
@@ -88,7 +88,7 @@ def our_round(args: argparse.Namespace, windows: Windows, steps: list[np.ndarray
     model = load_model(open_model(args.model, "--model"), AutoModelForQuestionAnswering, True)
     freeze(model, args.freeze_list)
     set_dropout(fuse_attention(model), 0.0)
-    # After the longest steps, memory need not grow.
+    # The longest steps come first, so that memory does not grow later.
     longest = sorted(steps, key=lambda step: -windows.total_lengths[step].max())
     warm = [longest[i % len(longest)] for i in range(args.warm_up_steps)]
     stage = Stage("round", 1, args.learning_rate, len(steps[0]), args.micro_batch_size)
@@ -104,7 +104,7 @@ def our_round(args: argparse.Namespace, windows: Windows, steps: list[np.ndarray
 
 
 class StepClock(transformers.TrainerCallback):
-    """The times at which the given steps have ended."""
+    """Records the times at which the given steps end."""
 
     def __init__(self, steps: tuple[int, ...]) -> None:
         self.steps, self.times = steps, []
@@ -150,9 +150,9 @@ def layer_products(
 ) -> list[tuple[Tensor, Tensor, Tensor]]:
     """The matrix products of one encoder layer, forward and backward: (left, right, result).
 
-    Left out is what is no product or hardly any: biases, softmax, norms, GELU, dropout, the
-    conversion of weights, the optimizer, and the output layer of two columns. Nothing counts as
-    frozen: with a frozen embedding, one product more than ours has, the first layer's dx of QKV.
+    Other work is left out: biases, softmax, norms, GELU, dropout, the conversion of weights, the
+    optimizer, and the output layer of two columns. No layer counts as frozen. With a frozen
+    embedding, our loop saves one product, the first layer's dx of QKV.
     """
 
     def matrix(*shape: int) -> Tensor:
@@ -162,7 +162,7 @@ def layer_products(
     positions = batch * length
     products = []
     for inside, outside in [
-        (hidden, 3 * hidden),  # query, key and value, as ours has them
+        (hidden, 3 * hidden),  # query, key and value as one layer
         (hidden, hidden),
         (hidden, wide),
         (wide, hidden),
@@ -192,8 +192,8 @@ def bare_seconds(
 ) -> float:
     """Seconds of all encoder layers' matrix products, forward and backward, for some batches.
 
-    The results go to memory that is there already, and the layers share theirs, so that caches
-    serve these products better than those of a training.
+    The results go to memory that is allocated before, and the layers share it, so caches serve
+    these products better than those of a training.
     """
     seconds = 0.0
     for shape in shapes:
@@ -216,10 +216,10 @@ def bare_seconds(
 def sample_rounds(
     args: argparse.Namespace, windows: Windows, batch_size: int, steps: int
 ) -> list[list[np.ndarray]]:
-    """For each round `steps` steps of the epoch that train_qa.py plans.
+    """`steps` steps per round, from the epoch that train_qa.py plans.
 
-    A step's windows are of similar length, and its time goes with that length. So the steps are
-    taken at even distances from all whole steps sorted by length, and dealt out to the rounds.
+    A step's windows are of similar length, which decides the step's time. So the steps are taken at
+    even distances from all whole steps, sorted by length, and dealt out to the rounds.
     """
     planned = qa.QaBatches(windows, batch_size, args.seed).steps(0)
     whole = [step for step in planned if len(step) == batch_size]
@@ -236,7 +236,7 @@ def sample_rounds(
 
 
 def in_fresh_process(function: Callable[..., Timing], *arguments: Any) -> Timing:
-    """Call a function in a process of its own: one side's memory must not slow the other down."""
+    """Call a function in a process of its own, so that one side's memory cannot slow the other."""
     context = multiprocessing.get_context("spawn")
     with concurrent.futures.ProcessPoolExecutor(1, mp_context=context) as pool:
         return pool.submit(function, *arguments).result()

@@ -1,4 +1,4 @@
-"""What the comparisons with transformers.Trainer share: their flags, its data, its making."""
+"""The shared code of comparisons with transformers.Trainer: flags, data, and the Trainer itself."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from training.machine import PRECISIONS
 
 
 def add_arguments(parser: ArgumentParser) -> None:
-    """The flags of what both sides train, and how."""
+    """The flags that set the training of both sides."""
     positive, add = number(int, 1), parser.add_argument
     add("--model", required=True, help="BERT to train: a folder or a hub name")
     add("--squad_train_data", required=True, help="SQuAD JSON to train on")
-    add("--max_seq_length_q", type=positive, default=64, help="tokens a question is cut to")
+    add("--max_seq_length_q", type=positive, default=64, help="most tokens of a question")
     add("--max_seq_length_c", type=positive, default=384, help="tokens of question and context")
     add("--doc_stride", type=positive, default=128, help="as each side defines it")
     add("--batch_size", type=positive, default=32, help="of one optimisation step, of both")
@@ -28,9 +28,9 @@ def add_arguments(parser: ArgumentParser) -> None:
     add("--learning_rate", type=number(float, 0, 1, True), default=2e-4, help="of both")
     add("--freeze_list", default="none", help="as in train_qa.py, for ours alone")
     add("--precision", choices=PRECISIONS, default="auto", help="of ours; the Trainer has FP32")
-    add("--no_cuda", action="store_true", help="run on the CPU though a GPU is there")
+    add("--no_cuda", action="store_true", help="run on the CPU even if there is a GPU")
     add("--seed", type=number(int, 0), default=42, help="of everything random")
-    add("--json", help="write all figures there")
+    add("--json", help="write all figures to this file")
 
 
 def trainer_features(
@@ -78,7 +78,7 @@ def make_trainer(
     folder: str,
     **arguments: Any,
 ) -> transformers.Trainer:
-    """The Trainer with its defaults, except for what must be the same for both sides."""
+    """The Trainer with its defaults, except for the settings that both sides must share."""
     return transformers.Trainer(
         model=model,
         args=transformers.TrainingArguments(

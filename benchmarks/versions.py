@@ -1,11 +1,11 @@
-"""How fast two versions of the scripts train on this machine, in turn: tokens a second.
+"""The training speed of two versions of the scripts on this machine, in tokens per second.
 
     python -m benchmarks.versions --before=FOLDER --model=BERT --work_dir=/tmp/versions \
         --squad_train_data=train-v1.1.json --squad_dev_data=dev-v1.1.json
 
 FOLDER is a checkout of another version. Each round runs each training with both versions, as a user
-runs it, for a few steps; the first steps, in which caches fill, are left out. Models that a
-training starts from are made once, by this version.
+does, for a few steps. The first steps, in which caches fill, do not count. This version makes the
+models from which trainings start, once.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ TRAININGS = {
 
 
 def tokens_a_second(folder: Path, stages: tuple[str, ...]) -> list[float]:
-    """Of each step of a run's stages, without the first ones."""
+    """Tokens per second of each step of a run's stages, without the first steps."""
     log = [r for r in read_log(str(folder)) if r["stage"] in stages and "evaluation" not in r]
     return [record["tokens_per_second"] for record in log[LEFT_OUT:]]
 
@@ -55,7 +55,7 @@ def main() -> None:
     add("--precision", default="auto")
     add("--steps", type=number(int, LEFT_OUT + 1), default=12, help="of a training")
     add("--rounds", type=number(int, 1), default=3)
-    add("--only", choices=TRAININGS, help="one training; all if left out")
+    add("--only", choices=TRAININGS, help="one training (default: all)")
     args = parser.parse_args()
     work = Path(args.work_dir)
     shutil.rmtree(work, ignore_errors=True)

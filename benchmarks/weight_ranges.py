@@ -1,18 +1,18 @@
-"""INT8 with each weight_range: what the file gives computed exactly, and in each runtime here.
+"""INT8 with each weight_range: the file computed exactly, and in each runtime of this machine.
 
     python -m benchmarks.weight_ranges --model=FP32_DIR --squad_train_data=TRAIN \
         --squad_dev_data=DEV --output_dir=DIR [--epochs=0.1 --learning_rate=5e-5] \
         [--nncf_config=nncf_config.json]
 
-For each range it calibrates (train_qa.py or train_qcemb.py, by what the model is), trains on from
-there, and runs both files over dev. Scores are F1, or the share of questions whose own context is
-among the 5 nearest. "Same" is the share of questions to which a file gives the answer (the nearest
-context) that it gives when computed exactly. The model itself, its first LayerNorm's gains moved
-by 1e-6, tells what can be expected: no two programs add in the same order. "From FP32" is the mean
-difference between the outputs of the exact file and of the FP32 one, in standard deviations. What
-results.json has already is not done again.
+For each range it calibrates by train_qa.py or train_qcemb.py, trains the result further, and runs
+both files over dev. The score is F1, or the share of questions whose own context is among the 5
+nearest. "Same" is the share of questions whose answer (or nearest context) is that of the exact
+computation. Some always differ, since no two programs add in the same order. To show how many, the
+model is compared with itself after its first LayerNorm's gains are changed by 1e-6. "From FP32" is
+the mean difference between the outputs of the exact file and of the FP32 file, in standard
+deviations. Results that results.json already has are not computed again.
 
-`ONEDNN_MAX_CPU_ISA=AVX2` in the environment shows what OpenVINO gives on a CPU without VNNI.
+`ONEDNN_MAX_CPU_ISA=AVX2` in the environment shows OpenVINO's numbers on a CPU without VNNI.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ Infer = Callable[[dict[str, np.ndarray]], Sequence[np.ndarray]]
 
 
 def quantize(args: Any, script: str, weight_range: str) -> dict[str, str]:
-    """Folders of the model calibrated and trained with a range; made once."""
+    """The folders of the model calibrated, and then trained, with a range; made once."""
     os.makedirs(args.output_dir, exist_ok=True)
     with open(args.nncf_config, encoding="utf-8") as file:
         settings = {**json.load(file), "weight_range": weight_range}
@@ -75,7 +75,7 @@ def quantize(args: Any, script: str, weight_range: str) -> dict[str, str]:
 
 
 def in_pytorch(folder: str, moved: float = 0.0) -> Infer:
-    """The checkpoint with its quantizers; gains after the embeddings moved by so much."""
+    """The checkpoint with its quantizers; `moved` changes its embedding LayerNorm's gains."""
     import torch
 
     from bert.model_folder import load_model, open_model
@@ -98,7 +98,7 @@ def in_pytorch(folder: str, moved: float = 0.0) -> Infer:
 
 
 def in_onnxruntime(path: str, exact: bool) -> Infer:
-    """The file at any length; exact: without integer kernels."""
+    """The file at any length; `exact` runs it without integer kernels."""
     import onnx
     import onnxruntime
 
@@ -139,7 +139,7 @@ def auto_class(embeds: bool) -> Any:
 
 
 # ------------------------------------------------------------------------------------------------
-# What a model finds on dev
+# A model's results on dev
 
 
 class Reading:
@@ -176,7 +176,7 @@ class Reading:
         return answers.texts()
 
     def found_in(self, folder: str) -> dict[str, str]:
-        """The answers that the run has left in its folder: those of the model in PyTorch."""
+        """The answers that the run has saved in its folder, which are PyTorch's."""
         with open(os.path.join(folder, "predictions.json"), encoding="utf-8") as file:
             return json.load(file)
 

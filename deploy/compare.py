@@ -2,14 +2,15 @@
 
     python -m deploy.compare FOLDER... [--json FILE] [--picture FILE.png]
 
-Each folder is a row of a Markdown table. All files are timed in turns at the same length, the
-shortest that any of them declares.
+Each folder is a row of a Markdown table. All files are timed in turns at one length, the shortest
+of their --max_seq_length_c.
 """
 
 from __future__ import annotations
 
 import importlib.util
 import json
+import math
 import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -20,8 +21,8 @@ from cli import UserError
 from deploy import timing
 from deploy.cpu import this_cpu
 
-SCORES = {"f1": "F1", "top_1": "top 1", "top_5": "top 5"}  # of metrics.json; names in the table
-DRAWN = ("f1", "top_1")  # of SCORES, one of each task
+SCORES = {"f1": "F1", "top_1": "top 1", "top_5": "top 5"}  # key of metrics.json -> table head
+DRAWN = ("f1", "top_1")  # of SCORES, one per task
 MARKERS = dict(zip(timing.WAYS, "os^", strict=True))
 
 
@@ -30,11 +31,11 @@ class Row:
     """A folder.
 
     Attributes:
-        scores: by the keys of SCORES that its task has, in %.
-        gops: 1e9 operations, 2 for a multiplication and addition, of linear layers and attention;
-            None without OpenVINO, which counts them.
-        megabytes: of model.onnx, in 1e6 bytes.
-        milliseconds: by the keys of `timing.WAYS`; a runtime that does not run it is left out.
+        scores: in %, by the keys of SCORES that its task has.
+        gops: 1e9 operations of linear layers and attention, a multiplication with its addition
+            counted as 2; None without OpenVINO, which finds them.
+        megabytes: the size of model.onnx in 1e6 bytes.
+        milliseconds: by `timing.WAYS`; ways that do not run the file are left out.
     """
 
     folder: str
@@ -48,55 +49,44 @@ class Row:
 def compare(
     folders: Sequence[str], rounds: int = timing.ROUNDS, seconds: float = float("inf")
 ) -> tuple[list[Row], int]:
-    """A row for each folder, and the number of tokens at which all were timed.
+    """One row per folder, and the number of tokens at which all files were timed.
 
     Raises:
         UserError: a folder lacks model.onnx or metrics.json, or no runtime runs its file.
     """
+
+    def failed(folder: str, way: str, error: Exception) -> None:
+        cli.warn(f"{folder} does not run in {way}: {cli.first_line(error)}")
+
     metrics = [_metrics(folder) for folder in folders]
     length = min(each["arguments"]["max_seq_length_c"] for each in metrics)
-    runs = {}
-    for folder in folders:
-        for way in timing.WAYS:
-            try:
-                run = timing.compiled(os.path.join(folder, "model.onnx"), way, length)
-                run()
-            except Exception as error:  # whatever a runtime raises; it need not be installed
-                cli.warn(f"{folder} does not run in {way}: {_first_line(error)}")
-                continue
-            runs[folder, way] = run
-    found = timing.milliseconds(runs, rounds, seconds)
+    paths = {folder: os.path.join(folder, "model.onnx") for folder in folders}
+    found = timing.time_files(paths, length, rounds, seconds, failed)
     rows = []
     for folder, figures in zip(folders, metrics, strict=True):
-        path = os.path.join(folder, "model.onnx")
-        taken = {way: found[folder, way] for way in timing.WAYS if (folder, way) in found}
-        if not taken:
-            raise UserError(f"{path}: no runtime of this machine runs it")
+        path = paths[folder]
+        if not found[folder]:
+            raise UserError(f"{path}: no runtime on this machine runs it")
         scores = {key: figures[key] for key in SCORES if key in figures}
-        size = os.path.getsize(path) / 1e6
-        rows.append(Row(folder, scores, figures["parameters"], gops(path, length), size, taken))
+        size, count = os.path.getsize(path) / 1e6, figures["parameters"]
+        rows.append(Row(folder, scores, count, gops(path, length), size, found[folder]))
     return rows, length
 
 
 def _metrics(folder: str) -> dict[str, Any]:
-    """What metrics.json of an output folder tells."""
-    text = cli.read_text(os.path.join(folder, "metrics.json"), "FOLDER")
+    """metrics.json of an output folder."""
+    metrics = cli.read_object(os.path.join(folder, "metrics.json"), "FOLDER")
     try:
-        metrics = json.loads(text)
         metrics["parameters"], metrics["arguments"]["max_seq_length_c"]
-    except (ValueError, KeyError, TypeError):
+    except (KeyError, TypeError):
         raise UserError(f"FOLDER: {folder}/metrics.json is not that of an output folder") from None
     if not os.path.isfile(os.path.join(folder, "model.onnx")):
         raise UserError(f"FOLDER: {folder} has no model.onnx; every run leaves one at its end")
     return metrics
 
 
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or repr(error)).splitlines()[0]
-
-
 def gops(path: str, length: int) -> float | None:
-    """1e9 operations of a file's matrix products at 1 x `length`; None without OpenVINO."""
+    """The 1e9 operations in a file's matrix products at 1 x `length`; None without OpenVINO."""
     if importlib.util.find_spec("openvino") is None:
         return None
     import openvino  # need not be installed
@@ -108,15 +98,12 @@ def gops(path: str, length: int) -> float | None:
         if product.get_type_name() == "MatMul":
             transposed = product.get_attributes()["transpose_a"]
             inner = product.input(0).get_shape()[-2 if transposed else -1]
-            outer = 1
-            for size in product.output(0).get_shape():
-                outer *= size
-            total += 2 * inner * outer
+            total += 2 * inner * math.prod(product.output(0).get_shape())
     return total / 1e9
 
 
 def table(rows: Sequence[Row], length: int) -> str:
-    """All rows in Markdown."""
+    """A Markdown table of all rows."""
     scores = {key: name for key, name in SCORES.items() if any(key in row.scores for row in rows)}
     head = ["folder", *scores.values(), "M parameters", f"GOps at 1 x {length}", "MB"]
     head += [f"{way}, ms" for way in timing.WAYS]
@@ -134,14 +121,14 @@ def table(rows: Sequence[Row], length: int) -> str:
 
 
 def draw(rows: Sequence[Row], length: int, path: str) -> None:
-    """Draw quality over latency: F1 or top 1, a point for each folder and way to run it.
+    """Draw quality over latency: F1 or top 1, one point per folder and way to run its file.
 
-    Folders of several tasks get a panel for each task.
+    Each task has a panel of its own.
     """
     import matplotlib  # half a second, which only a picture needs
 
     matplotlib.use("Agg")
-    import matplotlib.pyplot as plt  # for the backend that is chosen by now
+    import matplotlib.pyplot as plt  # after the backend is chosen
     from matplotlib import ticker  # as matplotlib
 
     keys = [key for key in DRAWN if any(key in row.scores for row in rows)]
@@ -181,9 +168,10 @@ def main() -> None:
     )
     add = parser.add_argument
     add("folders", nargs="+", metavar="FOLDER", help="output folders, each with its model.onnx")
-    add("--rounds", type=cli.number(int, 1, 1000), default=timing.ROUNDS, help="of all files")
-    add("--json", metavar="FILE", help="write the rows there")
-    add("--picture", metavar="FILE.png", help="draw quality over latency there")
+    add("--rounds", type=cli.number(int, 1, 1000), default=timing.ROUNDS,
+        help="rounds of timing, in each of which every file has its turn")  # fmt: skip
+    add("--json", metavar="FILE", help="write the rows to this file")
+    add("--picture", metavar="FILE.png", help="draw quality over latency in this file")
     args = parser.parse_args()
     if args.picture and not args.picture.endswith(".png"):
         raise UserError(f"--picture: {args.picture} does not end in .png")

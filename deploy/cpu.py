@@ -1,6 +1,6 @@
-"""What this CPU computes with: its name and the instructions that change speed or results.
+"""This CPU: its name, and those of its instructions that change speed or results. No torch.
 
-No torch is needed. Everything that depends on the CPU (precision, runtime, texts) asks here.
+All code that depends on the CPU (precision, runtime, messages) asks this module.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 CPUINFO = Path("/proc/cpuinfo")
-# Linux's flags -> the names used here. What has any of the flags has the feature.
+# Feature -> Linux's flags: a CPU with any of the flags has the feature.
 FEATURES = {
     "avx2": ("avx2",),
     "avx512": ("avx512f",),
@@ -28,8 +28,8 @@ class Cpu:
     """A CPU.
 
     Attributes:
-        name: as its maker calls it, or its architecture where the system does not tell.
-        features: keys of FEATURES, in their order; empty where the system does not tell.
+        name: the maker's name for it, or its architecture if the system does not tell the name.
+        features: keys of FEATURES, in their order; empty if the system does not tell them.
     """
 
     name: str
@@ -37,16 +37,16 @@ class Cpu:
 
     @property
     def has_bf16(self) -> bool:
-        """Whether products in bf16 run in hardware, on x86: on Arm nothing has been tried."""
+        """Whether an x86 CPU multiplies bf16 in hardware; Arm CPUs have not been tried."""
         return "bf16" in self.features
 
     @property
     def sums_exactly(self) -> bool:
         """Whether integer kernels sum products of u8 and s8 in 32 bits, as VNNI does.
 
-        Without it they add two products in 16 bits, with saturation: vpmaddubsw,
-        Intel 64 and IA-32 Architectures Software Developer's Manual, volume 2. A CPU that is not
-        known counts as one of those.
+        Without VNNI, kernels add two products in 16 bits, with saturation: vpmaddubsw,
+        Intel 64 and IA-32 Architectures Software Developer's Manual, volume 2. An unknown CPU
+        counts as one without VNNI.
         """
         return "vnni" in self.features
 
@@ -55,7 +55,7 @@ class Cpu:
 
 
 def parse_cpuinfo(text: str) -> Cpu:
-    """The CPU that the text of Linux's /proc/cpuinfo describes, by its first processor."""
+    """The CPU in the text of Linux's /proc/cpuinfo, by its first processor."""
     fields: dict[str, str] = {}
     for line in text.splitlines():
         key, _, value = line.partition(":")
@@ -67,7 +67,7 @@ def parse_cpuinfo(text: str) -> Cpu:
 
 @functools.cache
 def this_cpu() -> Cpu:
-    """The CPU of this machine; on systems other than Linux its features are not known."""
+    """The CPU of this machine; its features are known on Linux alone."""
     if not CPUINFO.is_file():
         return Cpu(platform.processor() or platform.machine(), ())
     return parse_cpuinfo(CPUINFO.read_text(encoding="utf-8", errors="replace"))

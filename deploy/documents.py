@@ -1,7 +1,7 @@
-"""Files of all kinds as paragraphs, which know where in their file they stand. No torch is needed.
+"""Files of all kinds as paragraphs, each with its place in its file. No torch is needed.
 
-Positions count code points of the whole file as UTF-8 decodes it; a byte order mark and the
-carriage returns of CRLF count too.
+Positions count code points of the whole file, decoded as UTF-8. A byte order mark and the carriage
+returns of CRLF count too.
 """
 
 from __future__ import annotations
@@ -13,30 +13,25 @@ from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from cli import UserError, tell, warn
+from cli import UnreadableError, UserError, decode, tell, warn
 
-TEXTS = (".txt", ".md")  # suffixes of the files of a folder that are read
-DOCUMENTS = (".html", ".htm", ".pdf", ".docx")  # suffixes that say a file is no plain text
+TEXTS = (".txt", ".md")  # suffixes of the files that are read in a folder
+DOCUMENTS = (".html", ".htm", ".pdf", ".docx")  # suffixes of files that are not plain text
 LINE_END = re.compile(r"\r\n|\r|\n")
 BLANK_LINES = re.compile(r"(?>\r\n|\r|\n)\s*[\r\n]")  # CRLF is one line end, never two
 SENTENCE_END = re.compile(r"(?<=[.!?])[\"'”’)\]]*\s+(?=[^a-z])|(?<=[。！？])[”’」』）]*|[\r\n]+")
-MARKS = (  # the longest first: that of UTF-32 begins as that of UTF-16
-    (b"\xff\xfe\0\0", "UTF-32"),
-    (b"\0\0\xfe\xff", "UTF-32"),
-    (b"\xff\xfe", "UTF-16"),
-    (b"\xfe\xff", "UTF-16"),
-)
-OPEN_FILE = re.compile(r"/dev/stdin|/(?:dev|proc/self)/fd/(\d{1,6})")  # by the shell, as pipes are
-NAMED = 5  # skipped files that are told by their names
-
-
-class UnreadableError(Exception):
-    """Why a file is not read, as the end of a sentence about it."""
+OPEN_FILE = re.compile(r"/dev/stdin|/(?:dev|proc/self)/fd/(\d{1,6})")  # opened by the shell
+NAMED = 5  # how many skipped files a message names
 
 
 @dataclass(frozen=True)
 class Paragraph:
-    """A paragraph of a file; `line` (from 1) and `start` are those of its first character."""
+    """A paragraph of a file.
+
+    Attributes:
+        line: the line of its first character, from 1.
+        start: the position of its first character in the file, in code points.
+    """
 
     text: str
     path: str
@@ -45,41 +40,22 @@ class Paragraph:
 
     @property
     def source(self) -> str:
-        """File and line, to show; what is not UTF-8 in the file's name is replaced."""
+        """File and line, to show; bytes of the name that are not UTF-8 are replaced."""
         return f"{os.fsencode(self.path).decode(errors='replace')}:{self.line}"
 
     def part(self, begin: int, end: int) -> Paragraph:
-        """The text's [begin:end] without the white space around it."""
+        """The paragraph text[begin:end], without the white space around it."""
         text = self.text[begin:end]
         begin += len(text) - len(text.lstrip())
         line = self.line + len(LINE_END.findall(self.text, 0, begin))
         return Paragraph(text.strip(), self.path, line, self.start + begin)
 
 
-def decode(data: bytes) -> str:
-    """The text that UTF-8 bytes hold.
-
-    Raises:
-        UnreadableError: they are no UTF-8, or hold NULs.
-    """
-    for mark, name in MARKS:
-        if data.startswith(mark):
-            raise UnreadableError(f"is {name}, not UTF-8: iconv -f {name} -t UTF-8 converts it")
-    if b"\0" in data:
-        raise UnreadableError(
-            f"has NUL bytes (the first is byte {data.index(0)}), so it is UTF-16 or no text"
-        )
-    try:
-        return data.decode()
-    except UnicodeDecodeError as error:
-        raise UnreadableError(f"is not UTF-8 text (byte {error.start})") from None
-
-
 def _read(path: str) -> Paragraph:
     """A whole file as one paragraph, which begins after a byte order mark.
 
     Raises:
-        UnreadableError: it cannot be read, or is no UTF-8 text.
+        UnreadableError: the file cannot be read, or is not UTF-8 text.
     """
     if path.lower().endswith(DOCUMENTS):
         raise UnreadableError(f"is {os.path.splitext(path)[1][1:].upper()}, not plain text")
@@ -105,7 +81,7 @@ def read_file(path: str, flag: str = "--context") -> Paragraph:
     """The text of one file that the user has named, without a byte order mark.
 
     Raises:
-        UserError: it cannot be read, or is no UTF-8 text.
+        UserError: the file cannot be read, or is not UTF-8 text.
     """
     if not os.path.lexists(path) and not OPEN_FILE.fullmatch(path):
         raise UserError(f"{flag}: no such file: {path}")
@@ -118,13 +94,16 @@ def read_file(path: str, flag: str = "--context") -> Paragraph:
 
 
 def read_paragraphs(paths: Sequence[str], flag: str = "--context") -> list[Paragraph]:
-    """The paragraphs of files, and of the .txt and .md files of folders; blank lines part them.
+    """The paragraphs of files, and of the .txt and .md files in folders; blank lines part them.
 
-    A file that is reached in several ways counts once. Links are followed. Files of a folder that
-    cannot be read are left out and told, by the flag that gave the paths.
+    Links are followed, and a file that several paths lead to counts once. Unreadable files in
+    folders are skipped with a warning.
+
+    Args:
+        flag: the flag that gave the paths, for messages.
 
     Raises:
-        UserError: a path cannot be read, a folder has no such file, or there is no text at all.
+        UserError: a path cannot be read, a folder has no text file, or there is no text at all.
     """
     paragraphs: list[Paragraph] = []
     skipped: list[str] = []
@@ -147,14 +126,14 @@ def read_paragraphs(paths: Sequence[str], flag: str = "--context") -> list[Parag
 
 
 def _files_of(top: str, flag: str, skipped: list[str]) -> list[str]:
-    """The texts in a folder and in those below it, also linked ones; other files are told."""
+    """The text files in a folder and the folders below it, links followed; a note names others."""
     texts, others, visited = [], [], set()
 
     def failed(error: OSError) -> None:
         skipped.append(f"{error.filename} cannot be read: {error.strerror}")
 
     for folder, inside, names in os.walk(top, onerror=failed, followlinks=True):
-        if (real := os.path.realpath(folder)) in visited:  # links may lead round in a circle
+        if (real := os.path.realpath(folder)) in visited:  # links may form a circle
             inside.clear()
             continue
         visited.add(real)
@@ -175,7 +154,7 @@ def _files_of(top: str, flag: str, skipped: list[str]) -> list[str]:
 
 
 def _named(names: list[str], between: str) -> str:
-    """The first few of some names, and how many more there are."""
+    """The first NAMED names, and the number of further ones."""
     more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
     return between.join(names[:NAMED]) + more
 

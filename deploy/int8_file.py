@@ -1,4 +1,4 @@
-"""What an INT8 ONNX file multiplies as integers, and whether the sums can overflow. No torch.
+"""The integer products in an INT8 ONNX file, and whether their sums can overflow. No torch.
 
 Integer kernels without VNNI (AVX2, early AVX-512) multiply u8 activations by s8 weights and add
 two neighbouring products in 16 bits, with saturation: vpmaddubsw, Intel 64 and IA-32
@@ -17,23 +17,25 @@ from onnx.reference import ReferenceEvaluator
 
 from deploy.cpu import Cpu
 
-# |w(2i)| + |w(2i+1)| up to which no activation can overflow: 255 x 128 = 32640 < 2^15.
+# The largest |w(2i)| + |w(2i+1)| that no activations can overflow: 255 x 128 = 32640 < 2^15.
 PAIR_LIMIT = 128
-# Operators that move numbers and do not change them; runtimes carry INT8 through them.
+# Operators that move numbers without changing them; runtimes carry INT8 through them.
 MOVES = ("Identity", "Transpose", "Reshape")
 
 
 def largest_pair(model: onnx.ModelProto) -> int | None:
-    """The largest |w(2i)| + |w(2i+1)| of all INT8 weights that the file multiplies with.
+    """The largest |w(2i)| + |w(2i+1)| of all INT8 weights in the file's products.
+
+    Embedding tables do not count: their rows are looked up, never multiplied.
 
     Args:
-        model: its INT8 weights are constants behind DequantizeLinear, and a factor of MatMul
-            ([in, out] as the second one) or Gemm, with or without a Transpose between.
+        model: its INT8 weights are constants, and lead through DequantizeLinear, and possibly
+            Transpose, to a factor of MatMul ([in, out] as the second factor) or Gemm.
 
     Returns:
         the largest sum over all output channels, in steps of the integers (0 to 256); pairs are
         neighbours along `in`, and an odd last input counts alone. None for a file without such
-        weights. Embedding tables are looked up, never multiplied: they do not count.
+        weights.
     """
     sums = [
         _largest_pair_along_last(factor.weight)
@@ -45,11 +47,10 @@ def largest_pair(model: onnx.ModelProto) -> int | None:
 
 
 def multiplies_activations(model: onnx.ModelProto) -> bool:
-    """Whether a MatMul takes two INT8 activations, as queries x keys may be, of 8 bits each.
+    """Whether a MatMul multiplies two INT8 activations of 8 bits each, such as queries and keys.
 
-    The rule for pairs of weights does not protect such products: they can overflow by themselves.
-    Where the second factor is cut off at integers of 64, as that of 7 bits is, any pair of these
-    is allowed.
+    Such products can overflow, and the rule for pairs of weights does not prevent it. A second
+    factor of 7 bits, whose integers are at most 64 in size, cannot.
     """
     return any(
         first is not None
@@ -61,23 +62,24 @@ def multiplies_activations(model: onnx.ModelProto) -> bool:
     )
 
 
-def may_saturate(model: onnx.ModelProto) -> bool:
-    """Whether integer kernels that add two products in 16 bits can give other numbers."""
-    return (largest_pair(model) or 0) > PAIR_LIMIT or multiplies_activations(model)
-
-
-def overflow(model: onnx.ModelProto, cpu: Cpu) -> tuple[str, str]:
-    """Why the numbers of a file may not hold on a CPU, and what helps; two "" where they hold.
-
-    Nothing is claimed of other CPUs than x86, or of one that is not known: they may be right.
-    """
-    if cpu.sums_exactly or not may_saturate(model):
-        return "", ""
+def overflow_causes(model: onnx.ModelProto) -> list[str]:
+    """Why integer kernels that add two products in 16 bits can overflow; [] if they cannot."""
     causes = []
     if (largest_pair(model) or 0) > PAIR_LIMIT:
         causes.append("its INT8 weights use the full range")
     if multiplies_activations(model):
         causes.append("it multiplies activations of 8 bits")
+    return causes
+
+
+def overflow(model: onnx.ModelProto, cpu: Cpu) -> tuple[str, str]:
+    """Why a file's numbers may be wrong on a CPU, and the remedy; two "" if they are right.
+
+    On an unknown CPU, or one other than x86, the numbers may still be right.
+    """
+    causes = overflow_causes(model)
+    if cpu.sums_exactly or not causes:
+        return "", ""
     where = f"some integer kernels, and this CPU ({cpu.name}) has not been tried"
     if "avx2" in cpu.features:
         where = f"integer kernels without VNNI, and this CPU ({cpu.name}) has none"
@@ -86,7 +88,7 @@ def overflow(model: onnx.ModelProto, cpu: Cpu) -> tuple[str, str]:
 
 
 def with_float_weights(model: onnx.ModelProto) -> onnx.ModelProto:
-    """The same model with FP32 constants for its INT8 weights: they take 4 times the space.
+    """The same model with its INT8 weights as FP32 constants, which take 4 times the space.
 
     OpenVINO then computes their products in floating point. It still multiplies two INT8
     activations as integers.
@@ -106,7 +108,7 @@ def with_float_weights(model: onnx.ModelProto) -> onnx.ModelProto:
 
 
 def constants(graph: onnx.GraphProto) -> dict[str, onnx.TensorProto]:
-    """Constants by name, in all ways that exporters write: initializers, Constant, Identity."""
+    """Constants by name, in all forms that exporters write: initializers, Constant, Identity."""
     found = {tensor.name: tensor for tensor in graph.initializer}
     for node in graph.node:
         if node.op_type == "Constant":
@@ -118,8 +120,12 @@ def constants(graph: onnx.GraphProto) -> dict[str, onnx.TensorProto]:
 
 @dataclass(frozen=True)
 class _Factor:
-    """A factor in INT8: `weight` is int [out, in] (more axes before), None of activations, of
-    which `largest` is the largest integer, without its sign."""
+    """A factor in INT8.
+
+    Attributes:
+        weight: int [out, in], with more axes in front or none; None for activations.
+        largest: the largest size of an activation's integer.
+    """
 
     weight: np.ndarray | None
     largest: int = 255
@@ -131,11 +137,11 @@ def _products(model: onnx.ModelProto) -> Iterator[tuple[_Factor | None, _Factor 
     makers = {name: node for node in model.graph.node for name in node.output}
 
     def constant(name: str) -> np.ndarray | None:
-        """A constant's value."""
+        """The value of a constant; None if `name` is not one."""
         return numpy_helper.to_array(values[name]) if name in values else None
 
     def largest(quantize: onnx.NodeProto | None) -> int:
-        """The largest integer that a QuantizeLinear gives, by the limits of a Clip before it."""
+        """The largest integer from a QuantizeLinear, by the limits of the Clip in front of it."""
         clip = makers.get(quantize.input[0]) if quantize is not None else None
         if quantize is None or clip is None or clip.op_type != "Clip" or len(clip.input) < 3:
             return 255
@@ -146,7 +152,7 @@ def _products(model: onnx.ModelProto) -> Iterator[tuple[_Factor | None, _Factor 
         return int(np.rint(max(abs(low.min()), abs(high.max())) / scale.min()))
 
     def factor(name: str, sums_over: int) -> _Factor | None:
-        """What the input `name` holds; the product sums over its axis `sums_over`."""
+        """The factor at the input `name`; the product sums over its axis `sums_over`."""
         moves: list[onnx.NodeProto] = []
         dequantized = False
         while name not in values and (maker := makers.get(name)) is not None:
@@ -163,7 +169,7 @@ def _products(model: onnx.ModelProto) -> Iterator[tuple[_Factor | None, _Factor 
             return _Factor(None, largest(maker))
         weight = numpy_helper.to_array(values[name]).astype(np.int32)
         if values[name].data_type == onnx.TensorProto.UINT8:
-            weight -= 128  # the same weights as INT8, of another zero point
+            weight -= 128  # the same weights as INT8 with zero point 0
         for move in reversed(moves):
             if move.op_type == "Transpose":
                 order = next((list(each.ints) for each in move.attribute), None)
@@ -182,7 +188,7 @@ def _products(model: onnx.ModelProto) -> Iterator[tuple[_Factor | None, _Factor 
 
 
 def _largest_pair_along_last(weight: np.ndarray) -> int:
-    """The largest |w(2i)| + |w(2i+1)| along the last axis, at which an odd last counts alone."""
+    """The largest |w(2i)| + |w(2i+1)| along the last axis; an odd last weight counts alone."""
     sizes = np.abs(weight)
     sums = sizes[..., ::2].copy()
     sums[..., : sizes.shape[-1] // 2] += sizes[..., 1::2]

@@ -1,49 +1,50 @@
-"""Whether model.onnx computes what PyTorch does, and what the runtimes of this machine make of it.
+"""Compare model.onnx with the PyTorch model, and run it in the runtimes of this machine.
 
-The verdict does not depend on the machine: the file is run without integer kernels. In INT8, sums
-that differ in their last digit may round to neighbouring integers, which the layers behind them
-multiply. So each layer of the file is given the integers that PyTorch has rounded to; those that
-the file rounds to are counted where they differ.
+The verdict does not depend on the machine: the file runs without integer kernels. In INT8, sums
+that differ in their last digit may round to neighbouring integers, and later layers multiply the
+difference. So each layer of the file gets the integers that PyTorch has rounded to, and the check
+counts those integers that the file rounds otherwise.
 """
 
 from __future__ import annotations
 
+import functools
 import importlib.util
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import onnx
-import onnxruntime
 import torch
 from torch import nn
 
-from deploy import int8_file
+from deploy import int8_file, runtime
 from deploy.cpu import this_cpu
 
-MAX_DIFFERENCE = 1e-3  # of an FP32 file's outputs, the largest
-MAX_DEVIATION = 0.01  # of an INT8 file's outputs, on average, in their standard deviations
-MAX_FLIPPED = 0.01  # share of roundings that may differ; some 1e-5 do
-STRAYS = 0.1  # standard deviations: a runtime that is further off than this is told of
+MAX_DIFFERENCE = 1e-3  # the largest difference allowed in an FP32 file's outputs
+MAX_DEVIATION = 0.01  # the mean one allowed in an INT8 file's, in their standard deviations
+MAX_FLIPPED = 0.01  # the share of roundings that may differ; about 1e-5 do
+STRAYS = 0.1  # standard deviations; a runtime that is further off gets a warning
 
 Feed = dict[str, np.ndarray]  # a file's inputs by name
 Infer = Callable[[Feed], Sequence[np.ndarray]]
+Difference = Callable[[np.ndarray, np.ndarray, Feed], float]  # of an output: mine, theirs
 
 
 @dataclass(frozen=True)
 class Check:
-    """What a check has found.
+    """The result of a check.
 
     Attributes:
-        difference: between the outputs of PyTorch and of the file, computed exactly. In FP32 the
-            largest; in INT8 the mean, in standard deviations, the roundings being PyTorch's.
-        limit: of `difference`.
-        flipped: share of an INT8 file's roundings of activations that are not PyTorch's.
+        difference: between PyTorch's outputs and the file's, computed exactly. In FP32 the largest
+            one; in INT8 the mean in standard deviations, with PyTorch's roundings.
+        limit: the largest `difference` that is allowed.
+        flipped: the share of an INT8 file's roundings of activations that differ from PyTorch's.
         largest_pair: of an INT8 file's weights; see `int8_file.largest_pair`.
-        runtimes: how far the outputs are from PyTorch's as a user runs the file on this machine:
-            mean difference in standard deviations; infinite where a runtime cannot run it.
+        runtimes: the mean difference from PyTorch's outputs in each runtime of this machine, in
+            standard deviations; infinite if a runtime cannot run the file.
         cpu: the name and the instructions of this machine's CPU.
     """
 
@@ -56,7 +57,7 @@ class Check:
 
     @property
     def passed(self) -> bool:
-        """False for outputs that are not finite as well."""
+        """Whether the file is right; it is not if an output is not finite."""
         return self.difference <= self.limit and self.flipped <= MAX_FLIPPED
 
 
@@ -65,32 +66,33 @@ def check_file(path: str, graph: nn.Module, feeds: Sequence[Feed], int8: bool) -
 
     Args:
         graph: in eval mode, in FP32 on the CPU; its forward takes a feed's arrays in their order.
-            `per_token` tells whether its outputs are [B, L]: padding does not count then.
+            `outputs.per_token` says whether its outputs are [B, L]: padding then does not count.
         feeds: real inputs, [1, L] each.
-        int8: whether the graph rounds, by modules that have `integers_of`.
+        int8: whether the graph rounds, in modules that have `integers_of`.
     """
     exact = run_exactly(path)
     declared: Any = graph.outputs  # an onnx_file.Outputs
     with torch.no_grad():
         expected = [[each.numpy() for each in graph(*_tensors(feed))] for feed in feeds]
 
-    def deviation(infer: Infer) -> float:
+    def worst(infer: Infer, difference: Difference) -> float:
         return _worst(
-            _deviation(mine, theirs, feed, declared.per_token)
+            difference(mine, theirs, feed)
             for feed, outputs in zip(feeds, expected, strict=True)
             for mine, theirs in zip(outputs, infer(feed), strict=True)
         )
 
-    runtimes = {"exact": deviation(exact)} if int8 else {}
+    deviation = functools.partial(_deviation, declared.per_token)
+    runtimes = {"exact": worst(exact, deviation)} if int8 else {}
     for name, load in _as_users_do(path):
         try:
-            runtimes[name] = deviation(load())
-        except Exception:  # whatever a runtime here raises: it is no fault of the file's
+            runtimes[name] = worst(load(), deviation)
+        except Exception:  # of any kind; the file may still be right
             runtimes[name] = float("inf")
     cpu = str(this_cpu())
     if not int8:
-        difference = _largest(exact, feeds, expected)
-        return Check(difference, MAX_DIFFERENCE, 0.0, None, runtimes, cpu)
+        largest = worst(exact, lambda mine, theirs, _: float(np.abs(mine - theirs).max()))
+        return Check(largest, MAX_DIFFERENCE, 0.0, None, runtimes, cpu)
     model = onnx.load(path)
     pair = int8_file.largest_pair(model)
     difference, flipped = _layer_by_layer(model, graph, feeds, expected)
@@ -98,8 +100,10 @@ def check_file(path: str, graph: nn.Module, feeds: Sequence[Feed], int8: bool) -
 
 
 def strays(check: Check) -> Iterator[tuple[str, float]]:
-    """The runtimes of this machine that are far off, and how far: further than `STRAYS`, and than
-    flipped roundings alone explain."""
+    """The runtimes of this machine that are far off, and how far.
+
+    Far is further than `STRAYS`, and further than flipped roundings alone can explain.
+    """
     for name, deviation in check.runtimes.items():
         if name != "exact" and not deviation <= max(STRAYS, 3 * check.runtimes.get("exact", 0.0)):
             yield name, deviation
@@ -109,23 +113,14 @@ def strays(check: Check) -> Iterator[tuple[str, float]]:
 # Differences
 
 
-def _deviation(mine: np.ndarray, theirs: np.ndarray, feed: Feed, per_token: bool) -> float:
-    """Mean absolute difference in standard deviations of `mine`; of tokens, without padding."""
+def _deviation(per_token: bool, mine: np.ndarray, theirs: np.ndarray, feed: Feed) -> float:
+    """Mean absolute difference in standard deviations of `mine`, without padding if per_token."""
     real = feed["attention_mask"].astype(bool) if per_token else np.ones(mine.shape, bool)
     return float(np.abs(mine - theirs)[real].mean() / (mine[real].std() or 1.0))  # 0: constant
 
 
-def _largest(infer: Infer, feeds: Sequence[Feed], expected: list[list[np.ndarray]]) -> float:
-    """The largest absolute difference."""
-    return _worst(
-        float(np.abs(mine - theirs).max())
-        for feed, outputs in zip(feeds, expected, strict=True)
-        for mine, theirs in zip(outputs, infer(feed), strict=True)
-    )
-
-
-def _worst(differences: Iterator[float]) -> float:
-    """The largest; infinity where one is no number."""
+def _worst(differences: Iterable[float]) -> float:
+    """The largest difference; infinity if one is not a number."""
     return max(float("inf") if np.isnan(each) else each for each in differences)
 
 
@@ -134,31 +129,24 @@ def _worst(differences: Iterator[float]) -> float:
 
 
 def run_exactly(model: str | bytes) -> Infer:
-    """ONNX Runtime without integer kernels: what the file means, on any machine."""
-    options = onnxruntime.SessionOptions()
-    options.add_session_config_entry("session.disable_quant_qdq", "1")
-    session = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+    """The file in ONNX Runtime without integer kernels: the same numbers on any machine."""
+    session = runtime.onnxruntime_session(model, runtime.WITHOUT_INTEGERS)
     return lambda feed: session.run(None, feed)
 
 
 def _as_users_do(path: str) -> Iterator[tuple[str, Callable[[], Infer]]]:
-    """Each runtime with its own settings, by name, and what loads the file in it; OpenVINO where it
-    is installed, in f32 too."""
+    """The name of each way to run a file, and a function that loads the file.
 
-    def in_onnxruntime() -> Infer:
-        session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
-        return lambda feed: session.run(None, feed)
+    The ways are ONNX Runtime and, if it is installed, OpenVINO in its default precision and in f32.
+    """
 
-    def in_openvino(settings: dict[str, str]) -> Infer:
-        import openvino  # which need not be installed
+    def compiled(opened: runtime.Opened) -> Infer:
+        return opened.compile(opened.length)
 
-        compiled = openvino.Core().compile_model(path, "CPU", settings)
-        return lambda feed: list(compiled(feed).values())
-
-    yield "ONNX Runtime", in_onnxruntime
+    yield "ONNX Runtime", lambda: compiled(runtime.in_onnxruntime(path, False))
     if importlib.util.find_spec("openvino") is not None:
-        yield "OpenVINO", lambda: in_openvino({})
-        yield "OpenVINO f32", lambda: in_openvino({"INFERENCE_PRECISION_HINT": "f32"})
+        yield "OpenVINO", lambda: compiled(runtime.in_openvino(path, "default", False))
+        yield "OpenVINO f32", lambda: compiled(runtime.in_openvino(path, "f32", False))
 
 
 # ------------------------------------------------------------------------------------------------
@@ -171,8 +159,11 @@ def _layer_by_layer(
     feeds: Sequence[Feed],
     expected: list[list[np.ndarray]],
 ) -> tuple[float, float]:
-    """The mean difference of the outputs where PyTorch's integers are given to each layer, and the
-    share of integers that the file rounds otherwise."""
+    """Run a file with PyTorch's integers as the input of each layer.
+
+    Returns:
+        the mean difference of its outputs, and the share of integers that it rounds otherwise.
+    """
     declared: Any = graph.outputs  # an onnx_file.Outputs
     names = _take_integers_from_outside(model.graph)
     infer = run_exactly(model.SerializeToString())
@@ -182,8 +173,8 @@ def _layer_by_layer(
             graph(*_tensors(feed))
         given = {_given(name): each for name, each in zip(names, recorded, strict=True)}
         found = infer({**feed, **given})
-        for mine, theirs in zip(outputs, found, strict=False):
-            worst = max(worst, _worst(iter([_deviation(mine, theirs, feed, declared.per_token)])))
+        pairs = zip(outputs, found, strict=False)  # integers follow the outputs
+        worst = max(worst, _worst(_deviation(declared.per_token, *pair, feed) for pair in pairs))
         for name, rounded in zip(names, found[len(outputs) :], strict=True):
             flipped += int((given[_given(name)] != rounded).sum())
             count += rounded.size
@@ -191,15 +182,15 @@ def _layer_by_layer(
 
 
 def _given(name: str) -> str:
-    """The input that takes the place of the output `name` of a QuantizeLinear."""
+    """The input in place of a QuantizeLinear's output `name`."""
     return f"{name}.given"
 
 
 def _take_integers_from_outside(graph: onnx.GraphProto) -> list[str]:
-    """Let what reads quantized activations read inputs instead; the quantized become outputs.
+    """Let the readers of quantized activations read new inputs; the activations become outputs.
 
     Returns:
-        the names of the outputs of QuantizeLinear, in the order of the graph.
+        the names of the activations, in the order of the graph.
     """
     kinds = {tensor.name: tensor.data_type for tensor in graph.initializer}
     for node in graph.node:
@@ -223,10 +214,10 @@ def _take_integers_from_outside(graph: onnx.GraphProto) -> list[str]:
 
 @contextmanager
 def _recorded(graph: nn.Module) -> Iterator[list[np.ndarray]]:
-    """The integers that the graph's modules round activations to, in the order of their use."""
+    """The integers to which the graph's modules round activations, in the order of their use."""
     integers: list[np.ndarray] = []
 
-    # `module` is one with `integers_of`.
+    # `module` has `integers_of`.
     def record(module: Any, inputs: tuple[torch.Tensor], output: torch.Tensor) -> None:
         if not isinstance(inputs[0], nn.Parameter):
             integers.append(module.integers_of(output))

@@ -1,7 +1,7 @@
 """Export to one ONNX file that OpenVINO and ONNX Runtime take as it is.
 
-The file declares static shapes [1, max_seq_length], as the model converters want them, but
-nothing inside depends on them: it is traced with dynamic axes and the shapes are declared after.
+The file declares static shapes [1, max_seq_length], which model converters need. Nothing inside
+depends on the shapes: the model is traced with dynamic axes, and the shapes are declared after.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import contextlib
 import math
 import os
 import warnings
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -27,8 +28,8 @@ from deploy.onnx_check import Check
 from squad_utils import INPUTS
 
 QA_OUTPUTS = ("output_s", "output_e")
-OPSET = 17  # the first with LayerNormalization, and one that openvino-dev 2024.6 still reads
-MASKED = -1e4  # added to the scores of padding: 0 after softmax, and a number in FP16 too
+OPSET = 17  # the first with LayerNormalization; openvino-dev 2024.6 can read it
+MASKED = -1e4  # added to the scores of padding: gives 0 after softmax, and is finite in FP16
 
 
 @dataclass(frozen=True)
@@ -36,9 +37,9 @@ class Outputs:
     """The outputs of an exported file.
 
     Attributes:
-        fields: of the model's own output.
-        names: in the file.
-        per_token: whether they are [B, L]; a shape alone does not tell, where L is the width too.
+        fields: their names in the model's output.
+        names: their names in the file.
+        per_token: whether they are [B, L]; the shape alone does not tell if L equals the width.
     """
 
     fields: tuple[str, ...]
@@ -47,7 +48,7 @@ class Outputs:
 
 
 class ExportedGraph(nn.Module):
-    """What a file computes: four int64 [B, L] inputs to the outputs of a model."""
+    """The computation in a file, from four int64 [B, L] inputs to the outputs of a model."""
 
     def __init__(self, model: PreTrainedModel, outputs: Outputs) -> None:
         super().__init__()
@@ -70,10 +71,10 @@ class ExportedGraph(nn.Module):
 
 
 def added_mask(attention_mask: Tensor) -> Tensor:
-    """The mask as one [B, 1, 1, L] term that is added to scores.
+    """The mask as one [B, 1, 1, L] term to add to the scores.
 
-    So it is part of an attention pattern that OpenVINO fuses into one kernel, whatever the library
-    makes of a 2-D mask.
+    OpenVINO fuses attention with such a term into one kernel. The library would build other nodes
+    from a 2-D mask.
     """
     return (1.0 - attention_mask[:, None, None, :].to(torch.float32)) * MASKED
 
@@ -86,20 +87,20 @@ def export_onnx(
 ) -> Check:
     """Write `graph` to `path`, declared [1, max_seq_length], and compare it with PyTorch.
 
-    A file that does not pass is kept beside the path, as `failed_path` names it.
+    If the file does not pass the check, it is kept as `failed_path` instead.
 
     Args:
-        graph: of a model in FP32 on the CPU.
-        batches: real inputs [1, max_seq_length] to compare on; they give the declared shapes.
+        graph: the graph of a model in FP32 on the CPU.
+        batches: real inputs [1, max_seq_length] for the comparison; they give the declared shapes.
         int8: whether the graph has quantizers.
 
     Returns:
-        what the check has found.
+        the result of the check.
 
     Raises:
         UserError: the file cannot be written.
     """
-    # The wrapper's own mode counts: the exporter restores it, and with it all modules' dropout.
+    # The exporter restores the wrapper's mode in all modules, and thereby their dropout.
     graph.eval()
     temporary = f"{path}.tmp"
     try:
@@ -125,13 +126,13 @@ def export_onnx(
 
 
 def failed_path(path: str) -> str:
-    """Where a file is kept that does not pass its check: model.failed.onnx."""
+    """The path of a file that does not pass its check: model.failed.onnx."""
     base, extension = os.path.splitext(path)
     return f"{base}.failed{extension}"
 
 
 def describe_check(check: Check, output_dir: str) -> dict[str, Any]:
-    """What metrics.json tells of the file in an output folder and of its check."""
+    """The entries of metrics.json about the file in an output folder and its check."""
     path = os.path.join(output_dir, "model.onnx")
     return {
         "onnx_bytes": os.path.getsize(path if check.passed else failed_path(path)),
@@ -140,14 +141,14 @@ def describe_check(check: Check, output_dir: str) -> dict[str, Any]:
 
 
 def _finite(value: Any) -> Any:
-    """The same, with None for numbers that are not finite: JSON has none."""
+    """The same value, with None for infinities and NaNs, which JSON lacks."""
     if isinstance(value, dict):
         return {key: _finite(each) for key, each in value.items()}
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def require(check: Check, output_dir: str) -> None:
-    """To be called when all results are written.
+    """Stop a run whose file did not pass its check; call this after all results are written.
 
     Raises:
         UserError: the check has failed.
@@ -164,7 +165,7 @@ def require(check: Check, output_dir: str) -> None:
 
 
 def _remedy(runtime: str, check: Check) -> str:
-    """What helps where a runtime strays."""
+    """Advice on a runtime that is far off."""
     if (check.largest_pair or 0) > int8_file.PAIR_LIMIT:
         return "quantize with weight_range pairs, or run it in ONNX Runtime without integer kernels"
     if runtime == "OpenVINO" and this_cpu().has_bf16:
@@ -181,12 +182,12 @@ def _trace(graph: ExportedGraph, path: str, example: dict[str, np.ndarray]) -> N
     lengthy = INPUTS + graph.outputs.names if graph.outputs.per_token else INPUTS
     axes = {name: {0: "batch", **({1: "length"} if name in lengthy else {})} for name in shapes}
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of tracing: the check runs it on other inputs
+        warnings.simplefilter("ignore")  # about tracing: the check runs other inputs as well
         torch.onnx.export(
             graph,
             inputs,
             path,
-            dynamo=False,  # its graphs keep OpenVINO's attention pattern
+            dynamo=False,  # this exporter keeps OpenVINO's attention pattern
             opset_version=OPSET,
             input_names=list(INPUTS),
             output_names=list(graph.outputs.names),
@@ -204,75 +205,83 @@ def _trace(graph: ExportedGraph, path: str, example: dict[str, np.ndarray]) -> N
 
 
 def _store_int8(graph: onnx.GraphProto) -> None:
-    """Store weights behind QuantizeLinear as the INT8 they are quantized to.
+    """Store weights in front of QuantizeLinear as the INT8 integers that they are quantized to.
 
-    The exporter leaves FP32 weights there, four times the size. Of linear layers the transposition
-    goes into the weight as well. Rows of an embedding table are looked up before they become
-    floating point, so that not all of the table does at every run.
+    The exporter leaves FP32 weights there, four times the size. The weight of a linear layer is
+    stored transposed, without a Transpose. Rows of an embedding table are looked up before they
+    become floating point, so that a run does not convert the whole table.
     """
     constants = int8_file.constants(graph)
-    consumers: dict[str, list[onnx.NodeProto]] = {}
+    consumers: dict[str, list[onnx.NodeProto]] = defaultdict(list)
     for node in graph.node:
         for name in node.input:
-            consumers.setdefault(name, []).append(node)
-
-    removed: set[str] = set()  # outputs of nodes that are not needed any more
-    replaced: dict[str, list[onnx.NodeProto]] = {}  # what takes the place of the node of an output
-    for quantize in [node for node in graph.node if node.op_type == "QuantizeLinear"]:
-        if quantize.input[0] not in constants:
-            continue
-        weight, scale, zero_point = (
-            onnx.numpy_helper.to_array(constants[name]) for name in quantize.input
-        )
-        axis = next((a.i for a in quantize.attribute if a.name == "axis"), 1)
-        shape = [1] * weight.ndim
-        if scale.ndim:
-            shape[axis] = -1
-        levels = np.rint(weight / scale.reshape(shape)) + zero_point.reshape(shape)
-        limits = np.iinfo(zero_point.dtype)
-        integers = levels.clip(limits.min, limits.max).astype(zero_point.dtype)
-        (dequantize,) = consumers[quantize.output[0]]
-        users = consumers[dequantize.output[0]]
-        name = quantize.input[0]
-        removed.update((quantize.output[0], dequantize.output[0]))
-        for i, user in enumerate(users):
-            base = name if i == 0 else f"{name}.{i}"
-            result = user.output[0]
-            if user.op_type == "Gather":
-                tables = [integers] if scale.ndim == 0 else [integers, scale, zero_point]
-                replaced[result] = _look_up(graph, base, tables, user, dequantize)
-                continue
-            stored = integers
-            attributes: dict[str, Any] = {"axis": axis} if scale.ndim else {}
-            if user.op_type == "Transpose":
-                stored = integers.T
-                attributes = {"axis": 1 - axis} if scale.ndim else {}
-            else:
-                result = dequantize.output[0]
-            _add(graph, f"{base}.int8", np.ascontiguousarray(stored))
-            inputs = [f"{base}.int8", *dequantize.input[1:]]
-            replaced[result] = [
-                onnx.helper.make_node(
-                    "DequantizeLinear", inputs, [result], f"{base}.dequantize", **attributes
-                )
-            ]
-    nodes = []
-    for node in graph.node:
-        output = node.output[0]
-        if output in replaced:
-            nodes += replaced[output]
-        elif output not in removed:
-            nodes.append(node)
+            consumers[name].append(node)
+    replaced: dict[str, list[onnx.NodeProto]] = {}  # the output of a node -> nodes in its place
+    for quantize in graph.node:
+        if quantize.op_type == "QuantizeLinear" and quantize.input[0] in constants:
+            (dequantize,) = consumers[quantize.output[0]]
+            replaced |= {quantize.output[0]: [], dequantize.output[0]: []}
+            tensors = [onnx.numpy_helper.to_array(constants[name]) for name in quantize.input]
+            users = consumers[dequantize.output[0]]
+            replaced |= _stored(graph, quantize, tensors, dequantize, users)
+    nodes = [new for node in graph.node for new in replaced.get(node.output[0], [node])]
     del graph.node[:]
     graph.node.extend(nodes)
     _drop_unused(graph)
 
 
-def _keep_biases_apart(graph: onnx.GraphProto) -> None:
-    """Shape the biases of linear layers [1, 1, N].
+def _stored(
+    graph: onnx.GraphProto,
+    quantize: onnx.NodeProto,
+    tensors: Sequence[np.ndarray],
+    dequantize: onnx.NodeProto,
+    users: Sequence[onnx.NodeProto],
+) -> dict[str, list[onnx.NodeProto]]:
+    """Store one weight as integers, once per user.
 
-    ONNX Runtime makes a Gemm of a product and a bias of shape [N] before it looks for products to
-    compute in INT8, and then does not find them: the file ran at half its speed.
+    Args:
+        tensors: the weight, its scale and its zero point.
+        users: the nodes that read the output of `dequantize`.
+
+    Returns:
+        the nodes to put in place of others, by the outputs of these.
+    """
+    weight, scale, zero_point = tensors
+    name = quantize.input[0]
+    axis = next((a.i for a in quantize.attribute if a.name == "axis"), 1)
+    shape = [1] * weight.ndim
+    if scale.ndim:
+        shape[axis] = -1
+    levels = np.rint(weight / scale.reshape(shape)) + zero_point.reshape(shape)
+    limits = np.iinfo(zero_point.dtype)
+    integers = levels.clip(limits.min, limits.max).astype(zero_point.dtype)
+    nodes: dict[str, list[onnx.NodeProto]] = {}
+    for i, user in enumerate(users):
+        base = name if i == 0 else f"{name}.{i}"
+        if user.op_type == "Gather":
+            tables = [integers] if scale.ndim == 0 else [integers, scale, zero_point]
+            nodes[user.output[0]] = _look_up(graph, base, tables, user, dequantize)
+            continue
+        transposed = user.op_type == "Transpose"
+        result = (user if transposed else dequantize).output[0]
+        stored = np.ascontiguousarray(integers.T if transposed else integers)
+        attributes: dict[str, Any] = (
+            {"axis": 1 - axis if transposed else axis} if scale.ndim else {}
+        )
+        inputs = [_add(graph, f"{base}.int8", stored), *dequantize.input[1:]]
+        nodes[result] = [
+            onnx.helper.make_node(
+                "DequantizeLinear", inputs, [result], f"{base}.dequantize", **attributes
+            )
+        ]
+    return nodes
+
+
+def _keep_biases_apart(graph: onnx.GraphProto) -> None:
+    """Give the biases of linear layers the shape [1, 1, N].
+
+    ONNX Runtime joins a product and a bias of shape [N] to a Gemm before it looks for products to
+    compute in INT8. It then finds none, and the file runs at half its speed.
     """
     tensors = {tensor.name: tensor for tensor in graph.initializer}
     products = {name for node in graph.node if node.op_type == "MatMul" for name in node.output}
@@ -305,10 +314,11 @@ def _look_up(
     gather: onnx.NodeProto,
     dequantize: onnx.NodeProto,
 ) -> list[onnx.NodeProto]:
-    """Rows of an INT8 table as floating point: of one scale, or of a scale and zero point a row.
+    """The nodes that look up rows of an INT8 table and make them floating point.
 
     Args:
-        tables: the integers [rows, K]; where each row has its own, scales and zero points [rows].
+        tables: the integers [rows, K]; if each row has its own scale, also scales and zero points
+            [rows].
     """
     make, (result,) = onnx.helper.make_node, gather.output
     rows, ids = f"{base}.rows", gather.input[1]
@@ -321,7 +331,7 @@ def _look_up(
     nodes = [look_up, make("Cast", [rows], [factors], factors, to=onnx.TensorProto.FLOAT)]
 
     def of_rows(name: str, values: np.ndarray) -> str:
-        """The values of the rows that are looked up."""
+        """Look up one value per row."""
         column = _add(graph, f"{base}.{name}s", values.astype(np.float32)[:, None])
         nodes.append(make("Gather", [column, ids], [f"{base}.{name}"], f"{base}.{name}"))
         return f"{base}.{name}"

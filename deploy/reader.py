@@ -1,4 +1,4 @@
-"""Answers from texts, by an exported QA model: what programs import, without torch.
+"""Answers from texts, by an exported QA model: the module for programs to import, without torch.
 
 model = reader.load("models/demo-qa")
 for answer in model.answers(text, "Who designed the lighthouse?"):
@@ -16,9 +16,9 @@ import numpy as np
 from tokenizers import Tokenizer
 
 import squad_utils
-from cli import UserError, warn
+from cli import UserError
 from deploy.documents import SENTENCE_END, Paragraph
-from deploy.runtime import Infer, Runtime, load_exported
+from deploy.runtime import Infer, Runtime, load_exported, question_tokens
 from deploy.settings import QA
 from squad_utils import SpecialIds, SquadData, Tokens, Windows
 
@@ -29,13 +29,14 @@ class Answer:
 
     Attributes:
         text: the answer, in the text's own words.
-        probability: that it has in its window.
-        start, end: where it stands, in code points: of the text that was given, or of the whole
-            file where it comes from a paragraph of one.
-        sentence: the sentence, or sentences, that hold it; where in them it begins is `offset`.
-        no_answer: whether no answer is more probable; None for a model of SQuAD 1.1.
-        source: the paragraph that the text is, if it is one of many, ...
-        distance: ... and its distance from the question.
+        probability: its probability in its window.
+        start, end: its place in the given text, or in the whole file if the text is a paragraph
+            of one; in code points.
+        sentence: the sentence or sentences that contain it.
+        offset: where it begins in `sentence`.
+        no_answer: whether it is more probable that there is no answer; None for a SQuAD 1.1 model.
+        source: the paragraph that it comes from, if there are many; else None.
+        distance: the distance of that paragraph from the question, or None.
     """
 
     text: str
@@ -51,16 +52,16 @@ class Answer:
 
 @dataclass(frozen=True)
 class Reader:
-    """An exported model with what is needed to feed it and to read its answers.
+    """An exported QA model with its tokenizer and settings.
 
     Attributes:
-        folder: it, for messages.
-        infer: from inputs to start and end logits, [1, L] each.
+        folder: its folder, for messages.
+        infer: the function from inputs to start and end logits, [1, L] each.
         length: L, the tokens of a window.
-        max_query_length, doc_stride: what it was trained with.
-        max_answer_length: tokens of the longest span that is searched.
-        threshold: of the no-answer score, over which there is no answer; None for a model of
-            SQuAD 1.1, which has one for every question.
+        max_query_length, doc_stride: the values in its training.
+        max_answer_length: the most tokens of an answer.
+        threshold: a no-answer score above it means that there is no answer; None for a SQuAD 1.1
+            model, which answers every question.
     """
 
     folder: str
@@ -75,7 +76,7 @@ class Reader:
     _last: dict[str, Tokens] = field(default_factory=dict)
 
     def tokens(self, text: str) -> Tokens:
-        """The tokens of a text; those of the last one are kept for further questions."""
+        """The tokens of a text; the last text's tokens are kept for further questions."""
         if text not in self._last:
             self._last.clear()
             self._last[text] = squad_utils.tokenize(self.tokenizer, [text], True, "")
@@ -84,7 +85,7 @@ class Reader:
     def answers(self, text: str, question: str, top_k: int = 3) -> list[Answer]:
         """The most probable answers in a text of any length that do not overlap, best first.
 
-        There are none where the text has no tokens.
+        A text without tokens has no answers.
 
         Raises:
             UserError: the model's logits are not finite.
@@ -96,7 +97,7 @@ class Reader:
     ) -> list[Answer]:
         """The most probable answers in paragraphs, each given with its distance, best first.
 
-        Those that overlap in a file, as parts of a long paragraph do, count once.
+        Answers that overlap in a file, as in parts of a long paragraph, count once.
         """
         asked = self._question(question)
         found = [
@@ -117,21 +118,14 @@ class Reader:
         return best
 
     def _question(self, question: str) -> Tokens:
-        """The tokens of a question; one that is too long is cut and told."""
-        asked = squad_utils.tokenize(self.tokenizer, [question], False, "")
-        if asked.lengths[0] > self.max_query_length:
-            warn(
-                f"the question has {asked.lengths[0]} tokens; the model sees the first"
-                f" {self.max_query_length}"
-            )
-        return squad_utils.truncate(asked, self.max_query_length)
+        return question_tokens(self.tokenizer, question, self.max_query_length, "the model")
 
     def _answers(self, text: str, asked: Tokens, top_k: int) -> list[Answer]:
-        """`answers` to a question that is cut into tokens."""
+        """`answers` to a question that is given as tokens."""
         tokens = self.tokens(text)
         spans = self._spans(tokens, asked, top_k) if len(tokens.ids) else []
         no_answer = None
-        if spans and self.threshold is not None:  # the best span tells, for all
+        if spans and self.threshold is not None:  # by the best span
             no_answer = math.exp(min(spans[0][1] - spans[0][0], 700.0)) > self.threshold
         answers = []
         for log_prob, _, begin, end in spans:
@@ -152,12 +146,15 @@ class Reader:
     def _spans(
         self, tokens: Tokens, asked: Tokens, count: int
     ) -> list[tuple[float, float, int, int]]:
-        """The most probable spans of a text that do not overlap, best first: log-probability, that
-        of no answer in the same window, and where the span begins and ends."""
+        """The most probable spans of a text that do not overlap, best first.
+
+        Each is the log-probability of the span, that of no answer in the same window, and the
+        characters where the span begins and ends.
+        """
         data = SquadData("", [], [""], ["question"], [""], np.zeros(1, np.int32), [[]],
                          np.zeros(1, bool), True, "")  # fmt: skip
         windows = squad_utils.cut_windows(
-            data, tokens, asked, self.special, self.length, self.doc_stride, for_training=False
+            data, (tokens, asked), self.special, self.length, self.doc_stride, for_training=False
         )
         offsets = tokens.offsets_of(0)
         taken = np.zeros(len(offsets), bool)
@@ -195,8 +192,11 @@ class Reader:
         logits: tuple[np.ndarray, np.ndarray],
         taken: np.ndarray,
     ) -> tuple[float, float, int, int]:
-        """The most probable span of a window that holds no taken token: log-probability, that of
-        no answer, and the first and last token in the text."""
+        """The most probable span of a window without taken tokens.
+
+        It is the log-probability of the span, that of no answer, and the first and last token in
+        the text.
+        """
         chosen = np.array([window])
         first, at = int(windows.first[window]), int(windows.context_at[window])
         length = int(windows.length[window])
@@ -242,7 +242,7 @@ def _overlap(one: Answer, other: Answer) -> bool:
 
 
 def sentence_around(text: str, start: int, end: int) -> tuple[int, int]:
-    """Where the sentence (or sentences) that hold text[start:end] begin and end."""
+    """Where the sentence or sentences around text[start:end] begin and end."""
     begin, stop = 0, len(text)
     for gap in SENTENCE_END.finditer(text):
         if gap.end() <= start:

@@ -1,6 +1,6 @@
-"""An output folder's model.onnx, as it runs: in OpenVINO or ONNX Runtime, without torch.
+"""Run an output folder's model.onnx in OpenVINO or ONNX Runtime, without torch.
 
-Options are such that the numbers are PyTorch's on every CPU; a warning says where that costs speed.
+The default options give PyTorch's numbers on every CPU; a warning says if that costs speed.
 """
 
 from __future__ import annotations
@@ -10,13 +10,19 @@ import mmap
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 from tokenizers import Tokenizer
 
+import squad_utils
 from cli import UserError, read_text, tell, warn
 from deploy.cpu import this_cpu
 from deploy.settings import REMEDY, Kind, Settings, read_settings
+from squad_utils import Tokens
+
+if TYPE_CHECKING:
+    from onnxruntime import InferenceSession  # at run time, its import takes half a second
 
 MODEL_FILE = "model.onnx"
 RUNTIMES = ("auto", "openvino", "onnxruntime")
@@ -25,10 +31,10 @@ PRECISIONS = ("f32", "default")
 
 @dataclass(frozen=True)
 class Runtime:
-    """What should run a file.
+    """The runtime that should run a file.
 
     Attributes:
-        name: one of RUNTIMES; auto is OpenVINO where that is installed and computes exactly.
+        name: one of RUNTIMES; auto is OpenVINO if it is installed and computes the file exactly.
         precision: OpenVINO's; "default" is bf16 on CPUs that have it. ONNX Runtime has f32 alone.
     """
 
@@ -36,18 +42,18 @@ class Runtime:
     precision: str = "f32"
 
 
-# From int64 [1, L] inputs by name to the file's outputs, in their order.
+# A function from int64 [1, L] inputs by name to the file's outputs, in their order.
 Infer = Callable[[dict[str, np.ndarray]], tuple[np.ndarray, ...]]
 
 
 @dataclass(frozen=True)
 class OnnxModel:
-    """An exported model with what is needed to feed it.
+    """An exported model with its tokenizer and settings.
 
     Attributes:
-        path: of model.onnx.
-        compile: gives the function that runs the file at a length.
-        arithmetic: what it computes in; files that compute in the same give the same numbers.
+        path: the path of model.onnx.
+        compile: makes the function that runs the file at a length.
+        arithmetic: the arithmetic of the runtime; the same arithmetic gives the same numbers.
     """
 
     path: str
@@ -61,9 +67,9 @@ def load_exported(folder: str, flag: str, kind: Kind, runtime: Runtime) -> OnnxM
     """Load model.onnx, tokenizer.json and the settings of an output folder.
 
     Args:
-        folder: it, or its model.onnx; ~ is the user's folder.
-        flag: what the folder was given as.
-        kind: what it should be.
+        folder: the folder, or its model.onnx; ~ is the user's folder.
+        flag: the flag that gave the folder, for messages.
+        kind: the kind that the model should be.
 
     Raises:
         UserError: a file is missing or unreadable, or the model is of another kind.
@@ -84,19 +90,19 @@ def load_exported(folder: str, flag: str, kind: Kind, runtime: Runtime) -> OnnxM
         tokenizer = Tokenizer.from_str(read_text(tokenizer_path, flag))
     except UserError:
         raise
-    except Exception as error:  # the library has no other kind
+    except Exception as error:  # the library raises no other kind
         raise UserError(f"{flag}: {tokenizer_path} is damaged ({error}); {REMEDY}") from None
-    if not _is_whole(path):  # of which a runtime tells little, or a screenful
+    if not _is_whole(path):  # a runtime's own message is cryptic, or fills the screen
         raise UserError(f"{flag}: {path} is cut or damaged; {REMEDY}")
     try:
         why, cure = _overflow(path)
-        in_openvino = installed and (
+        by_openvino = installed and (
             runtime.name == "openvino" or (runtime.name == "auto" and not why)
         )
-        if in_openvino:
-            opened = _openvino(path, runtime.precision, bool(why))
+        if by_openvino:
+            opened = in_openvino(path, runtime.precision, bool(why))
         else:
-            opened = _onnxruntime(path, bool(why))
+            opened = in_onnxruntime(path, bool(why))
     except Exception as error:  # a runtime's own errors are plain Exceptions
         lines = [line for line in str(error).splitlines() if line.strip()]
         reason = next(
@@ -114,16 +120,16 @@ def load_exported(folder: str, flag: str, kind: Kind, runtime: Runtime) -> OnnxM
         if OVERFLOWS in opened.arithmetic:
             now = "its numbers may be wrong, which --runtime=onnxruntime avoids"
         warn(f"{flag} {folder}: {why}; {now}; {cure}")
-    if in_openvino and runtime.precision == "f32" and this_cpu().has_bf16:
+    if by_openvino and runtime.precision == "f32" and this_cpu().has_bf16:
         tell(f"{flag} {folder} runs in f32; --runtime_precision=default is faster and less exact")
     return OnnxModel(path, opened.compile, tokenizer, settings, opened.arithmetic)
 
 
 def _is_whole(path: str) -> bool:
-    """Whether a file is an ONNX model up to its end, by the lengths of its parts alone.
+    """Whether a file is a complete ONNX model, judged by the lengths of its parts alone.
 
-    It is a list of fields, each a tag with its number and kind, and then its value or its length:
-    https://protobuf.dev/programming-guides/encoding.
+    The file is a list of fields. Each begins with a tag, which holds the field's number and kind;
+    its value or its length follows: https://protobuf.dev/programming-guides/encoding.
     """
     size, fields = os.path.getsize(path), set()
     with open(path, "rb") as file:
@@ -139,23 +145,26 @@ def _is_whole(path: str) -> bool:
         try:
             while file.tell() < size:
                 field, kind = divmod(number(), 8)
-                if field == 0 or kind not in (0, 2):  # ModelProto has no others
+                if field == 0 or kind not in (0, 2):  # ModelProto has no other kinds
                     return False
                 length = number()
                 fields.add(field)
                 file.seek(length if kind == 2 else 0, os.SEEK_CUR)
-        except (ValueError, OSError):  # it ends within a number, or a length is nonsense
+        except (ValueError, OSError):  # the file ends within a number, or a length is nonsense
             return False
         return fields >= {7, 8} and file.tell() == size  # graph and opset_import
 
 
+def is_int8(path: str) -> bool:
+    """Whether a file has quantizers. It is not parsed, which would take far longer."""
+    with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+        return content.find(b"DequantizeLinear") >= 0
+
+
 def _overflow(path: str) -> tuple[str, str]:
     """`int8_file.overflow` of a file on this CPU."""
-    if this_cpu().sums_exactly:
+    if this_cpu().sums_exactly or not is_int8(path):
         return "", ""
-    with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
-        if content.find(b"DequantizeLinear") < 0:  # parsing an FP32 file would take far longer
-            return "", ""
     import onnx  # 0.2 s, which only INT8 files on such CPUs need
 
     from deploy import int8_file  # which reads onnx
@@ -163,12 +172,18 @@ def _overflow(path: str) -> tuple[str, str]:
     return int8_file.overflow(onnx.load(path), this_cpu())
 
 
-OVERFLOWS = ", overflows"  # in `arithmetic`: integer sums that may be wrong
+OVERFLOWS = ", overflows"  # in `arithmetic`: integer sums may be wrong
 
 
 @dataclass(frozen=True)
-class _Opened:
-    """A file in a runtime: names of its outputs, declared length; the rest as in `OnnxModel`."""
+class Opened:
+    """A file in a runtime.
+
+    Attributes:
+        outputs: the names of its outputs.
+        length: the number of tokens per row that the file declares.
+        compile, arithmetic: as in `OnnxModel`.
+    """
 
     outputs: list[str]
     length: int
@@ -176,8 +191,8 @@ class _Opened:
     arithmetic: str
 
 
-def _openvino(path: str, precision: str, overflows: bool) -> _Opened:
-    """Open a file in OpenVINO; in one that overflows, INT8 weights become FP32 ones."""
+def in_openvino(path: str, precision: str, overflows: bool) -> Opened:
+    """Open a file in OpenVINO. If the file overflows, its INT8 weights become FP32 weights."""
     import openvino  # need not be installed
 
     core = openvino.Core()
@@ -210,25 +225,58 @@ def _openvino(path: str, precision: str, overflows: bool) -> _Opened:
 
         return infer
 
-    return _Opened(names, model.inputs[0].shape[1], compile_at, arithmetic)
+    return Opened(names, model.inputs[0].shape[1], compile_at, arithmetic)
 
 
-def _onnxruntime(path: str, overflows: bool) -> _Opened:
-    """Open a file in ONNX Runtime; one that overflows is computed in floating point."""
-    import onnx  # 0.2 s, which OpenVINO does without
-    import onnxruntime  # the same
+def in_onnxruntime(path: str, overflows: bool) -> Opened:
+    """Open a file in ONNX Runtime. If the file overflows, it is computed in floating point."""
+    model, length = with_any_length(path)
+    session = onnxruntime_session(model, *([WITHOUT_INTEGERS] if overflows else []))
+    names = [each.name for each in session.get_outputs()]
+    return Opened(names, length, lambda _: lambda batch: tuple(session.run(names, batch)), "f32")
+
+
+def with_any_length(path: str) -> tuple[bytes, int]:
+    """A file that takes rows of any length, and the length that the file at `path` declares.
+
+    ONNX Runtime refuses inputs of other shapes than the declared ones.
+    """
+    import onnx  # 0.2 s, which OpenVINO does not need
 
     model = onnx.load(path)
-    names = [each.name for each in model.graph.output]
     length = model.graph.input[0].type.tensor_type.shape.dim[1].dim_value
     for value in (*model.graph.input, *model.graph.output):
         for dim in value.type.tensor_type.shape.dim[1:]:
-            if dim.dim_value == length:  # ONNX Runtime holds a file to the shape that it declares
+            if dim.dim_value == length:
                 dim.dim_param = "length"
+    return model.SerializeToString(), length
+
+
+WITHOUT_INTEGERS = "disable_quant_qdq"  # computes in floating point between quantizers
+
+
+def onnxruntime_session(model: str | bytes, *settings: str) -> InferenceSession:
+    """A session of ONNX Runtime on the CPU.
+
+    Args:
+        model: a path, or the content of a file.
+        settings: settings of the session to switch on, by their names after "session.".
+    """
+    import onnxruntime  # half a second, which OpenVINO does not need
+
     options = onnxruntime.SessionOptions()
-    if overflows:
-        options.add_session_config_entry("session.disable_quant_qdq", "1")
-    session = onnxruntime.InferenceSession(
-        model.SerializeToString(), options, providers=["CPUExecutionProvider"]
-    )
-    return _Opened(names, length, lambda _: lambda batch: tuple(session.run(names, batch)), "f32")
+    for name in settings:
+        options.add_session_config_entry(f"session.{name}", "1")
+    return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+
+
+def question_tokens(tokenizer: Tokenizer, question: str, limit: int, model: str) -> Tokens:
+    """The first `limit` tokens of a question; a warning tells of more.
+
+    Args:
+        model: the name of the model in the warning.
+    """
+    tokens = squad_utils.tokenize(tokenizer, [question], False, "")
+    if tokens.lengths[0] > limit:
+        warn(f"the question has {tokens.lengths[0]} tokens; {model} sees the first {limit}")
+    return squad_utils.truncate(tokens, limit)

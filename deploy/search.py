@@ -1,7 +1,7 @@
-"""An index of paragraphs: which of them are nearest to a question. No torch is needed.
+"""An index of paragraphs, to find those nearest to a question. No torch is needed.
 
-Runs model.onnx of a train_qcemb.py output folder. Vectors are saved beside the texts, and only
-what is new or has changed is embedded again.
+Runs the model.onnx of a train_qcemb.py output folder. Vectors are saved beside the texts, so only
+new and changed paragraphs are embedded.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ from tqdm import tqdm
 import squad_utils
 from cli import Interrupted, UserError, warn
 from deploy.documents import OPEN_FILE, SENTENCE_END, Paragraph, read_paragraphs
-from deploy.runtime import Infer, Runtime, load_exported
+from deploy.runtime import Infer, Runtime, load_exported, question_tokens
 from deploy.settings import EMBEDDING
 from squad_utils import MAX_ANSWER_LENGTH, SpecialIds
 
 INDEX_FILE = ".context_index.npz"
 SHAPES = (16, 32, 64, 128, 256, 384, 512)  # lengths that texts are padded to
-SAVE_SECONDS = 30  # between two savings of an index that grows
-ROWS = 4096  # vectors that are compared at once
+SAVE_SECONDS = 30  # between two saves of a growing index
+ROWS = 4096  # vectors to compare at once
 
 
 # ------------------------------------------------------------------------------------------------
@@ -42,10 +42,11 @@ class Embedder:
     """An exported embedding model.
 
     Attributes:
-        folder: it, for messages.
-        compile: gives the function that runs it at a length.
-        max_seq_length_q, max_seq_length_c: tokens of questions and paragraphs, with [CLS], [SEP].
-        key: what tells its vectors from those of other models and other arithmetic.
+        folder: its folder, for messages.
+        compile: makes the function that runs it at a length.
+        max_seq_length_q, max_seq_length_c: most tokens of a question and of a paragraph, with
+            [CLS] and [SEP].
+        key: differs between models and between arithmetics, as their vectors do.
     """
 
     folder: str
@@ -57,17 +58,15 @@ class Embedder:
     key: str
 
     def question(self, text: str) -> np.ndarray:
-        """Float32 [H] of a question; one that is too long is told."""
-        count = squad_utils.tokenize(self.tokenizer, [text], False, "").lengths[0]
-        if count > self.max_seq_length_q - 2:
-            warn(
-                f"the question has {count} tokens; the embedding model sees the first"
-                f" {self.max_seq_length_q - 2}"
-            )
+        """The vector of a question, float32 [H]; a warning tells if the question is cut."""
+        question_tokens(self.tokenizer, text, self.max_seq_length_q - 2, "the embedding model")
         return self.vectors([text], self.max_seq_length_q)[0]
 
     def vectors(self, texts: Sequence[str], max_length: int) -> np.ndarray:
-        """Float32 [texts, H]; each text cut to max_length tokens, [CLS] and [SEP] among them."""
+        """The vectors of texts, float32 [texts, H].
+
+        Each text is cut to max_length tokens, which include [CLS] and [SEP].
+        """
         found = dict(self.one_by_one(texts, max_length))
         return np.stack([found[i] for i in range(len(texts))])
 
@@ -77,7 +76,7 @@ class Embedder:
         """Each text's place and its vector, float32 [H], the longest texts first.
 
         Args:
-            description: shown beside a progress bar, if there is one.
+            description: shown beside the progress bar; "" shows no bar.
 
         Raises:
             UserError: a vector is not finite.
@@ -128,15 +127,15 @@ def load_embedder(folder: str, runtime: Runtime) -> Embedder:
 
 
 # ------------------------------------------------------------------------------------------------
-# Paragraphs that are longer than the model reads
+# Paragraphs that are too long for the model
 
 
 def cut_long(paragraphs: list[Paragraph], tokenizer: Tokenizer, room: int) -> list[Paragraph]:
-    """The same, with those of more than `room` tokens cut into parts that overlap.
+    """The same paragraphs, those of more than `room` tokens cut into parts that overlap.
 
-    Parts begin and end with sentences where they can, with words else, and within a word only
-    where it is longer than a part. Any MAX_ANSWER_LENGTH tokens in a row, or half of `room` if
-    that is less, lie in some part. What has no tokens is left out.
+    Parts begin and end with sentences if possible, else with words. A word is cut only if it is
+    longer than a part. Any MAX_ANSWER_LENGTH tokens in a row, or `room` // 2 if that is less, lie
+    in one part. Paragraphs without tokens are left out.
     """
     texts = [each.text for each in paragraphs]
     tokens = squad_utils.tokenize(tokenizer, texts, True, "reading paragraphs")
@@ -191,7 +190,7 @@ class ContextIndex:
 
     def nearest(self, vector: np.ndarray, count: int) -> list[tuple[Paragraph, float]]:
         """The `count` paragraphs nearest (L2) to a vector [H], and their distances."""
-        # Not by |c|^2 - 2 q c, which loses the digits of distances that are small beside norms.
+        # |c|^2 - 2 q c would lose the digits of distances that are small compared to the norms.
         squares = np.empty(len(self.vectors))
         for begin in range(0, len(squares), ROWS):
             gaps = self.vectors[begin : begin + ROWS].astype(np.float64) - vector
@@ -201,10 +200,10 @@ class ContextIndex:
 
 
 def build_index(embedder: Embedder, paths: Sequence[str]) -> ContextIndex:
-    """The index of the paragraphs of files and folders; what is saved of it is not made again.
+    """The index of the paragraphs of files and folders; saved vectors are used again.
 
     Paragraphs that differ only in white space count once. Each folder keeps the vectors of its own
-    files, so that neither other files nor their order matter.
+    files, so neither other files nor their order matter.
     """
     room = embedder.max_seq_length_c - 2
     paragraphs = cut_long(read_paragraphs(paths), embedder.tokenizer, room)
@@ -251,7 +250,7 @@ def _digest(paragraph: Paragraph) -> str:
 
 
 def _stores(paragraphs: list[Paragraph]) -> Stores:
-    """The folders of some paragraphs, with what their indices have to hold."""
+    """The folders of some paragraphs, each with the paragraphs that its index must hold."""
     stores: Stores = {}
     files = {each.path for each in paragraphs if not OPEN_FILE.fullmatch(each.path)}
     places = {path: os.path.split(os.path.realpath(path)) for path in files}
@@ -263,7 +262,7 @@ def _stores(paragraphs: list[Paragraph]) -> Stores:
 
 
 def _read_saved(folder: str, key: str) -> dict[tuple[str, str], np.ndarray]:
-    """Vectors by file and digest; none where the index is another model's, or damaged."""
+    """Vectors by file and digest; none if the index is damaged, or of another model."""
     with contextlib.suppress(Exception), np.load(os.path.join(folder, INDEX_FILE)) as saved:
         if str(saved["key"]) == key:
             names = zip(map(str, saved["files"]), map(str, saved["digests"]), strict=True)
@@ -272,7 +271,7 @@ def _read_saved(folder: str, key: str) -> dict[tuple[str, str], np.ndarray]:
 
 
 def _save_all(stores: Stores, key: str, known: dict[str, np.ndarray]) -> None:
-    """Save the vectors that there are so far; a folder that cannot be written is given up."""
+    """Save all known vectors; after an error, their folder is not tried again."""
     for folder, names in list(stores.items()):
         try:
             _save(folder, key, {name: known[name[1]] for name in names if name[1] in known})
@@ -280,12 +279,12 @@ def _save_all(stores: Stores, key: str, known: dict[str, np.ndarray]) -> None:
             del stores[folder]
             path = os.path.join(folder, INDEX_FILE)
             why = error.strerror or error
-            warn(f"the index cannot be saved as {path} ({why}); it is made anew next time")
+            warn(f"the index cannot be saved as {path} ({why}); it is made again next time")
 
 
 def _save(folder: str, key: str, vectors: dict[tuple[str, str], np.ndarray]) -> None:
-    """Save the vectors of a folder's files; those of files that were not read now stay."""
-    saved = _read_saved(folder, key)  # now, since others may write it too
+    """Save the vectors of a folder's files; vectors of files that were not read now stay."""
+    saved = _read_saved(folder, key)  # read again, since other processes may write it too
     read = {file for file, _ in vectors}
     kept = {
         name: vector
@@ -296,7 +295,7 @@ def _save(folder: str, key: str, vectors: dict[tuple[str, str], np.ndarray]) -> 
     kept |= vectors
     if kept.keys() == saved.keys():
         return
-    temporary = os.path.join(folder, f".{secrets.token_hex(8)}{INDEX_FILE}")  # of this writer alone
+    temporary = os.path.join(folder, f".{secrets.token_hex(8)}{INDEX_FILE}")  # this writer's own
     try:
         with open(temporary, "xb") as file:
             np.savez(

@@ -1,7 +1,7 @@
-"""reader.json: the settings that running a model takes, as training had them. No torch is needed.
+"""reader.json: the settings that a model needs to run, as in its training. No torch is needed.
 
-Folders without it are of earlier versions: metrics.json has the settings there, and
-tokenizer_config.json the names of the special tokens.
+Folders of earlier versions lack it. There the settings come from metrics.json, and the names of
+the special tokens from tokenizer_config.json.
 """
 
 from __future__ import annotations
@@ -15,22 +15,24 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
-from cli import UserError, read_text, tell
+from cli import UserError, read_object, tell
 from squad_utils import MAX_ANSWER_LENGTH, SpecialIds
 
 FILE, EARLIER = "reader.json", "metrics.json"
-TOKENS = {"cls": "[CLS]", "sep": "[SEP]", "pad": "[PAD]"}  # BERT's names, where none are told
+TOKENS = {"cls": "[CLS]", "sep": "[SEP]", "pad": "[PAD]"}  # BERT's names, the default
 REMEDY = "copy the folder again from where the model was trained"
 
 
 @dataclass(frozen=True)
 class Kind:
-    """What a model is for.
+    """A kind of model.
 
     Attributes:
-        name, script: as messages call it, and what makes its folders.
+        name: its name in messages.
+        script: the script that makes its folders.
         outputs: the names of its file's outputs.
-        lengths: keys of numbers of tokens in reader.json -> the arguments in metrics.json.
+        lengths: the keys of reader.json that are numbers of tokens -> the arguments in
+            metrics.json.
         has_threshold: whether reader.json has `null_threshold`.
     """
 
@@ -67,10 +69,10 @@ class Settings:
     """The settings of a model.
 
     Attributes:
-        lengths: tokens, by the keys of `Kind.lengths`.
-        special: ids of the tokens that stand around texts.
-        null_threshold: of the no-answer score, over which there is no answer; None where every
-            question has one.
+        lengths: numbers of tokens, by the keys of `Kind.lengths`.
+        special: ids of the special tokens.
+        null_threshold: a no-answer score above it means that there is no answer; None if every
+            question has an answer.
     """
 
     lengths: dict[str, int]
@@ -84,22 +86,22 @@ def read_settings(
     """The settings in a model's folder.
 
     Args:
-        declared: tokens of a row that model.onnx declares.
+        declared: the number of tokens per row that model.onnx declares.
 
     Raises:
         UserError: the file is missing or damaged, or lacks a setting; names file and remedy.
     """
     path = os.path.join(folder, FILE)
-    called = {key: key for key in kind.lengths}  # as the file calls them
+    called = {key: key for key in kind.lengths}  # names in the file
     if os.path.exists(path):
-        record = _read(path, flag)
+        record = read_object(path, flag, f"; {REMEDY}")
     else:
         path = os.path.join(folder, EARLIER)
         record = _of_before(folder, flag, kind, tokenizer, declared)
         called = {key: f"arguments.{name}" for key, name in kind.lengths.items()}
         tell(f"{flag} {folder} has no {FILE}; its settings are read from {EARLIER}")
 
-    def check(right: bool, name: str) -> None:
+    def require(right: bool, name: str) -> None:
         if not right:
             state = "has a wrong value of" if name in record else "lacks"
             raise UserError(f"{flag}: {path} {state} {name}; {REMEDY}")
@@ -108,15 +110,15 @@ def read_settings(
         return isinstance(value, int) and not isinstance(value, bool) and low <= value <= high
 
     for key in kind.lengths:
-        check(whole(record.get(key), 1, math.inf), called[key])
+        require(whole(record.get(key), 1, math.inf), called[key])
     ids = record.get("special_ids")
     last = tokenizer.get_vocab_size() - 1
-    if not isinstance(ids, dict) or not all(whole(ids.get(each), 0, last) for each in TOKENS):
-        check(False, "special_ids")
+    known = isinstance(ids, dict) and all(whole(ids.get(each), 0, last) for each in TOKENS)
+    require(known, "special_ids")
     threshold = record.get("null_threshold")
     if kind.has_threshold:
         number = isinstance(threshold, int | float) and threshold == threshold
-        check("null_threshold" in record and (threshold is None or number), "null_threshold")
+        require("null_threshold" in record and (threshold is None or number), "null_threshold")
     return Settings(
         {key: record[key] for key in kind.lengths},
         SpecialIds(**{token: record["special_ids"][token] for token in TOKENS}),
@@ -124,22 +126,11 @@ def read_settings(
     )
 
 
-def _read(path: str, flag: str) -> dict[str, Any]:
-    """The object in a JSON file."""
-    try:
-        record = json.loads(read_text(path, flag))
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{flag}: {path} is damaged ({error}); {REMEDY}") from None
-    if not isinstance(record, dict):
-        raise UserError(f"{flag}: {path} is damaged (it is no JSON object); {REMEDY}")
-    return record
-
-
 def _of_before(
     folder: str, flag: str, kind: Kind, tokenizer: Tokenizer, declared: int
 ) -> dict[str, Any]:
-    """What reader.json would hold, from the files of a folder that has none."""
-    metrics = _read(os.path.join(folder, EARLIER), flag)
+    """The content that reader.json would have, from the other files of a folder without it."""
+    metrics = read_object(os.path.join(folder, EARLIER), flag, f"; {REMEDY}")
     arguments = {"max_answer_length": MAX_ANSWER_LENGTH, "max_seq_length_c": declared}
     if isinstance(metrics.get("arguments"), dict):
         arguments |= metrics["arguments"]

@@ -1,6 +1,6 @@
-"""The main job on an embedded default: sample data -> fine-tuning, packing, INT8 -> questions.
+"""The whole method on sample data: fine-tuning, packing, INT8, then questions.
 
-With --search it does so for embeddings, which find the paragraph that holds the answer. Every
+With --search it does the same for embeddings, which find the paragraph with the answer. Every
 command is printed before it runs, so that it can be copied and changed.
 """
 
@@ -28,7 +28,7 @@ SHARED = (  # flags of all stages
 
 
 def batches(size: int) -> tuple[str, str]:
-    """The flags of steps of so many windows, in one pass."""
+    """The flags for steps of `size` windows in one pass."""
     return f"--total_train_batch_size={size}", f"--per_gpu_train_batch_size={size}"
 
 
@@ -52,10 +52,10 @@ def demo_weights() -> str:
 
 
 def where_and_name(model: str) -> tuple[str, str]:
-    """--model as a command in the project's folder finds it, and an ending for output folders.
+    """--model as commands in the project's folder need it, and a suffix for output folders.
 
-    A relative folder is looked up where the user stands. The ending tells models of one base name
-    apart.
+    A relative path starts at the user's current folder. The suffix differs between models of the
+    same base name.
     """
     where = os.path.abspath(model) if os.path.exists(model) else model
     told_apart = hashlib.sha256(where.encode()).hexdigest()[:8]
@@ -65,7 +65,7 @@ def where_and_name(model: str) -> tuple[str, str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", help="another BERT: a folder or a hub name")
-    parser.add_argument("--search", action="store_true", help="embeddings, not answers")
+    parser.add_argument("--search", action="store_true", help="train embeddings instead of QA")
     args = parser.parse_args()
     model, name = where_and_name(args.model) if args.model else (demo_weights(), "")
     step("examples/make_sample.py", f"--output_dir={DATA}")
@@ -96,7 +96,7 @@ def answer(model: str, name: str) -> None:
         f"--output_dir={packed}",
         *SHARED,
         f"--pack_cfg={pack_cfg(tuned)}",
-        # All layers at once, from the fitted start: the other stages need more than some minutes.
+        # All layers at once, from the fitted start; the other stages would take much longer.
         "--stages=final",
         "--num_train_epochs=0.6",
         "--warm_up_steps=10",
@@ -172,7 +172,7 @@ def search(model: str, name: str) -> None:
     reader = f"models/demo-int8{name}"
     reads = os.path.isfile(os.path.join(ROOT, reader, "model.onnx"))
     if not reads:
-        print("\nNo answers, only the paragraphs that hold them: make demo trains what reads them.")
+        print("\nThere is no reader yet, so only paragraphs are shown; make demo trains one.")
     ask(
         *([f"--model={reader}"] if reads else ["--top_contexts=1"]),
         f"--model_emb={int8}",
@@ -185,7 +185,7 @@ def search(model: str, name: str) -> None:
 
 
 def write_texts() -> str:
-    """Write the articles of the dev data as text files, a paragraph a line; return their folder."""
+    """Write the dev articles as text files, one line per paragraph; return their folder."""
     folder = f"{DATA}/texts"
     os.makedirs(os.path.join(ROOT, folder), exist_ok=True)
     with open(os.path.join(ROOT, DATA, "dev-v1.1.json"), encoding="utf-8") as file:
@@ -198,12 +198,12 @@ def write_texts() -> str:
 
 
 def ask(*flags: str) -> None:
-    """Ask models the questions about the article."""
+    """Ask models the questions in questions.txt."""
     step("ask.py", *flags, stdin="examples/questions.txt")
 
 
 def show(models: dict[str, str], score: str, label: str) -> None:
-    """Print what the stages came to: score, parameters, size and latency of model.onnx."""
+    """Print the results of the stages: score, parameters, size and latency of model.onnx."""
     print(f"\n{'':14}{label:>8}{'parameters':>12}{'file':>10}{'1 x 384 in OpenVINO':>22}")
     for name, folder in models.items():
         with open(os.path.join(ROOT, folder, "metrics.json"), encoding="utf-8") as file:
@@ -231,7 +231,7 @@ def latency(path: str) -> float:
 
 
 def pack_cfg(model: str) -> str:
-    """All layers and heads, at two thirds of the width, with a slim feed-forward."""
+    """--pack_cfg for all layers and heads, two thirds of the width, and a slim feed-forward."""
     with open(os.path.join(ROOT, model, "config.json"), encoding="utf-8") as file:
         config = json.load(file)
     heads = config["num_attention_heads"]

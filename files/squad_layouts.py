@@ -1,12 +1,12 @@
-"""A data file of any layout that is read, as the articles of a SQuAD file. No torch is needed.
+"""Data files of several layouts, read as the articles of a SQuAD file. No torch is needed.
 
-    read    SQuAD JSON                                      -> its articles, as they are
+    read    SQuAD JSON                                      -> its articles, unchanged
             rows of one question each, in JSON, JSON lines,
             CSV or parquet                                  -> articles, by title and context
 
-Rows are those of Hugging Face `datasets`: question, context, answers, and id, title and
-is_impossible where they are there. CSV has answer_text and answer_start in the place of answers.
-What a question's records hold is checked by `squad_utils.load_squad`.
+Rows have the columns of Hugging Face `datasets`: question, context, answers, and optionally id,
+title and is_impossible. CSV has answer_text and answer_start in place of answers.
+`squad_utils.load_squad` checks the content of each question.
 """
 
 from __future__ import annotations
@@ -21,33 +21,34 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from cli import UserError, read_text
+from cli import UserError, in_one_line, read_text
 
 LAYOUTS = (
     "the layouts that are read are SQuAD JSON; rows with question, context and answers in JSON or"
     " JSON lines; CSV with the columns question, context and answer_text; and a folder with"
     " parquet files of such rows"
 )
-SPLITS = {  # of a folder: what the names of files say, by the flag that is to read them
+SPLITS = {  # flag -> names of its split in file names, the preferred ones first
     "--squad_train_data": (("train",),),
     "--squad_dev_data": (("validation", "valid", "val", "dev"), ("test",)),
 }
 LINES_SUFFIXES = (".jsonl", ".ndjson")
 CSV_SUFFIXES = (".csv", ".tsv")
-OF_A_QUESTION = ("id", "question", "answers", "is_impossible")  # keys of a row that SQuAD has too
+OF_A_QUESTION = ("id", "question", "answers", "is_impossible")  # a row's keys that SQuAD has too
 KINDS = {list: "a list", str: "a string", int: "a whole number"}
-TRUTHS = {"true": True, "1": True, "false": False, "0": False, "": None}  # of a CSV cell
+TRUTHS = {"true": True, "1": True, "false": False, "0": False, "": None}  # of CSV cells
 
 
 @dataclass(frozen=True)
 class DataFile:
-    """A data file as SQuAD has it, its records not checked yet.
+    """A data file as SQuAD articles, with records that are not checked yet.
 
     Attributes:
-        root: what a SQuAD file holds: {"data": articles}, and its version where it tells one.
-        places: where each question stands, in the order of the articles; None: by its keys.
-        layout: what the file was read as; "" for a SQuAD file.
-        sha256: of its content.
+        root: the content of a SQuAD file: {"data": articles}, and its version if it has one.
+        places: the place of each question in the file, in the order of the articles; None if its
+            keys are its place.
+        layout: the layout of the file; "" for a SQuAD file.
+        sha256: the hash of its content.
     """
 
     path: str
@@ -58,7 +59,10 @@ class DataFile:
     sha256: str
 
     def get(self, parent: Any, where: str, key: str, kind: type) -> Any:
-        """A value of a record of this file, which stands at `where` ("" for the top).
+        """The value of a key in a record of this file.
+
+        Args:
+            where: the place of the record; "" for the top.
 
         Raises:
             UserError: it is missing or not of its kind.
@@ -81,7 +85,7 @@ class DataFile:
         return value
 
     def refused(self, why: str, is_no_layout: bool = False) -> UserError:
-        """The error that a record is not as it should be, or the file is of no layout at all."""
+        """The error that a record is wrong, or that the file has none of the layouts."""
         kind = "" if self.layout else " is not SQuAD"
         return UserError(
             f"{self.flag}: {self.path}{kind}: {why}{f'; {LAYOUTS}' if is_no_layout else ''}"
@@ -97,11 +101,11 @@ def read(path: str, flag: str) -> DataFile:
     """Read a data file of any layout.
 
     Args:
-        flag: the command-line flag that gave it, for error messages; of a folder it tells which
-            files are meant.
+        flag: the command-line flag that gave it, for error messages; in a folder it also decides
+            which split is read.
 
     Raises:
-        UserError: the file cannot be read, or is of none of the layouts.
+        UserError: the file cannot be read, or has none of the layouts.
     """
     if os.path.isdir(path) or path.endswith(".parquet"):
         files = _parquet_files(path, flag) if os.path.isdir(path) else [path]
@@ -116,7 +120,7 @@ def read(path: str, flag: str) -> DataFile:
         names = ", ".join(os.path.relpath(each, path) for each in files if each != path)
         layout = f"parquet ({names})" if names else "parquet"
         return _from_rows(path, flag, rows, layout, "", digest.hexdigest())
-    text = read_text(path, flag, newline="")
+    text = read_text(path, flag)
     sha256 = hashlib.sha256(text.encode()).hexdigest()
     first, _, rest = text.lstrip().partition("\n")
     columns = {name.strip(' "\r').lower() for name in re.split("[,;\t]", first[:1000])}
@@ -149,7 +153,7 @@ def _is_object(line: str) -> bool:
 
 
 def _parse(text: str, path: str, flag: str, line: int | None = None) -> Any:
-    """JSON; `line`: of the file, where the text is that line alone."""
+    """The value of a JSON text; `line` is its number in the file if it is one line of many."""
     try:
         return json.loads(text)
     except json.JSONDecodeError as error:
@@ -168,8 +172,8 @@ def _json_lines(text: str, path: str, flag: str) -> Iterator[tuple[str, Any]]:
 
 
 def _csv_rows(text: str, path: str, flag: str) -> Iterator[tuple[str, Any]]:
-    """Rows of a CSV file; commas, semicolons or tabs part its columns."""
-    csv.field_size_limit(2**31 - 1)  # contexts may be longer than the 128 KB of the library
+    """The rows of a CSV file whose columns are separated by commas, semicolons or tabs."""
+    csv.field_size_limit(2**31 - 1)  # contexts may be longer than the library's 128 KB
     header = text.split("\n", 1)[0]
     delimiter = max(",;\t", key=header.count)
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
@@ -196,7 +200,7 @@ def _csv_rows(text: str, path: str, flag: str) -> Iterator[tuple[str, Any]]:
 
 
 def _csv_values(row: dict[str, str], where: str) -> dict[str, Any]:
-    """A row with the numbers and truths that its cells stand for; empty ones are left out."""
+    """A row with its numbers and booleans converted, without those that are empty."""
     values: dict[str, Any] = dict(row)
     start, impossible = row.get("answer_start", "").strip(), row.get("is_impossible", "")
     if start and not re.fullmatch(r"-?[0-9]{1,9}(\.0+)?", start):
@@ -209,11 +213,11 @@ def _csv_values(row: dict[str, str], where: str) -> dict[str, Any]:
 
 
 def _parquet_files(folder: str, flag: str) -> list[str]:
-    """The parquet files of a folder from the hub: of the split that the flag is for, if it has
-    several.
+    """The parquet files in a folder, as data sets on the hub have them; of several splits, the
+    flag's.
 
     Raises:
-        UserError: there are none, or those of the split lie in several folders.
+        UserError: there are none, or the split's files lie in several folders.
     """
     found = sorted(
         os.path.join(where, name)
@@ -222,7 +226,7 @@ def _parquet_files(folder: str, flag: str) -> list[str]:
         if name.endswith(".parquet")
     )
     if not found:
-        raise UserError(f"{flag}: {folder} is a folder, which has no parquet files; {LAYOUTS}")
+        raise UserError(f"{flag}: {folder} is a folder without parquet files; {LAYOUTS}")
 
     def is_of(path: str, names: Iterable[str]) -> bool:
         return not set(names).isdisjoint(re.findall("[a-z]+", os.path.relpath(path, folder)))
@@ -250,11 +254,8 @@ def _parquet_rows(files: list[str], flag: str) -> Iterator[Any]:
             f"{flag}: {files[0]} is parquet, which needs `pip install pyarrow` (datasets brings it)"
         ) from None
     for path in files:
-        try:
+        with in_one_line(f"{flag}: {path} is not parquet that can be read"):
             yield from parquet.read_table(path).to_pylist()
-        except Exception as error:  # pyarrow's own are of many kinds
-            reason = (str(error).strip() or repr(error)).splitlines()[0]
-            raise UserError(f"{flag}: {path} is not parquet that can be read: {reason}") from None
 
 
 def _from_rows(
@@ -265,17 +266,17 @@ def _from_rows(
     version: str,
     sha256: str,
 ) -> DataFile:
-    """Rows, each with its place, as articles: in the order in which titles and contexts come.
+    """Rows, each with its place, as articles in the order of their first titles and contexts.
 
-    A row without an id has its number for one, where none has an id.
+    If no row has an id, the id of each question is the number of its row.
     """
     rows = list(rows)
     with_ids = any(isinstance(row, dict) and "id" in row for _, row in rows)
-    file = DataFile(path, flag, {"version": version}, [], layout, sha256)
+    places: list[str] = []
+    file = DataFile(path, flag, {"version": version}, places, layout, sha256)
     articles: dict[str, dict[str, list[tuple[str, Any]]]] = {}
     for number, (place, row) in enumerate(rows, 1):
         context = file.get(row, place, "context", str)
-        title = row.get("title")
         question = {key: row[key] for key in OF_A_QUESTION if key in row}
         if not with_ids:
             question["id"] = str(number)
@@ -285,20 +286,13 @@ def _from_rows(
             start = row.get("answer_start")
             answer = {"text": row.get("answer_text") or ""}
             question["answers"] = [answer if start is None else {**answer, "answer_start": start}]
-        title = title if isinstance(title, str) else ""
+        title = row["title"] if isinstance(row.get("title"), str) else ""
         articles.setdefault(title, {}).setdefault(context, []).append((place, question))
-    assert file.places is not None
-    file.root["data"] = [
-        {
-            "title": title,
-            "paragraphs": [
-                {"context": context, "qas": [question for _, question in asked]}
-                for context, asked in paragraphs.items()
-            ],
-        }
-        for title, paragraphs in articles.items()
-    ]
-    for paragraphs in articles.values():
-        for asked in paragraphs.values():
-            file.places.extend(place for place, _ in asked)
+    data = file.root["data"] = []
+    for title, by_context in articles.items():
+        paragraphs = []
+        for context, asked in by_context.items():
+            places += [place for place, _ in asked]
+            paragraphs.append({"context": context, "qas": [question for _, question in asked]})
+        data.append({"title": title, "paragraphs": paragraphs})
     return file

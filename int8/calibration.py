@@ -1,4 +1,4 @@
-"""Calibration: a model gets NNCF's quantizers, with ranges fitted to samples."""
+"""Calibration: insert NNCF's quantizers into a model, with ranges fitted to samples."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from int8.quantizers import Operation, _graph, fix_scales, hold_weight_range, op
 from int8.settings import NncfConfig
 from int8.weight_range import HoldWeightRange, WeightRange
 
-# What nncf.quantize raises for settings that its torch backend does not have.
+# The errors of nncf.quantize for settings that its torch backend does not support.
 REFUSALS = (
     ValueError,
     nncf.InternalError,
@@ -35,12 +35,12 @@ REFUSALS = (
 
 
 def check_scope(config: NncfConfig, model: nn.Module) -> None:
-    """Check that every part of ignored_scope is something in the model.
+    """Check that every part of ignored_scope matches something in the model.
 
-    Names and patterns may be those of modules; they become NNCF's, as do types and subgraphs.
+    Names and patterns may be those of modules. All parts become NNCF's names of operations.
 
     Raises:
-        UserError: one of them matches nothing.
+        UserError: a part matches nothing.
     """
     scope = config.arguments.get("ignored_scope")
     if scope is None:
@@ -55,9 +55,7 @@ def check_scope(config: NncfConfig, model: nn.Module) -> None:
         for value in given:
             matched = [o for o in all_operations if _matches(key, value, o)]
             if not matched:
-                known = {"types": [o.kind for o in all_operations]}.get(
-                    key, [o.name for o in all_operations]
-                )
+                known = [o.kind if key == "types" else o.name for o in all_operations]
                 close = difflib.get_close_matches(value, known, n=3, cutoff=0.3) or known[:3]
                 raise UserError(
                     f"--nncf_config: {config.path}: ignored_scope.{key}: {value!r} matches nothing"
@@ -99,8 +97,8 @@ def calibrate(
     """A copy of `model` with quantizers whose ranges fit the samples.
 
     Args:
-        samples: inputs [1, max_seq_length_c] each, padded as they will be at run time.
-        before_each: called before each of them, in each of NNCF's passes over them.
+        samples: inputs [1, max_seq_length_c] each, padded as at run time.
+        before_each: called before each sample, in each of NNCF's passes over the samples.
 
     Raises:
         UserError: NNCF does not support these settings for PyTorch models.
@@ -121,7 +119,7 @@ def calibrate(
 
 @contextlib.contextmanager
 def _holding(weight_range: WeightRange) -> Iterator[None]:
-    """Let nncf.quantize hold the range of weights before it corrects biases."""
+    """Let nncf.quantize hold the weights' range before it corrects biases."""
     make_pipeline = post_training.create_ptq_pipeline
 
     def with_range(**arguments: object) -> Pipeline:
@@ -136,8 +134,7 @@ def _holding(weight_range: WeightRange) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _powers_of_two() -> Iterator[None]:
-    """Let SmoothQuant round its scales to powers of two, by which weights and activations are
-    multiplied and divided exactly."""
+    """Let SmoothQuant round its scales to powers of two, whose products and quotients are exact."""
     calculate = SmoothQuant._calculate_scale_and_ratio
 
     def rounded(
@@ -151,7 +148,7 @@ def _powers_of_two() -> Iterator[None]:
 
 
 def nearest_power_of_two(scales: Tensor) -> Tensor:
-    """The power of two whose logarithm is nearest, for each of any positive numbers."""
+    """For each positive number, the power of two with the nearest logarithm."""
     mantissa = torch.frexp(scales).mantissa  # 0.5 to 1, times a power of two
     above = scales / mantissa  # exact, as the quotient is a power of two
     return torch.where(mantissa < 0.5**0.5, above / 2, above)

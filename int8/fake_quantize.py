@@ -1,12 +1,12 @@
 """Fake quantizers: NNCF's modules, ranges and checkpoints, with a forward and backward of our own.
 
-A value is cut off at the ends of a range and rounded to the nearest of its levels. The gradient is
-that of NNCF: straight through for values inside the range, none for the others, whose gradient
-goes to the ends of the range.
+A value is cut off at the ends of a range and rounded to the nearest level. The gradient is NNCF's:
+it passes through values inside the range; the gradient of values outside goes to the ends of the
+range.
 
-In FP32 every figure equals that of NNCF's reference functions. What differs is how it is computed:
-always in FP32, whatever the precision of the input; without a wait for a GPU, since the number of
-levels is a Python number; and in one pass over memory where the functions are compiled.
+In FP32 all figures equal those of NNCF's reference functions, but their computation differs: it is
+in FP32 for inputs of any precision; it does not wait for a GPU, since the number of levels is a
+Python number; and compiled functions take one pass over memory.
 """
 
 from __future__ import annotations
@@ -28,23 +28,23 @@ from torch.overrides import handle_torch_function, has_torch_function_unary
 from cli import first_line, warn
 from int8.weight_range import hold
 
-# Values that the plain functions take on a CPU before compiled ones take over: they need about a
-# minute for these, and a first compilation half of one. So no short run waits for a compiler.
+# The number of values to compute on a CPU before compiling. They take about a minute, and the
+# first compilation half a minute, so a short run does not wait for a compiler.
 PLAIN_VALUES = 10_000_000_000
 
-# Multiplication and addition as one operation, or a division that is not exact, would give other
-# bits. Not every version of torch has both options.
+# A fused multiplication and addition, or an inexact division, would give other bits. Not every
+# version of torch has both options.
 EXACT = ("emulate_precision_casts", "eager_numerics.division_rounding")
 
 Levels = tuple[int, int]  # the lowest and the highest integer, e.g. -128 and 127
 
 
 # ------------------------------------------------------------------------------------------------
-# Ranges: a quantizer's parameters to the two ends
+# Ranges: from a quantizer's parameters to the low end and width
 
 
 def symmetric_range(scale: Tensor, levels: Levels, eps: float) -> tuple[Tensor, Tensor]:
-    """Low end and width of a range whose high end is the size of `scale`; shapes as `scale`."""
+    """Low end and width of a range whose high end is |scale|, both in the shape of `scale`."""
     high = scale.abs() + eps
     low = high * (levels[0] / levels[1])
     return low, high - low
@@ -53,7 +53,7 @@ def symmetric_range(scale: Tensor, levels: Levels, eps: float) -> tuple[Tensor, 
 def asymmetric_range(
     low: Tensor, width: Tensor, levels: Levels, eps: float
 ) -> tuple[Tensor, Tensor]:
-    """Low end and width of a range, moved as little as makes 0 one of its levels."""
+    """Low end and width of a range that is moved as little as needed to make 0 a level."""
     n = levels[1] - levels[0]
     high = (width.abs() + eps) + low
     low = torch.where(low > 0, 0.0, low)
@@ -61,7 +61,7 @@ def asymmetric_range(
     zero = torch.round(-low * (n / (high - low)))
     new_low = torch.where(zero < n, zero / (zero - n) * high, low)
     new_high = torch.where(zero > 0, (zero - n) / zero * low, high)
-    # Either end may move; the one that leaves the wider range does.
+    # Either end could move; the move that leaves the wider range is taken.
     first = (high - new_low > new_high - low).to(low.dtype)
     second = (1 - first).abs()
     final_low = first * new_low + second * low
@@ -69,17 +69,15 @@ def asymmetric_range(
 
 
 # ------------------------------------------------------------------------------------------------
-# The two functions on values. Their operations and the order of these are NNCF's, on which the
-
-# last bit depends.
+# The functions on values. The last bit depends on the operations and their order, which are NNCF's.
 
 
 def round_values(values: Tensor, low: Tensor, width: Tensor, steps: Tensor) -> Tensor:
     """Values of any dtype, cut off and rounded to levels, in FP32.
 
     Args:
-        low, width: of the range; broadcast to `values`.
-        steps: levels to a unit, (levels - 1) / width.
+        low, width: low end and width of the range; they broadcast to `values`.
+        steps: steps between levels per unit, (levels - 1) / width.
     """
     zero_point = torch.round(-low * steps)
     rounded = torch.minimum(torch.maximum(values.float(), low), low + width)
@@ -101,11 +99,11 @@ def round_to(
 def gradients(
     grad: Tensor, values: Tensor, low: Tensor, width: Tensor, steps: Tensor, floor: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients of the values, and each value's part in those of low end and width.
+    """The gradient of the values, and each value's share in the gradients of low end and width.
 
     Args:
-        grad: of the rounded values.
-        floor: by how much the lowest level moves when the highest one moves by 1.
+        grad: the gradient of the rounded values.
+        floor: how far the lowest level moves if the highest level moves by 1.
     """
     grad, values = grad.float(), values.float()
     moved = round_values(values, low, width, steps)
@@ -115,12 +113,12 @@ def gradients(
     moved *= inside
     moved += above
     moved += below * floor
-    # In this order: memory is laid out as the gradient's, and by that its sum is rounded.
+    # grad comes first: the results get its memory layout, which decides how their sums round.
     return grad * inside, grad * outside, grad * moved
 
 
 def only_inside(grad: Tensor, values: Tensor, low: Tensor, width: Tensor) -> Tensor:
-    """The gradient of the values alone, where the range is not trained."""
+    """The gradient of the values, for a range that does not train."""
     inside = _masks(values.float(), low, width)[-1]
     inside *= grad.float()
     return inside
@@ -129,7 +127,7 @@ def only_inside(grad: Tensor, values: Tensor, low: Tensor, width: Tensor) -> Ten
 def _masks(values: Tensor, low: Tensor, width: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """1 or 0 for values above a range, below it, outside it and inside it.
 
-    In FP32: a CPU multiplies by bools at a third of the speed.
+    They are FP32, since a CPU multiplies by bools at a third of the speed.
     """
     above, below = torch.empty_like(values), torch.empty_like(values)
     torch.gt(values, low + width, out=above)
@@ -139,7 +137,7 @@ def _masks(values: Tensor, low: Tensor, width: Tensor) -> tuple[Tensor, Tensor, 
 
 
 def sum_like(parts: Tensor, parameter: Tensor) -> Tensor:
-    """The sum of each value's part in the gradient of a parameter, in the parameter's shape."""
+    """The gradient of a parameter, in its shape: the sum of all values' shares."""
     for dim, size in enumerate(parameter.shape):
         if size == 1:
             parts = parts.sum(dim, keepdim=True)
@@ -149,25 +147,27 @@ def sum_like(parts: Tensor, parameter: Tensor) -> Tensor:
 def gradient_sums(
     grad: Tensor, values: Tensor, low: Tensor, width: Tensor, steps: Tensor, floor: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients of the values, the low end and the width."""
+    """The gradients of the values, of the low end and of the width."""
     inside, at_low, at_width = gradients(grad, values, low, width, steps, floor)
     return inside, sum_like(at_low, low), sum_like(at_width, low)
 
 
 # ------------------------------------------------------------------------------------------------
-# Compiled, where that pays
+# Compilation where it pays
+
+
 Rest = ParamSpec("Rest")  # arguments of a function after its first
 Result = TypeVar("Result")
 
 
 class _Compiled(Generic[Rest, Result]):
-    """A function that is compiled for a GPU at once, for a CPU when much has been computed.
+    """A function that is compiled for a GPU at once, and for a CPU after PLAIN_VALUES values.
 
-    On a CPU compiled and plain function give the same bits, so that a run that goes on in another
-    process, or on a machine without a compiler, is the same.
+    On a CPU the compiled and the plain function give the same bits. So a run stays the same if it
+    resumes in another process, or on a machine without a compiler.
     """
 
-    values_seen = 0  # by all of them, on a CPU
+    values_seen = 0  # by all such functions on a CPU
     failed = False
 
     def __init__(self, function: Callable[Concatenate[Tensor, Rest], Result]) -> None:
@@ -185,7 +185,7 @@ class _Compiled(Generic[Rest, Result]):
                 }
                 self.compiled = torch.compile(self.function, dynamic=True, options=options)
             return self.compiled(values, *args, **named)
-        except Exception as error:  # of a compiler; whatever it is, the plain function is right
+        except Exception as error:  # compilers raise all kinds; the plain function is right
             _Compiled.failed = True
             warn(f"quantizers run as plain operations, which is slower: {first_line(error)}")
             return self.function(values, *args, **named)
@@ -201,7 +201,7 @@ class _Compiled(Generic[Rest, Result]):
 
 
 def _has_compiler() -> bool:
-    """Whether there is the C++ compiler that torch.compile would call."""
+    """Whether the C++ compiler that torch.compile calls is installed."""
     default = "clang++" if sys.platform == "darwin" else "g++"
     return shutil.which(os.environ.get("CXX", default)) is not None
 
@@ -210,44 +210,51 @@ _round_to, _gradients = _Compiled(round_to), _Compiled(gradients)
 _only_inside, _gradient_sums = _Compiled(only_inside), _Compiled(gradient_sums)
 
 
+@dataclass(frozen=True)
+class Rounding:
+    """How to round values.
+
+    Attributes:
+        levels, eps: the quantizer's.
+        dtype: the dtype of the result.
+        known: the result if it has been computed before, else None.
+    """
+
+    levels: Levels
+    eps: float
+    dtype: torch.dtype
+    known: Tensor | None
+
+
 class FakeQuantize(torch.autograd.Function):
-    """Values rounded to the levels of a range, with the gradients of values and range."""
+    """Round values to the levels of a range, with gradients for values and range."""
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        values: Tensor,
-        levels: Levels,
-        eps: float,
-        dtype: torch.dtype,
-        known: Tensor | None,
-        *parameters: Tensor,
-    ) -> Tensor:
+    def forward(ctx: Any, values: Tensor, rounding: Rounding, *parameters: Tensor) -> Tensor:
         """Round values of any shape.
 
         Args:
-            dtype: of the result.
-            known: the result, if it has been computed before.
-            parameters: the scale of a symmetric range, or the low end and width of another one;
+            parameters: the scale of a symmetric range, or low end and width of an asymmetric one;
                 they broadcast to the values.
         """
+        levels, eps = rounding.levels, rounding.eps
         if len(parameters) == 1:
             low, width = symmetric_range(parameters[0], levels, eps)
         else:
             low, width = asymmetric_range(parameters[0], parameters[1], levels, eps)
         steps = (levels[1] - levels[0]) / width
         ctx.levels = levels
-        # Not the parameters themselves, which may be raised before the backward pass.
+        # The parameters themselves may be raised before the backward pass.
         ctx.save_for_backward(values, low, width, steps, torch.sign(parameters[-1]))
-        if known is not None:
-            return known.detach()
+        if rounding.known is not None:
+            return rounding.known.detach()
         (flat,) = _flat(low, values)
-        return _round_to(flat, low, width, steps, dtype).view_as(values)
+        return _round_to(flat, low, width, steps, rounding.dtype).view_as(values)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         values, low, width, steps, sign = ctx.saved_tensors
-        needs_values, _, _, _, _, *needs_range = ctx.needs_input_grad
+        needs_values, _, *needs_range = ctx.needs_input_grad
         grads, inputs = _flat(low, grad, values)
         of_values: Tensor | None = None
         of_range: list[Tensor | None] = [None] * len(needs_range)
@@ -257,7 +264,7 @@ class FakeQuantize(torch.autograd.Function):
                 of_values, *sums = _gradient_sums(grads, inputs, low, width, steps, floor)
             else:
                 of_values, *parts = _gradients(grads, inputs, low, width, steps, floor)
-                parts = parts[-len(needs_range) :]  # a symmetric range has no low end of its own
+                parts = parts[-len(needs_range) :]  # a symmetric range has one parameter
                 sums = [sum_like(part.view_as(values), low) for part in parts]
             of_range = [*sums[:-1], sums[-1] * sign][-len(needs_range) :]
         elif needs_values:
@@ -266,12 +273,12 @@ class FakeQuantize(torch.autograd.Function):
             of_values = of_values.view_as(values).to(values.dtype)
         else:
             of_values = None
-        return of_values, None, None, None, None, *of_range
+        return of_values, None, *of_range
 
 
 def _flat(low: Tensor, *tensors: Tensor) -> list[Tensor]:
-    """Tensors as vectors, where all their values have one range: one compiled function is enough
-    for all shapes then."""
+    """Tensors as vectors if all values have one range; one compiled function then serves all
+    shapes."""
     detached = [each.detach() for each in tensors]
     if low.numel() == 1 and all(each.is_contiguous() for each in detached):
         return [each.view(-1) for each in detached]
@@ -282,62 +289,50 @@ def _flat(low: Tensor, *tensors: Tensor) -> list[Tensor]:
 # Under NNCF's modules
 
 
-# NNCF knows these two by their names, and by the parameters among their arguments.
-def symmetric_quantize(
-    x: Tensor, scale: Tensor, levels: Levels, eps: float, dtype: torch.dtype, known: Tensor | None
-) -> Tensor:
-    """Values rounded to a symmetric range; arguments as in `FakeQuantize`."""
-    rest = (levels, eps, dtype, known)
+# NNCF knows the next two functions by their names, and by the parameters among their arguments.
+def symmetric_quantize(x: Tensor, scale: Tensor, rounding: Rounding) -> Tensor:
+    """Round values to a symmetric range."""
     if has_torch_function_unary(x):
-        return handle_torch_function(symmetric_quantize, (x,), x, scale, *rest)
-    return FakeQuantize.apply(x, *rest, scale)
+        return handle_torch_function(symmetric_quantize, (x,), x, scale, rounding)
+    return FakeQuantize.apply(x, rounding, scale)
 
 
-def asymmetric_quantize(
-    x: Tensor,
-    low: Tensor,
-    width: Tensor,
-    levels: Levels,
-    eps: float,
-    dtype: torch.dtype,
-    known: Tensor | None,
-) -> Tensor:
-    """Values rounded to any range; arguments as in `FakeQuantize`."""
-    rest = (levels, eps, dtype, known)
+def asymmetric_quantize(x: Tensor, low: Tensor, width: Tensor, rounding: Rounding) -> Tensor:
+    """Round values to an asymmetric range."""
     if has_torch_function_unary(x):
-        return handle_torch_function(asymmetric_quantize, (x,), x, low, width, *rest)
-    return FakeQuantize.apply(x, *rest, low, width)
+        return handle_torch_function(asymmetric_quantize, (x,), x, low, width, rounding)
+    return FakeQuantize.apply(x, rounding, low, width)
 
 
 @dataclass(frozen=True)
 class Known:
-    """A weight as rounded last, and what tells whether it still is: see `_state`."""
+    """A weight as last rounded. The rounding is valid while `_state` gives the same `state`."""
 
     rounded: Tensor
     state: tuple[object, ...]
 
 
 _known: weakref.WeakKeyDictionary[nn.Module, Known] = weakref.WeakKeyDictionary()
-# A fused step changes weights and not their versions.
+# A fused optimizer step changes weights without changing their versions.
 register_optimizer_step_post_hook(lambda *_: _known.clear())
 
 
 def quantize(
     quantizer: BaseQuantizer, x: Tensor, execute_traced_op_as_identity: bool = False
 ) -> Tensor:
-    """Take the place of `quantize` in NNCF's symmetric and asymmetric quantizers.
+    """Replace `quantize` in NNCF's symmetric and asymmetric quantizers.
 
-    The result is in FP32, or under autocast in its dtype: what a matrix product would make of it.
+    The result is in FP32, or under autocast in autocast's dtype, to which a matrix product would
+    convert it.
 
-    On a CPU a weight is rounded once as long as it does not change, whatever the number of passes
-    to a step. On a GPU it is rounded in each pass, which a CUDA graph may have recorded.
+    On a CPU a weight is rounded only after it has changed, however many passes a step has. On a
+    GPU it is rounded in each pass, since a CUDA graph may have recorded the pass.
     """
     if execute_traced_op_as_identity:
         return x
-    symmetric = isinstance(quantizer, SymmetricQuantizer)
     with torch._C.DisableTorchFunction():  # NNCF would take this for a part of the model
         weight = isinstance(x, nn.Parameter)
-        # Tables of embeddings, whose rows are summed, are weights without a range to hold.
+        # Embedding tables are weights without a range to hold: their rows are not multiplied.
         held = weight and hasattr(quantizer, "weight_range")
         dtype = _autocast_dtype(x.device.type) if held or not weight else torch.float32
         keeps = weight and x.device.type == "cpu" and not torch.is_inference_mode_enabled()
@@ -346,11 +341,12 @@ def quantize(
             known = None
         if held and known is None:
             hold(quantizer, x)
-    rest = (quantizer.levels_in_use, quantizer.eps, dtype, None if known is None else known.rounded)
-    if symmetric:
-        rounded = symmetric_quantize(x, quantizer.scale, *rest)
+    earlier = None if known is None else known.rounded
+    rounding = Rounding(quantizer.levels_in_use, quantizer.eps, dtype, earlier)
+    if isinstance(quantizer, SymmetricQuantizer):
+        rounded = symmetric_quantize(x, quantizer.scale, rounding)
     else:
-        rounded = asymmetric_quantize(x, quantizer.input_low, quantizer.input_range, *rest)
+        rounded = asymmetric_quantize(x, quantizer.input_low, quantizer.input_range, rounding)
     if keeps and known is None:
         with torch._C.DisableTorchFunction():
             _known[quantizer] = Known(rounded.detach(), _state(quantizer, x, dtype))
@@ -358,8 +354,8 @@ def quantize(
 
 
 def _state(quantizer: BaseQuantizer, x: Tensor, dtype: torch.dtype) -> tuple[object, ...]:
-    """The state on which the rounding of a weight depends. The version of a tensor goes up with
-    each change, except in a fused optimizer step."""
+    """The state on which the rounding of a weight depends. Each change of a tensor raises its
+    version, except by a fused optimizer step."""
     versions = [(each.data_ptr(), each._version) for each in (x, *quantizer.parameters())]
     return (*versions, quantizer.levels_in_use, dtype)
 
@@ -372,7 +368,8 @@ def _autocast_dtype(device: str) -> torch.dtype:
 
 
 def _remembering(set_levels: Callable[[BaseQuantizer], None]) -> Callable[[BaseQuantizer], None]:
-    """NNCF's `set_levels`, called wherever levels change, which notes them as Python numbers."""
+    """NNCF's `set_levels`, which is called when levels change; it now also stores them as Python
+    numbers."""
 
     def set_and_remember(quantizer: BaseQuantizer) -> None:
         set_levels(quantizer)
@@ -381,9 +378,9 @@ def _remembering(set_levels: Callable[[BaseQuantizer], None]) -> Callable[[BaseQ
     return set_and_remember
 
 
-REPLACED = {}  # NNCF's own functions, to compare with
+REPLACED = {}  # NNCF's own functions, for comparisons
 for _kind in (SymmetricQuantizer, AsymmetricQuantizer):
     REPLACED[_kind] = _kind.quantize
     _kind.set_levels = _remembering(_kind.set_levels)
     _kind.quantize = quantize
-    _kind._forward_impl = quantize  # which asks buffers whether it is enabled, or traced by jit
+    _kind._forward_impl = quantize  # NNCF's reads buffers to see if it is enabled or traced by jit

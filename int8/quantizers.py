@@ -1,8 +1,8 @@
 """The quantizers of a model: trained, saved, loaded, exported, counted.
 
-A quantized model is the FP32 model with NNCF's fake quantizers hooked into it: they round what
-goes into linear layers, and their weights, to the values that INT8 arithmetic will have, and they
-train like anything else. The exporter turns them into QuantizeLinear / DequantizeLinear.
+A quantized model is the FP32 model with NNCF's fake quantizers hooked into it. They round the
+inputs and weights of linear layers to the values that INT8 arithmetic will have. They train like
+other parameters, and the exporter turns them into QuantizeLinear and DequantizeLinear.
 """
 
 from __future__ import annotations
@@ -25,25 +25,34 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from cli import UserError, in_one_line
+from cli import UserError, in_one_line, read_object
 from int8 import fake_quantize  # noqa: F401 - takes the place of NNCF's functions
 from int8.weight_range import WeightRange, hold_in_use, use_seven_bits
 from squad_utils import INPUTS
 
-QUANTIZERS = "quantizers.json"  # in the folder of a quantized model: where its quantizers are
-
-
-QUANTIZER_WEIGHTS = "quantizers.safetensors"  # beside QUANTIZERS: their ranges
-HOOKS = "__nncf_hooks."  # what the names of the quantizers' parameters begin with
-WEIGHT_RANGE = "weight_range"  # in QUANTIZERS, beside NNCF's own keys
-# Beside it: whether SmoothQuant's scales are divided out of the saved weights.
-PLAIN_WEIGHTS = "plain_weights"
-
+QUANTIZERS = "quantizers.json"  # in a quantized model's folder: the places of its quantizers
+QUANTIZER_WEIGHTS = "quantizers.safetensors"  # beside it: their ranges
+HOOKS = "__nncf_hooks."  # the prefix of the quantizers' parameters
+WEIGHT_RANGE = "weight_range"  # a key of QUANTIZERS, beside NNCF's own
+PLAIN_WEIGHTS = "plain_weights"  # a key: whether SmoothQuant's scales are divided out of weights
+# Operations that do arithmetic; others only move numbers.
+KINDS = ("embedding", "linear", "matmul", "softmax", "layer_norm", "gelu", "relu", "add", "mul")
+# Operations that can be INT8 -> inputs with quantizers; an embedding's input 0 is indices.
+INT8_INPUTS = {"embedding": {1}, "linear": {0, 1}, "matmul": {0, 1}}
+MOVING = ("transpose", "flatten", "unflatten", "view", "reshape", "permute", "chunk", "unbind",
+          "contiguous")  # fmt: skip
+WHY_FLOAT = {
+    "matmul": "an input is softmax's, which 8 bits round too coarsely, or it is in ignored_scope",
+    "softmax": "exponentials need the range of floating point",
+    "layer_norm": "a variance needs the range of floating point",
+    "gelu": "its input is a sum in floating point already",
+    "relu": "its input is a sum in floating point already",
+    "add": "residual sums keep their precision",
+    "mul": "scales of attention and masks",
+}
 
 nncf.set_log_level(logging.ERROR)
-
-
-# It warns at each saved state that ranges which several inputs share are stored once.
+# At each saved state it would warn that ranges of several inputs are stored once.
 logging.getLogger("accelerate.utils.other").setLevel(logging.ERROR)
 
 
@@ -56,18 +65,16 @@ class Operation:
     """One operation of a model.
 
     Attributes:
-        name: that of its module, e.g. "bert.layers.0.qkv"; NNCF's where it has no weights.
-        node: NNCF's name, which ignored_scope goes by.
+        name: its module's name, e.g. "bert.layers.0.qkv"; NNCF's name if it has no weights.
+        node: NNCF's name, by which ignored_scope finds it.
         kind: e.g. "linear", "matmul", "softmax".
+        quantized: the numbers of its inputs that have quantizers.
     """
 
     name: str
     node: str
     kind: str
-
-
-# What arithmetic is done in; the rest moves numbers about.
-KINDS = ("embedding", "linear", "matmul", "softmax", "layer_norm", "gelu", "relu", "add", "mul")
+    quantized: frozenset[int]
 
 
 def operations(model: nn.Module) -> list[Operation]:
@@ -77,14 +84,18 @@ def operations(model: nn.Module) -> list[Operation]:
     for node in graph.get_all_nodes():
         if node.node_type not in KINDS:
             continue
-        sources = [_source(graph, edge.from_node)[0] for edge in graph.get_input_edges(node)]
+        sources = {
+            edge.input_port_id: _source(graph, edge.from_node)
+            for edge in graph.get_input_edges(node)
+        }
         weights = [
             source.node_name.removesuffix(".weight")
-            for source in sources
+            for source, _ in sources.values()
             if source.node_type == "nncf_model_const" and source.node_name.endswith(".weight")
         ]
         name = weights[0] if weights else node.node_name
-        found.append(Operation(name, node.node_name, node.node_type))
+        quantized = frozenset(port for port, (_, each) in sources.items() if each is not None)
+        found.append(Operation(name, node.node_name, node.node_type, quantized))
     return found
 
 
@@ -106,25 +117,25 @@ def quantizers(model: nn.Module) -> Iterator[tuple[str, BaseQuantizer]]:
 
 
 def select_ranges(model: nn.Module) -> None:
-    """Let the ranges of the quantizers train, and nothing else."""
+    """Let only the ranges of the quantizers train."""
     model.requires_grad_(False)
     for _, quantizer in quantizers(model):
         quantizer.enable_gradients()
 
 
 def weight_quantizer(name: str) -> bool:
-    """Whether a quantizer, by its name, is one of weights: the second input of an operation that
-    has weights."""
+    """Whether the quantizer of this name rounds weights: the second input of a linear layer or
+    embedding."""
     _, operation, port = decode_hook_name(name)
     return port == 1 and operation.split("/")[-2] in ("linear", "embedding")
 
 
 def second_factors(model: nn.Module) -> Iterator[tuple[SymmetricQuantizer, Tensor | None]]:
-    """The quantizer of each second factor of a matrix product that is INT8.
+    """The quantizers of the second factors of all INT8 matrix products.
 
     Yields:
-        the quantizer, and the weight [N, K] of a linear layer; None in its place for a product of
-        two activations.
+        a quantizer, and the weight [N, K] of its linear layer, or None for a product of two
+        activations.
     """
     parameters, storage = dict(model.named_parameters()), get_hook_storage(model)
     graph = _graph(model)
@@ -141,10 +152,10 @@ def second_factors(model: nn.Module) -> Iterator[tuple[SymmetricQuantizer, Tenso
 
 
 def hold_weight_range(model: nn.Module, weight_range: WeightRange) -> None:
-    """Hold the range of all weights of linear layers from now on.
+    """From now on, hold the range of all weights of linear layers.
 
-    The second factor of a product of two activations, such as the keys', has 7 bits then, for the
-    same reason as weights.
+    The second factor of a product of two activations, such as the keys, then has 7 bits, for the
+    same reason.
     """
     for quantizer, weight in list(second_factors(model)):
         if weight is not None:
@@ -155,8 +166,12 @@ def hold_weight_range(model: nn.Module, weight_range: WeightRange) -> None:
 
 
 def scaled_weights(model: nn.Module) -> Iterator[tuple[str, SQMultiply]]:
-    """The name of each weight [N, K] that SmoothQuant has multiplied by scales, and the module
-    that multiplies the layer's input by their inverses [K]."""
+    """SmoothQuant's scaled weights.
+
+    Yields:
+        the name of a weight [N, K] that is multiplied by scales, and the module that multiplies the
+        layer's input by their inverses [K].
+    """
     names = {operation.node: operation.name for operation in operations(model)}
     for name, module in get_hook_storage(model).named_modules(remove_duplicate=False):
         if isinstance(module, SQMultiply):
@@ -165,16 +180,19 @@ def scaled_weights(model: nn.Module) -> Iterator[tuple[str, SQMultiply]]:
 
 def has_exact_scales(model: nn.Module) -> bool:
     """Whether all of SmoothQuant's scales are powers of two, which divide out exactly."""
-    modules = [each for each in get_hook_storage(model).modules() if isinstance(each, SQMultiply)]
-    return all(bool((torch.frexp(each.scale).mantissa == 0.5).all()) for each in modules)
+    return all(
+        bool((torch.frexp(each.scale).mantissa == 0.5).all())
+        for each in get_hook_storage(model).modules()
+        if isinstance(each, SQMultiply)
+    )
 
 
 def fix_scales(model: nn.Module) -> None:
-    """Keep SmoothQuant's scales, if they are powers of two, from being trained.
+    """Keep SmoothQuant's scales from training if they are powers of two.
 
-    NNCF makes parameters of them; as buffers they are saved the same way.
+    In NNCF they are parameters. As buffers they are saved the same way.
     """
-    if not has_exact_scales(model):  # a model of earlier versions goes on as it began
+    if not has_exact_scales(model):  # a model of earlier versions, which trains its scales
         return
     for module in get_hook_storage(model).modules():
         if isinstance(module, SQMultiply) and isinstance(module.scale, nn.Parameter):
@@ -184,15 +202,14 @@ def fix_scales(model: nn.Module) -> None:
 
 
 def save_quantized(model: PreTrainedModel, folder: str) -> None:
-    """Save a model so that its weights are those of a model without quantizers, which have their
-    own files.
+    """Save a model's weights as those of a model without quantizers, and its quantizers beside.
 
-    A model calibrated by earlier versions has scales of SmoothQuant that are no powers of two:
-    these stay in its weights.
+    If SmoothQuant's scales are not powers of two, as in models that earlier versions calibrated,
+    they stay in the weights.
     """
     weight_range = WeightRange(str(model.weight_range))
-    hold_weight_range(model, weight_range)  # the last step may have moved weights since
-    # Cloned, since a range that several inputs share may be stored only once in a file.
+    hold_weight_range(model, weight_range)  # the last step may have moved weights
+    # Cloned, because the file format refuses a tensor under two names, as of a shared range.
     state = {name: value.clone().contiguous() for name, value in model.state_dict().items()}
     plain = has_exact_scales(model)
     if plain:
@@ -209,14 +226,13 @@ def save_quantized(model: PreTrainedModel, folder: str) -> None:
 
 
 def load_quantizers(model: PreTrainedModel, folder: str, flag: str) -> PreTrainedModel:
-    """Put the quantizers of a folder into its model.
+    """Put a folder's quantizers into its model.
 
     Raises:
         UserError: the files are damaged.
     """
     with in_one_line(f"{flag}: the quantizers of {folder} do not load"):
-        with open(os.path.join(folder, QUANTIZERS), encoding="utf-8") as file:
-            config = json.load(file)
+        config = read_object(os.path.join(folder, QUANTIZERS), flag)
         weight_range = WeightRange(config.pop(WEIGHT_RANGE, WeightRange.FULL))
         plain = config.pop(PLAIN_WEIGHTS, False)
         model = nncf.torch.load_from_config(model, config)
@@ -239,10 +255,9 @@ def load_quantizers(model: PreTrainedModel, folder: str, flag: str) -> PreTraine
 
 
 def how_it_loads(folder: str, script: str) -> str:
-    """For the model card of a folder with quantizers: what loads the INT8 model, and what
-    `from_pretrained` loads."""
-    with open(os.path.join(folder, QUANTIZERS), encoding="utf-8") as file:
-        plain = json.load(file).get(PLAIN_WEIGHTS, False)
+    """A text for the model card of a folder with quantizers: how to load the INT8 model, and which
+    model `from_pretrained` loads."""
+    plain = read_object(os.path.join(folder, QUANTIZERS), "--output_dir").get(PLAIN_WEIGHTS)
     weights = (
         "is a plain model in FP32, which `from_pretrained` loads"
         if plain
@@ -255,62 +270,26 @@ def how_it_loads(folder: str, script: str) -> str:
 
 
 def what_is_int8(model: nn.Module) -> list[dict[str, str | int]]:
-    """For each kind of operation: how many there are, how many are INT8, and why others are not."""
-    inputs: dict[str, set[int]] = {}
-    graph = _graph(model)
-    for node in graph.get_all_nodes():
-        if node.node_type not in KINDS:
-            continue
-        for edge in graph.get_input_edges(node):
-            if _source(graph, edge.from_node)[1] is not None:
-                inputs.setdefault(node.node_name, set()).add(edge.input_port_id)
-    counts: dict[str, list[list[str]]] = {}
+    """For each kind of operation: how many are INT8, how many are not, and why they are not."""
+    counts: dict[str, list[int]] = {}
     for operation in operations(model):
-        # An embedding reads indices: its table is all that can be INT8.
-        needed = {1} if operation.kind == "embedding" else {0, 1}
-        int8 = operation.kind in INT8_KINDS and needed <= inputs.get(operation.node, set())
-        counts.setdefault(operation.kind, [[], []])[int8].append(operation.name)
+        needed = INT8_INPUTS.get(operation.kind)
+        int8 = needed is not None and needed <= operation.quantized
+        counts.setdefault(operation.kind, [0, 0])[int8] += 1
     return [
         {
             "kind": kind,
-            "int8": len(quantized),
-            "float": len(others),
+            "int8": quantized,
+            "float": others,
             **({"why": WHY_FLOAT.get(kind, "in ignored_scope")} if others else {}),
         }
         for kind, (others, quantized) in counts.items()
     ]
 
 
-INT8_KINDS = ("embedding", "linear", "matmul")
-
-
-WHY_FLOAT = {
-    "matmul": "an input is softmax's, which 8 bits round too coarsely, or it is in ignored_scope",
-    "softmax": "exponentials need the range of floating point",
-    "layer_norm": "a variance needs the range of floating point",
-    "gelu": "its input is a sum in floating point already",
-    "relu": "its input is a sum in floating point already",
-    "add": "residual sums keep their precision",
-    "mul": "scales of attention and masks",
-}
-
-
-MOVING = (
-    "transpose",
-    "flatten",
-    "unflatten",
-    "view",
-    "reshape",
-    "permute",
-    "chunk",
-    "unbind",
-    "contiguous",
-)
-
-
 def _source(graph: NNCFGraph, node: NNCFNode) -> tuple[NNCFNode, str | None]:
-    """Where numbers come from, seen through quantizers and what only moves them; and the name of
-    the last quantizer on the way, or None."""
+    """The operation that computes the output of `node`, found back through quantizers and
+    operations that only move numbers; and the name of the last quantizer on the way, or None."""
     quantizer = None
     while True:
         is_quantizer = node.node_type in ("symmetric_quantize", "asymmetric_quantize")
@@ -329,7 +308,7 @@ def _source(graph: NNCFGraph, node: NNCFNode) -> tuple[NNCFNode, str | None]:
 
 
 class _FakeQuantize(nn.Module):
-    """A quantizer as the one operation that PyTorch exports as QuantizeLinear, DequantizeLinear."""
+    """A quantizer as the operation that PyTorch exports as QuantizeLinear and DequantizeLinear."""
 
     scale: Tensor
     zero_point: Tensor
@@ -339,7 +318,7 @@ class _FakeQuantize(nn.Module):
         quantizer.set_levels()
         self.low, self.high, scale, zero_point = quantizer.get_parameters_for_torch_fq()
         self.cut_off = None
-        if quantizer.is_half_range:  # QuantizeLinear knows none but all of INT8
+        if quantizer.is_half_range:  # QuantizeLinear has only the full range of INT8
             self.cut_off = [float(limit) for limit in quantizer.get_input_low_input_high()]
         self.per_channel = quantizer.per_channel
         self.axis = next((i for i, n in enumerate(quantizer.scale_shape) if n > 1), 0)
@@ -357,28 +336,27 @@ class _FakeQuantize(nn.Module):
         return torch.fake_quantize_per_tensor_affine(values, self.scale, self.zero_point, *limits)
 
     def integers_of(self, rounded: Tensor) -> np.ndarray:
-        """The integers behind activations that `forward` has rounded, as QuantizeLinear gives
-        them: int8 or uint8."""
+        """The integers of activations that `forward` has rounded, int8 or uint8 as those from
+        QuantizeLinear."""
         integers = torch.round(rounded / self.scale) + self.zero_point
         return integers.numpy().astype(np.int8 if self.low < 0 else np.uint8)
 
 
 @torch.no_grad()
 def make_exportable(model: PreTrainedModel) -> None:
-    """Put operations that export to ONNX in the place of NNCF's quantizers, in place.
+    """Replace NNCF's quantizers with operations that export to ONNX, in place.
 
-    Weights of a narrow range are rounded to it, since QuantizeLinear knows none but all of INT8.
+    Weights of a narrow range are rounded to it, since QuantizeLinear has only INT8's full range.
     """
     parameters = dict(model.named_parameters())
     storage = get_hook_storage(model)
     known = {node.node_name for node in _graph(model).get_all_nodes()}
-    for name, _ in quantizers(model):
-        operation = decode_hook_name(name)[1]
-        assert operation in known, f"{operation} has a quantizer, but is not in the model"
     weights = {operation.node: operation.name for operation in operations(model)}
     for name, quantizer in list(quantizers(model)):
+        operation = decode_hook_name(name)[1]
+        assert operation in known, f"{operation} has a quantizer, but is not in the model"
         if weight_quantizer(name) and quantizer.narrow_range:
-            weight = parameters[f"{weights[decode_hook_name(name)[1]]}.weight"]
+            weight = parameters[f"{weights[operation]}.weight"]
             low, high = quantizer.get_input_low_input_high()
             weight.copy_(quantizer.quantize(weight.clamp(low, high)))
         storage.set_submodule(name, _FakeQuantize(quantizer))

@@ -1,4 +1,4 @@
-"""nncf_config.json: its keys, checked one by one."""
+"""nncf_config.json, checked key by key."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ from nncf.quantization.range_estimator import (
     StatisticsType,
 )
 
-from cli import UserError, did_you_mean
+from cli import UserError, did_you_mean, read_object
 from int8.weight_range import WeightRange
 
-# What the file may give: the arguments of nncf.quantize (without `mode`, which is for FP8), and a
-# key of our own.
+# The keys of the file: the arguments of nncf.quantize (without `mode`, which is for FP8), and
+# weight_range, a key of our own.
 SETTINGS: dict[str, Any] = {
     "weight_range": WeightRange,
     "preset": QuantizationPreset | None,
@@ -37,8 +37,8 @@ SETTINGS: dict[str, Any] = {
     "advanced_parameters": AdvancedQuantizationParameters,
 }
 
-# Keys that NNCF takes and that change no bit of a quantized model here, as patterns of fnmatch. Its
-# torch backend has one value alone for some; others are of convolutions or other frameworks.
+# Patterns of fnmatch for keys that NNCF accepts but that change no bit of a quantized model here:
+# its torch backend has a single value for some; others are for convolutions or other frameworks.
 WITHOUT_EFFECT = (
     "target_device",
     "fast_bias_correction",
@@ -62,7 +62,7 @@ WITHOUT_EFFECT = (
 
 @dataclasses.dataclass(frozen=True)
 class Limit:
-    """The numbers that a key may have: `allows` tells, `text` says which."""
+    """The numbers that a key may have: `allows` checks a number, `text` describes them."""
 
     text: str
     allows: Callable[[float], bool]
@@ -84,13 +84,13 @@ LIMITS = {
 
 @dataclasses.dataclass(frozen=True)
 class NncfConfig:
-    """What --nncf_config says.
+    """The settings of --nncf_config.
 
     Attributes:
-        path, raw: the file, and what it holds.
-        arguments: of nncf.quantize.
-        weight_range: which integers the weights of linear layers may be.
-        without_effect: keys of the file that change nothing, by the names that they have in it.
+        path, raw: the file and its content.
+        arguments: the arguments of nncf.quantize.
+        weight_range: the integers that the weights of linear layers may be.
+        without_effect: keys of the file that change nothing, by their names in the file.
     """
 
     path: str
@@ -101,7 +101,7 @@ class NncfConfig:
 
     @property
     def subset_size(self) -> int:
-        """Windows to calibrate on."""
+        """The number of windows for calibration."""
         return int(self.arguments.get("subset_size", 300))
 
 
@@ -111,15 +111,7 @@ def read_nncf_config(path: str) -> NncfConfig:
     Raises:
         UserError: not a readable JSON object; an unknown key; a value of the wrong type or range.
     """
-    try:
-        with open(path, encoding="utf-8") as file:
-            raw = json.load(file)
-    except OSError as error:
-        raise UserError(f"--nncf_config: cannot read {path}: {error.strerror}") from None
-    except ValueError as error:
-        raise UserError(f"--nncf_config: {path} is not JSON: {error}") from None
-    if not isinstance(raw, dict):
-        raise UserError(f"--nncf_config: {path} is not a JSON object of settings")
+    raw = read_object(path, "--nncf_config")
     settings: dict[str, object] = raw
     old_names: dict[str, str] = {}
     left_out: list[str] = []
@@ -154,7 +146,7 @@ def read_nncf_config(path: str) -> NncfConfig:
 
 
 def _leaves(settings: Mapping[str, object], where: str = "") -> Iterator[tuple[str, object]]:
-    """The keys that hold no object with keys of NNCF, with those above them, and their values."""
+    """The full names ("a.b.c") and the values of all keys whose value has no keys of NNCF."""
     for key, value in settings.items():
         if isinstance(value, dict) and key != "backend_params":
             yield from _leaves(value, f"{where}{key}.")
@@ -163,7 +155,7 @@ def _leaves(settings: Mapping[str, object], where: str = "") -> Iterator[tuple[s
 
 
 def _idle_keys(settings: Mapping[str, object]) -> Iterator[str]:
-    """Keys that change nothing: those that never do, and those that do not beside the others."""
+    """Keys that change nothing, at all or together with the other keys."""
     given = dict(_leaves(settings))
     advanced = "advanced_parameters"
     weights = f"{advanced}.weights_quantization_params.mode"
@@ -174,9 +166,9 @@ def _idle_keys(settings: Mapping[str, object]) -> Iterator[str]:
         if (
             any(fnmatch.fnmatchcase(key, pattern) for pattern in WITHOUT_EFFECT)
             or (name == "overflow_fix" and value != "enable")
-            # SmoothQuant is for transformers.
+            # NNCF runs SmoothQuant for transformers alone.
             or ("smooth_quant_alpha" in key and settings.get("model_type") != "transformer")
-            # A symmetric range has one end.
+            # A symmetric range has no minimum of its own.
             or (
                 above == f"{advanced}.weights_range_estimator_params.min"
                 and given.get(weights) != "asymmetric"
@@ -191,21 +183,16 @@ def _idle_keys(settings: Mapping[str, object]) -> Iterator[str]:
 
 
 def _check_histogram(ranges: RangeEstimatorParameters | None, path: str, name: str) -> None:
-    """Check that a range by histogram is one at both ends.
+    """Check that both ends of a range are fitted by histogram, or neither.
 
     Raises:
-        UserError: it is not.
+        UserError: one alone is, or one without raw statistics.
     """
-    ends = (ranges.min, ranges.max) if ranges else ()
-    of_histogram = {
-        found
-        for end in ends
-        for found in (
-            end.statistics_type == StatisticsType.RAW,
-            end.aggregator_type == AggregatorType.HISTOGRAM,
-        )
-    }
-    if len(of_histogram) > 1:
+    by_histogram = set()
+    for end in (ranges.min, ranges.max) if ranges else ():
+        by_histogram.add(end.statistics_type == StatisticsType.RAW)
+        by_histogram.add(end.aggregator_type == AggregatorType.HISTOGRAM)
+    if len(by_histogram) > 1:
         raise UserError(
             f"--nncf_config: {path}: advanced_parameters.{name}_range_estimator_params: a histogram"
             " needs statistics_type raw and aggregator_type histogram, both in min and in max"
@@ -213,10 +200,10 @@ def _check_histogram(ranges: RangeEstimatorParameters | None, path: str, name: s
 
 
 def _weight_range(arguments: dict[str, Any], path: str) -> WeightRange:
-    """Take weight_range out of the arguments; NNCF's overflow_fix asks for half of the range too.
+    """Take weight_range out of the arguments. NNCF's overflow_fix: enable means half.
 
     Raises:
-        UserError: the two differ, or the weights' quantizers cannot hold the range.
+        UserError: overflow_fix contradicts weight_range, or the weights' quantizers cannot hold it.
     """
     advanced = arguments.get("advanced_parameters")
     halved = getattr(advanced, "overflow_fix", None) == nncf.OverflowFix.ENABLE
@@ -236,7 +223,7 @@ def _weight_range(arguments: dict[str, Any], path: str) -> WeightRange:
 
 
 def _check_keys(raw: Iterable[str], known: Iterable[str], path: str, where: str) -> None:
-    """Raise a UserError for the first key that is not known."""
+    """Raise a UserError for the first unknown key."""
     for key in raw:
         if key not in known:
             hint = did_you_mean(key, known)
@@ -244,7 +231,7 @@ def _check_keys(raw: Iterable[str], known: Iterable[str], path: str, where: str)
 
 
 def _build(kind: object, value: object, path: str, where: str) -> Any:
-    """A value of type `kind` from what JSON gave; dataclasses from objects, enums from strings."""
+    """A value of type `kind` from a JSON value: dataclasses from objects, enums from strings."""
 
     def wrong(needed: str) -> UserError:
         return UserError(f"--nncf_config: {path}: {where} is {json.dumps(value)}, not {needed}")
@@ -261,7 +248,7 @@ def _build(kind: object, value: object, path: str, where: str) -> Any:
         _check_keys(value, hints, path, f"{where}.")
         return kind(**{k: _build(hints[k], v, path, f"{where}.{k}") for k, v in value.items()})
     if isinstance(kind, type) and issubclass(kind, enum.Enum):
-        # Where the library's values say nothing ('0' ... '3'), by name.
+        # By name where the library's values are only digits ('0' ... '3').
         texts = all(str(each.value).isdigit() for each in kind)
         members = {each.name.lower() if texts else each.value: each for each in kind}
         if not isinstance(value, str) or value not in members:
@@ -282,11 +269,8 @@ def _build(kind: object, value: object, path: str, where: str) -> Any:
     return value
 
 
-def _of_before_3(
-    raw: Mapping[str, object], path: str
-) -> tuple[dict[str, object], dict[str, str], list[str]]:
-    """Today's settings for those of an NNCFConfig, the old names of today's keys, and the old keys
-    of which nothing is left."""
+def _compression(raw: Mapping[str, object], path: str) -> dict[str, object]:
+    """The settings of an NNCFConfig's only algorithm, quantization."""
     compression = raw.get("compression", {})
     if isinstance(compression, list):
         if len(compression) != 1:
@@ -302,13 +286,24 @@ def _of_before_3(
         raise UserError(
             f"--nncf_config: {path}: compression.algorithm is {algorithm!r}, not 'quantization'"
         )
+    return compression
+
+
+def _of_before_3(
+    raw: Mapping[str, object], path: str
+) -> tuple[dict[str, object], dict[str, str], list[str]]:
+    """Convert the settings of an NNCFConfig, as NNCF had it before version 3.
+
+    Returns:
+        today's settings, the old names of today's keys, and the old keys without a successor.
+    """
     settings: dict[str, object] = {"model_type": "transformer"}
     advanced: dict[str, object] = {}
     old_names: dict[str, str] = {}
     left_out = [key for key in raw if key not in ("compression", "target_device")]
     if "target_device" in raw:
         settings["target_device"] = raw["target_device"]
-    for key, value in compression.items():
+    for key, value in _compression(raw, path).items():
         where = f"compression.{key}"
         if key == "preset":
             settings["preset"] = value

@@ -1,11 +1,12 @@
-"""How much of INT8's range the weights use, so that no processor's integer sums overflow.
+"""The part of INT8's range that weights may use, so that integer sums overflow on no CPU.
 
 Without VNNI, integer kernels add two products of u8 and s8 in 16 bits, with saturation. The two
 are neighbours along the input: 2i and 2i + 1. 255 x 127 x 2 does not fit; 255 x 128 does. So an
 output channel is safe for any activations if |w(2i)| + |w(2i+1)| <= 128 holds for its integers.
 
-A range is held by the scale of the weights' quantizer: `hold` raises a scale that is too small for
-the weights at hand. It does so in calibration, before each use, and so in what is saved.
+The scale of the weights' quantizer keeps weights in their range: `hold` raises the scale if it is
+too small for the weights. It is called in calibration and before each use, so it also holds for
+saved models.
 """
 
 from __future__ import annotations
@@ -25,10 +26,10 @@ from torch import Tensor, nn
 
 
 class WeightRange(enum.StrEnum):
-    """Which integers the weights of linear layers may be.
+    """The integers that the weights of linear layers may be, in size.
 
-    PAIRS: two neighbours sum to at most 128, without their signs. HALF: each is at most 64. FULL:
-    each is at most 127, which overflows on CPUs without VNNI.
+    PAIRS: two neighbours sum to at most 128. HALF: each is at most 64. FULL: each is at most 127,
+    which can overflow on CPUs without VNNI.
     """
 
     PAIRS = "pairs"
@@ -36,18 +37,18 @@ class WeightRange(enum.StrEnum):
     FULL = "full"
 
 
-LARGEST = 127  # the integer of a weight as large as its quantizer's scale
+LARGEST = 127  # the integer of a weight that equals its quantizer's scale
 LARGEST_HALF = 64
-# A pair that sums to 127 before it is rounded sums to 128 at most after that.
+# A pair that sums to 127 before rounding sums to at most 128 after it.
 LARGEST_PAIR = 127
 
 
 @torch.no_grad()
 def least_scale(weight: Tensor, weight_range: WeightRange) -> Tensor:
-    """The least scale of each output channel at which the weights' integers are allowed, [N, 1].
+    """The least scale of each output channel, [N, 1], that keeps the weights in their range.
 
     Args:
-        weight: [N, K], of a linear layer with K inputs.
+        weight: [N, K], the weight of a linear layer with K inputs.
     """
     sizes = weight.abs()
     if weight_range == WeightRange.FULL:
@@ -64,8 +65,8 @@ def least_scale(weight: Tensor, weight_range: WeightRange) -> Tensor:
 def hold(quantizer: SymmetricQuantizer, weight: Tensor) -> None:
     """Raise the scale of a weights' quantizer, in place, to the least that its range allows.
 
-    To hold twice is to hold once. The graph of an earlier use may still wait for its backward pass:
-    `fake_quantize` keeps no scale for that.
+    A second call changes nothing. An earlier use may still wait for its backward pass:
+    `fake_quantize` does not save the scale for it.
     """
     if quantizer.weight_range == WeightRange.FULL:
         return
@@ -79,14 +80,14 @@ def hold(quantizer: SymmetricQuantizer, weight: Tensor) -> None:
 
 def hold_in_use(quantizer: SymmetricQuantizer, weight: Tensor, weight_range: WeightRange) -> None:
     """Hold the range of a weights' quantizer now; `fake_quantize` does so before each use."""
-    if not quantizer.signed:  # all weights are positive, and would be rounded to u8
+    if not quantizer.signed:  # all weights are positive, so NNCF has chosen u8
         quantizer.signed = True
     quantizer.weight_range = weight_range
     hold(quantizer, weight)
 
 
 def use_seven_bits(quantizer: SymmetricQuantizer) -> None:
-    """Let a quantizer of activations round to -64 .. 63; the pair rule holds for any two of these.
+    """Let a quantizer of activations round to -64 .. 63, of which any two keep the pair rule.
 
     Values beyond its range are cut off.
     """
@@ -96,13 +97,13 @@ def use_seven_bits(quantizer: SymmetricQuantizer) -> None:
 
 
 class HoldWeightRange(Algorithm):
-    """A step of NNCF's calibration, between fitting ranges and correcting biases.
+    """A step of NNCF's calibration between fitting ranges and correcting biases.
 
-    The correction makes up for the rounding of weights, so it has to see the rounding that stays.
+    The correction compensates for the rounding of weights, so the final rounding must come first.
     """
 
     def __init__(self, hold_all: Callable[[nn.Module], None]) -> None:
-        """`hold_all` is called with the model that has just got its quantizers."""
+        """`hold_all` is called with the model after it has got its quantizers."""
         self.hold_all = hold_all
 
     @property
@@ -121,6 +122,6 @@ class HoldWeightRange(Algorithm):
         statistic_points: StatisticPointsContainer | None = None,
         dataset: Dataset | None = None,
     ) -> GraphModelWrapper:
-        """`model` is NNCF's wrapper around the model and a sample."""
+        """Hold the range in `model`, NNCF's wrapper around the model and a sample."""
         self.hold_all(model.model)
         return model

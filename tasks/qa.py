@@ -247,17 +247,9 @@ def make_windows(
     for_training: bool,
 ) -> Windows:
     """Tokenise a SQuAD file and cut it into windows; squad_utils explains the arguments."""
-    contexts, questions = squad_utils.tokenize_squad(
-        data, tokenizer.backend_tokenizer, max_seq_length_q
-    )
+    tokens = squad_utils.tokenize_squad(data, tokenizer.backend_tokenizer, max_seq_length_q)
     return squad_utils.cut_windows(
-        data,
-        contexts,
-        questions,
-        special_ids(tokenizer),
-        max_seq_length_c,
-        doc_stride,
-        for_training,
+        data, tokens, special_ids(tokenizer), max_seq_length_c, doc_stride, for_training
     )
 
 

@@ -370,7 +370,7 @@ def main():
     cli.warn("careful")
 cli.run_main(main)' {shlex.quote(str(ROOT))} """
 FULL = "error: No space left on device\n"
-CLOSED = "error: stdout is closed; > /dev/null drops what is printed\n"
+CLOSED = "error: stdout is closed; > /dev/null drops all output\n"
 STREAMS = {
     "as usual": ("hi", 0, "hi\n", "warning: careful\n"),
     "stdin closed": ("hi <&-", 0, "hi\n", "warning: careful\n"),
@@ -569,9 +569,9 @@ def replaced(**changes: Any) -> str:
 
 
 READER_FILES = {
-    "empty": ("", "is damaged ("),
-    "cut": (json.dumps(SETTINGS)[:40], "is damaged ("),
-    "a list": ("[1]", "is damaged (it is no JSON object)"),
+    "empty": ("", "is not JSON: "),
+    "cut": (json.dumps(SETTINGS)[:40], "is not JSON: "),
+    "a list": ("[1]", "is not a JSON object; "),
     "no stride": (replaced(doc_stride="gone"), "lacks doc_stride"),
     "no length": (replaced(max_seq_length="gone"), "lacks max_seq_length"),
     "no ids": (replaced(special_ids="gone"), "lacks special_ids"),
@@ -612,7 +612,7 @@ def test_reader_json_is_what_runs_a_model(qa: Path, capfd: pytest.CaptureFixture
 
 
 METRICS_FILES = {
-    "empty": ("", "is damaged ("),
+    "empty": ("", "is not JSON: "),
     "without arguments": ("{}", "lacks arguments.max_seq_length_q"),
     "arguments of another kind": ('{"arguments": 1}', "lacks arguments.max_seq_length_q"),
     "no stride": (

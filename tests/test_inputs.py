@@ -108,9 +108,9 @@ AS_2 = "so the file counts as SQuAD 2.0"
          ["questions with an empty answer beside another: 1 (first ids: q1)"]),
         # A file that does not say that it is SQuAD 2.0, or says that it is not.
         (two([]), {"q0": ["1742"], "q1": []},
-         [f"of 2 questions have no answer: 1 (first ids: q1); {AS_2}, though its version is 1.1"]),
+         [f"1 of 2 questions have no answer (first ids: q1), {AS_2}, though its version is 1.1"]),
         (two([], NONE, [answer("", -1)], version=None), {"q0": ["1742"], "q1": []},
-         [f"of 4 questions have no answer: 3 (first ids: q1, q2, q3); {AS_2}"]),
+         [f"3 of 4 questions have no answer (first ids: q1, q2, q3), {AS_2}"]),
         # Not in place is another thing than none.
         (two([answer("1742", -1)]), {"q0": ["1742"], "q1": []},
          ["1 answers are not in the context at answer_start and are left out (first ids: q1)"]),
@@ -173,7 +173,7 @@ TABLE = "id,question,context,answer_text,answer_start\n"
         ("d.jsonl", f"{json.dumps(ROWS[0])}\n[]\n", "line 2: must be an object"),
         ("d.jsonl", f'{json.dumps(ROWS[0])}\n\n{{"id": \n', "line 3 column 8 is not JSON"),
         ("d.jsonl", json.dumps({**ROWS[0], "answers": {"text": ["1742"], "answer_start": []}}),
-         "line 1: answers has not as many texts as starts"),
+         "line 1: answers has 1 texts, but 0 starts"),
         ("d.jsonl", json.dumps({**ROWS[0], "answers": {"text": "1742", "answer_start": 23}}),
          "line 1: answers.text must be a list"),
         ("d.jsonl", json.dumps({**ROWS[0], "answers": {"text": ["1742"], "answer_start": [2.5]}}),
@@ -199,10 +199,10 @@ TABLE = "id,question,context,answer_text,answer_start\n"
         ("d.jsonl", "", "has no questions"),
         ("d.csv", TABLE, "has no questions"),
         # Bytes that are no UTF-8 text.
-        ("d.json", two([]).encode("utf-16"), "is not UTF-8 text, but UTF-16; save it as UTF-8"),
-        ("d.csv", TABLE.encode("utf-16-be"), "is not UTF-8 text: character 0 is NUL"),
-        ("d.csv", "\ufeff".encode("utf-16-be") + TABLE.encode("utf-16-be"), "but UTF-16"),
-        ("d.json", two([]) + "\0", "character"),
+        ("d.json", two([]).encode("utf-16"), "is UTF-16, not UTF-8: iconv -f UTF-16 -t UTF-8"),
+        ("d.csv", TABLE.encode("utf-16-be"), "has NUL bytes (the first is byte 0)"),
+        ("d.csv", "\ufeff".encode("utf-16-be") + TABLE.encode("utf-16-be"), "is UTF-16, not UTF-8"),
+        ("d.json", two([]) + "\0", "has NUL bytes"),
         ("d.csv", f"{TABLE}a,caf\xe9,c,d,0".encode("latin-1"), "is not UTF-8 text (byte"),
     ],
 )  # fmt: skip
@@ -313,12 +313,12 @@ def test_rows_of_a_context_are_one_paragraph_wherever_they_stand(read: Any) -> N
 @pytest.mark.parametrize(
     ("row", "answers", "told"),
     [
-        ("x,When?,In 1742 they dug.,1742,", [(3, "1742")], "stand once in their context"),
+        ("x,When?,In 1742 they dug.,1742,", [(3, "1742")], "were found at one place in their"),
         ("x,When?,In 1742 they dug.,1742,3.0", [(3, "1742")], ""),
-        ("x,How many?,In 1901 with 1 man.,1,", [(13, "1")], "stand once in their context"),
+        ("x,How many?,In 1901 with 1 man.,1,", [(13, "1")], "were found at one place in their"),
         ("x,When?,In 1742 and 1742.,1742,", [], "1 answers are not in the context at answer_start,"
-         " or not once where there is none,"),
-        ("x,When?,In 1742.,1743,", [], "or not once where there is none,"),
+         " or, without answer_start, at exactly one place,"),
+        ("x,When?,In 1742.,1743,", [], "or, without answer_start, at exactly one place,"),
         ("x,When?,In 1742.,1742,4", [], "1 answers are not in the context at answer_start and"),
         ("x,When?,In 1742.,,", [], ""),
         ('x,When?,"In\r\n1742, ""so"".",1742,4', [(4, "1742")], ""),
@@ -398,7 +398,7 @@ def test_folders_that_are_refused(
     with pytest.raises(UserError, match=r"several data sets .*other/validation\.parquet"):
         load_squad(str(hub), FLAG)
     (tmp_path / "empty").mkdir()
-    with pytest.raises(UserError, match="is a folder, which has no parquet files; the layouts"):
+    with pytest.raises(UserError, match="is a folder without parquet files; the layouts"):
         load_squad(str(tmp_path / "empty"), FLAG)
     (tmp_path / "cut.parquet").write_text("{")
     with pytest.raises(UserError, match=r"cut\.parquet is not parquet that can be read"):
@@ -558,7 +558,7 @@ def learnt_and_predicted(context: str, start: int, text: str) -> str:
     contexts = squad_utils.tokenize(splitting_tokenizer(context), data.contexts, True, "")
     questions = squad_utils.tokenize(splitting_tokenizer("?"), ["?"], False, "")
     windows = squad_utils.cut_windows(
-        data, contexts, questions, SpecialIds(0, 0, 0), 400, 128, for_training=True
+        data, (contexts, questions), SpecialIds(0, 0, 0), 400, 128, for_training=True
     )
     first, last = squad_utils.targets(windows, np.random.default_rng(0))[0]
     start_logits, end_logits = np.zeros((1, 400)), np.zeros((1, 400))
@@ -620,10 +620,10 @@ def test_an_answer_of_which_nothing_is_left_is_told_and_not_learnt(
     data = data_of("\u200b ab", (0, "\u200b"))
     contexts = squad_utils.tokenize(splitting_tokenizer("ab"), data.contexts, True, "")
     windows = squad_utils.cut_windows(
-        data, contexts, contexts, SpecialIds(0, 0, 0), 40, 12, for_training=True
+        data, (contexts, contexts), SpecialIds(0, 0, 0), 40, 12, for_training=True
     )
     assert len(windows) == 0
-    assert "1 answers hold nothing that the tokenizer keeps" in capsys.readouterr().err
+    assert "1 answers give no tokens" in capsys.readouterr().err
 
 
 SCRIPTS = [(0x20, 0x7E), (0xA0, 0x24F), (0x300, 0x36F), (0x370, 0x3FF), (0x400, 0x52F),

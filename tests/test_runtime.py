@@ -82,13 +82,13 @@ def test_pairs_are_neighbours_along_the_input_axis_of_one_channel(form: dict[str
     assert int8_file.largest_pair(linear(weight, **form)) == 128
     weight[3, 0] = -2
     assert int8_file.largest_pair(linear(weight, **form)) == 129
-    assert int8_file.may_saturate(linear(weight, **form))
+    assert int8_file.overflow_causes(linear(weight, **form))
 
 
 def test_the_last_of_an_odd_number_of_inputs_counts_alone() -> None:
     weight = np.array([[1], [-100], [127]], np.int8)
     assert int8_file.largest_pair(linear(weight)) == 127
-    assert not int8_file.may_saturate(linear(weight))
+    assert not int8_file.overflow_causes(linear(weight))
     assert int8_file.largest_pair(linear(np.array([[-128]], np.int8))) == 128
     assert int8_file.largest_pair(linear(np.full((4, 1), -128, np.int8))) == 256
 
@@ -113,7 +113,7 @@ def test_tables_that_are_looked_up_do_not_count() -> None:
     inputs = {"ids": (TensorProto.INT64, [1])}
     only = model_of(look_up, {k: tensors[k] for k in ("table", "scale")}, inputs, {"x": [1, 4]})
     assert int8_file.largest_pair(only) is None
-    assert not int8_file.may_saturate(only)
+    assert not int8_file.overflow_causes(only)
     product = [
         node("DequantizeLinear", ["w", "scale"], ["w_d"]),
         node("MatMul", ["x", "w_d"], ["y"]),
@@ -127,7 +127,7 @@ def test_a_file_in_floating_point_has_no_pairs() -> None:
     inputs = {"x": (TensorProto.FLOAT, [1, 4])}
     model = model_of([node("MatMul", ["x", "w"], ["y"])], weight, inputs, {"y": [1, 2]})
     assert int8_file.largest_pair(model) is None
-    assert not int8_file.may_saturate(model)
+    assert not int8_file.overflow_causes(model)
 
 
 @pytest.mark.parametrize("quantized", [("q", "k"), ("q",), ("k",), ()])
@@ -147,7 +147,7 @@ def test_a_product_of_two_activations_is_told_from_one_of_weights(
     model = model_of(nodes, tensors, inputs, {"y": [2, 2]})
     assert int8_file.largest_pair(model) is None
     assert int8_file.multiplies_activations(model) == (len(quantized) == 2)
-    assert int8_file.may_saturate(model) == (len(quantized) == 2)
+    assert bool(int8_file.overflow_causes(model)) == (len(quantized) == 2)
 
 
 def test_weights_become_floating_point_with_the_scale_of_their_channel() -> None:
@@ -261,7 +261,7 @@ def logits(model: runtime.OnnxModel) -> np.ndarray:
 def picked(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
     """What has been opened: the runtime and its options."""
     calls: list[tuple[Any, ...]] = []
-    for name in ("_openvino", "_onnxruntime"):
+    for name in ("in_openvino", "in_onnxruntime"):
         original = getattr(runtime, name)
 
         def opened(path: str, *options: Any, name: str = name, original: Any = original) -> Any:
@@ -279,7 +279,7 @@ def test_a_file_that_cannot_overflow_runs_in_openvino_in_f32_on_every_cpu(
 ) -> None:
     monkeypatch.setattr(runtime, "this_cpu", lambda: cpu)
     model = load(qa_folder(tmp_path / "qa", weight))
-    assert picked == [("_openvino", "f32", False)]
+    assert picked == [("in_openvino", "f32", False)]
     assert model.arithmetic == "f32"
     note = f"note: --model {tmp_path / 'qa'} runs in f32; --runtime_precision=default is faster"
     assert capfd.readouterr().err == (f"{note} and less exact\n" if cpu.has_bf16 else "")
@@ -309,7 +309,7 @@ def test_full_range_without_vnni_is_computed_in_floating_point_and_says_so_in_a_
     monkeypatch.setattr(onnxruntime, "InferenceSession", session)
     monkeypatch.setattr(runtime, "this_cpu", lambda: cpu)
     model = load(full, asked)
-    assert picked == [("_onnxruntime", True)]
+    assert picked == [("in_onnxruntime", True)]
     assert options == ["1"]
     assert logits(model).tolist() == LOGITS.tolist()
     assert capfd.readouterr().err == (
@@ -324,7 +324,7 @@ def test_full_range_with_vnni_runs_as_it_is(
 ) -> None:
     monkeypatch.setattr(runtime, "this_cpu", lambda: NEW)
     load(full), load(full, "onnxruntime")
-    assert picked == [("_openvino", "f32", False), ("_onnxruntime", False)]
+    assert picked == [("in_openvino", "f32", False), ("in_onnxruntime", False)]
     assert "warning" not in capfd.readouterr().err
 
 
@@ -334,7 +334,7 @@ def test_without_openvino_onnx_runtime_is_taken(
     monkeypatch.setattr(runtime.importlib.util, "find_spec", lambda _: None)
     monkeypatch.setattr(runtime, "this_cpu", lambda: NEW)
     load(full)
-    assert picked == [("_onnxruntime", False)]
+    assert picked == [("in_onnxruntime", False)]
 
 
 def test_openvino_where_it_is_asked_for_multiplies_full_range_weights_in_floating_point(
@@ -342,7 +342,7 @@ def test_openvino_where_it_is_asked_for_multiplies_full_range_weights_in_floatin
 ) -> None:
     monkeypatch.setattr(runtime, "this_cpu", lambda: OLD)
     model = load(full, "openvino")
-    assert picked == [("_openvino", "f32", True)]
+    assert picked == [("in_openvino", "f32", True)]
     assert model.arithmetic == "f32"
     assert logits(model).tolist() == LOGITS.tolist()
     assert "it runs in floating point, which is slower" in capfd.readouterr().err
@@ -360,7 +360,7 @@ def test_openvino_says_that_products_of_activations_may_be_wrong(
     assert "its numbers may be wrong, which --runtime=onnxruntime avoids" in line
     assert line.endswith("quantize again with weight_range pairs")
     assert load(folder).arithmetic == "f32"
-    assert picked == [("_openvino", "f32", True), ("_onnxruntime", True)]
+    assert picked == [("in_openvino", "f32", True), ("in_onnxruntime", True)]
 
 
 @pytest.mark.skipif(not this_cpu().has_bf16, reason="only a CPU with bf16 computes in it")

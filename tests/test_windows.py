@@ -314,7 +314,7 @@ def test_misplaced_answers_are_left_out(
     warning = capsys.readouterr().err
     assert (
         warning.count("\n") == 2
-        and "of 7 questions have no answer: 2 (first ids: q3, q6)" in warning
+        and "2 of 7 questions have no answer (first ids: q3, q6)" in warning
     )
     assert "4 answers" in warning and "q1, q2, q4)" in warning and "3 questions lose" in warning
     assert data.answers == [[(0, "a")], [], [(2, "b")], [], [], [], []]
