@@ -12,7 +12,7 @@ import pytest
 from conftest import ROOT
 
 README = ROOT / "README.md"
-PAGES = [README, ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md"))]
 ROOMS = ("files", "bert", "tasks", "training", "int8", "deploy")
 OTHERS_FLAGS = {  # of programs that are not ours
     "--nproc_per_node", "--nnodes", "--node_rank", "--master_addr", "--master_port",
