@@ -765,6 +765,6 @@ def test_one_context_is_too_few(
     first_questions(sample / "train-v1.1.json", data / "train-v1.1.json", 2)
     first_questions(sample / "dev-v1.1.json", data / "dev-v1.1.json", 6)
     assert call(command_of("train_qcemb", base, data, tmp_path / "out")) == 2
-    assert "--squad_train_data: 2 questions of 1 different contexts" in error_line(
+    assert "--squad_train_data: 2 questions and 1 different contexts" in error_line(
         capfd.readouterr().err
     )
