@@ -402,11 +402,10 @@ def check_flags(args: argparse.Namespace, task: type[Task]) -> None:
     for flag in ("embedding_weight", "logits_weight", "logits_temperature"):
         if getattr(args, flag) and not learned:
             raise UserError(f"--{flag} counts in the {where} stage, which --stages leaves out")
-    if args.logits_temperature is not None and args.logits_weight == 0:
-        raise UserError(
-            "--logits_temperature does nothing with --logits_weight=0; leave one of them out"
-        )
-    averaged = task is QaTask and learned and args.logits_weight != 0
+    weight = LOGITS_WEIGHT if args.logits_weight is None else args.logits_weight
+    if args.logits_temperature is not None and not weight:
+        raise UserError("--logits_temperature does nothing without a --logits_weight over 0")
+    averaged = task is QaTask and learned and weight
     if len(args.model_teacher) > 1 and not averaged:
         raise UserError(
             "--model_teacher: with several models the logits are averaged, which only question"

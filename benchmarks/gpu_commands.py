@@ -53,6 +53,7 @@ COMMANDS = {
     " --num_train_epochs=2 --per_gpu_train_batch_size=32 " + LENGTHS.format(64, 64),
     "squad_packed": "pack_and_distill.py --model_student={squad_qa} --model_teacher={squad_qa}"
     " --stages=heads,final --num_train_epochs=2 --warm_up_steps=40 --learning_rate_for_tune=5e-4"
+    " --logits_weight=0.1"
     " --per_gpu_train_batch_size=32 --total_train_batch_size_for_tune=32 " + LENGTHS.format(64, 64),
     "squad_int8": "train_qa.py --model_student={squad_packed} --model_teacher={squad_qa}"
     " --quantizer_epochs=0 --num_train_epochs=0.4 --learning_rate=2e-4"

@@ -367,6 +367,7 @@ def test_passes_run_their_plan(
     texts = tmp_path / "texts.txt"
     texts.write_text("The lake was dug by hand.\n\nIts water is clear and cold.\n")
     flags = ("--passes=1.25", "--extra_pairs=1", f"--extra_texts={texts}", "--pack_start=random")
+    flags = (*flags, "--logits_weight=0.1")
     command = command_of("pack_and_distill", teacher, few, out, *flags)
     command = [flag for flag in command if not flag.startswith("--num_train_epochs")]
     command.append(f"--model_teacher={teacher},{teacher}")
@@ -738,7 +739,7 @@ def test_flags_of_stages_that_do_not_run(
     for flag in ("--logits_weight=1", "--logits_temperature=2"):
         assert f"{flag[:-2]} counts in the final stage" in wrong("--stages=heads", flag)
     line = wrong("--logits_weight=0", "--logits_temperature=2")
-    assert "--logits_temperature does nothing with --logits_weight=0" in line
+    assert "--logits_temperature does nothing without a --logits_weight over 0" in line
     cfg = "--pack_cfg=num_hidden_layers:2,ff_iter_num:2,num_attention_heads:2,hidden_size:16"
     line = wrong(f"--model_student={reference}", cfg, "--pack_start=random")
     assert f"--pack_start: {reference} is packed" in line
@@ -785,7 +786,8 @@ def test_several_teachers(
 ) -> None:
     several = f"--model_teacher={teacher},{teacher}"
     assert "the logits are averaged, which only" in wrong(several, "--logits_weight=0")
-    assert "averaged, which only" in wrong(several, "--stages=heads")
+    assert "averaged, which only" in wrong(several, "--stages=heads", "--logits_weight=0.1")
+    assert "averaged, which only" in wrong(several)
     assert f"{base} is BertModel" in wrong(f"--model_teacher={teacher},{base}")
     other = tmp_path / "other"
     shutil.copytree(teacher, other)
