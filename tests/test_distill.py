@@ -793,7 +793,7 @@ def test_several_teachers(
     shutil.copytree(teacher, other)
     text = (other / "tokenizer.json").read_text()
     (other / "tokenizer.json").write_text(text.replace('"!"', '"@!@"'))
-    line = wrong(f"--model_teacher={teacher},{other}")
+    line = wrong(f"--model_teacher={teacher},{other}", "--logits_weight=0.1")
     assert f"--model_teacher: {other} has another vocabulary" in line
 
 
