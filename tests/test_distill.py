@@ -786,7 +786,8 @@ def test_several_teachers(
 ) -> None:
     several = f"--model_teacher={teacher},{teacher}"
     assert "the logits are averaged, which only" in wrong(several, "--logits_weight=0")
-    assert "averaged, which only" in wrong(several, "--stages=heads", "--logits_weight=0.1")
+    line = wrong(several, "--stages=heads", "--logits_weight=0.1")
+    assert "--logits_weight counts in the final stage" in line
     assert "averaged, which only" in wrong(several)
     assert f"{base} is BertModel" in wrong(f"--model_teacher={teacher},{base}")
     other = tmp_path / "other"
