@@ -1,9 +1,9 @@
 """Pack a fine-tuned BERT into a small one and distill it, without labels, stage by stage.
 
 The loss of every stage is the mean squared error between the hidden states of teacher and
-student; the last stage adds the error of their outputs. The output folder gets the merged student
-with its model.onnx, and the unmerged student, with which distillation can continue. The same
-command again continues a stopped run.
+student; the last stage can add the error of their outputs. The output folder gets the merged
+student with its model.onnx, and the unmerged student, with which distillation can continue. The
+same command again continues a stopped run.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from bert.packed import PackedBertConfig, PackedBertPreTrainedModel, merge
 from cli import ArgumentParser, UserError, is_main_process, number, run_main
 from tasks import TASKS, EmbeddingTask, QaTask, Task
 from tasks.hidden_states import StateLoss
-from tasks.qa import LOGITS_TEMPERATURE, LOGITS_WEIGHT
+from tasks.qa import LOGITS_TEMPERATURE
 from training import results
 from training.flags import (
     DATA,
@@ -140,7 +140,6 @@ def add_stage_arguments(parser: ArgumentParser) -> None:
         help="learning rate of the stage final; it falls linearly to 0")  # fmt: skip
     add("--total_train_batch_size_for_tune", type=positive, default=64, metavar="N",
         help="windows or texts per step of the stage final")  # fmt: skip
-
     add("--loss_weight_alpha", type=number(float, 0, 100, True), default=1.5, metavar="FACTOR",
         help="in the stage final, the error of hidden state i weighs FACTOR^i")  # fmt: skip
     add("--embedding_weight", type=number(float, 0, 1e6), default=0.0, metavar="WEIGHT",
@@ -149,7 +148,7 @@ def add_stage_arguments(parser: ArgumentParser) -> None:
     add("--logits_weight", type=number(float, 0, 1e6), metavar="WEIGHT",
         help="question answering: weight of the soft cross-entropy between the teacher's and the"
         " student's start and end in the stage final, beside the error of the states"
-        f" (default: {LOGITS_WEIGHT:g})")  # fmt: skip
+        " (default: 0)")  # fmt: skip
     add("--logits_temperature", type=number(float, 0, 100, True), metavar="T",
         help="question answering: divides the logits of that cross-entropy"
         f" (default: {LOGITS_TEMPERATURE:g})")  # fmt: skip
@@ -402,10 +401,9 @@ def check_flags(args: argparse.Namespace, task: type[Task]) -> None:
     for flag in ("embedding_weight", "logits_weight", "logits_temperature"):
         if getattr(args, flag) and not learned:
             raise UserError(f"--{flag} counts in the {where} stage, which --stages leaves out")
-    weight = LOGITS_WEIGHT if args.logits_weight is None else args.logits_weight
-    if args.logits_temperature is not None and not weight:
+    if args.logits_temperature is not None and not args.logits_weight:
         raise UserError("--logits_temperature does nothing without a --logits_weight over 0")
-    averaged = task is QaTask and learned and weight
+    averaged = task is QaTask and learned and args.logits_weight
     if len(args.model_teacher) > 1 and not averaged:
         raise UserError(
             "--model_teacher: with several models the logits are averaged, which only question"

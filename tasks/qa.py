@@ -37,9 +37,7 @@ from training.results import TaskCard
 from training.run import Run
 from training.states import write_json
 
-# Defaults of --logits_weight and --logits_temperature. A weight of 0.1 gains F1 on SQuAD and costs
-# 19 points on the small data of `make demo` (docs/packing.md), so the user has to ask for it.
-LOGITS_WEIGHT, LOGITS_TEMPERATURE = 0.0, 1.0
+LOGITS_TEMPERATURE = 1.0  # the default of --logits_temperature
 
 
 # ------------------------------------------------------------------------------------------------
@@ -175,7 +173,6 @@ class QaTask(Task):
     def output_loss(self, run: Run, teachers: Sequence[PreTrainedModel]) -> OutputLoss | None:
         """`LogitsLoss`, by --logits_weight and --logits_temperature."""
         weight, temperature = self.args.logits_weight, self.args.logits_temperature
-        weight = LOGITS_WEIGHT if weight is None else weight
         temperature = LOGITS_TEMPERATURE if temperature is None else temperature
         return LogitsLoss(run, teachers, weight, temperature) if weight else None
 
