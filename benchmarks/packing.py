@@ -88,6 +88,30 @@ CONFIGURATIONS: dict[str, Configuration] = {
     "rate 2.5e-4": Configuration("--logits_weight=0.1 --learning_rate_for_tune=2.5e-4"),
     "rate 1e-3": Configuration("--logits_weight=0.1 --learning_rate_for_tune=1e-3"),
     "batch 16": Configuration("--logits_weight=0.1 --total_train_batch_size_for_tune=16"),
+    **{
+        f"heads and 1e-3 with {name}": Configuration(
+            f"--learning_rate_for_tune=1e-3 --logits_weight={weight}"
+            + (f" --logits_temperature={t}" if weight else ""),
+            HEADS,
+        )
+        for name, weight, t in (
+            ("states alone", 0, 1),
+            ("0.3 at T 2", 0.3, 2),
+            *((f"{weight:g} at T 4", weight, 4) for weight in (0.1, 0.3, 1)),
+            *((f"{weight:g} at T 8", weight, 8) for weight in (0.1, 1)),
+        )
+    },
+    "heads and 2e-3 with 0.3 at T 4": Configuration(
+        "--learning_rate_for_tune=2e-3 --logits_weight=0.3 --logits_temperature=4", HEADS
+    ),
+    **{
+        f"heads and 1e-3 by 16 with {name}": Configuration(
+            "--learning_rate_for_tune=1e-3 --total_train_batch_size_for_tune=16"
+            f" --logits_weight={weight} --logits_temperature={t}",
+            HEADS,
+        )
+        for name, weight, t in (("0.3 at T 2", 0.3, 2), ("0.3 at T 4", 0.3, 4))
+    },
     "passes 5": Configuration("--passes=5", None),
 }
 
