@@ -89,29 +89,18 @@ CONFIGURATIONS: dict[str, Configuration] = {
     "rate 1e-3": Configuration("--logits_weight=0.1 --learning_rate_for_tune=1e-3"),
     "batch 16": Configuration("--logits_weight=0.1 --total_train_batch_size_for_tune=16"),
     **{
-        f"heads and 1e-3 with {name}": Configuration(
-            f"--learning_rate_for_tune=1e-3 --logits_weight={weight}"
-            + (f" --logits_temperature={t}" if weight else ""),
+        f"heads and 1e-3 with {weight:g} and T {t}": Configuration(
+            f"--learning_rate_for_tune=1e-3 --logits_weight={weight} --logits_temperature={t}",
             HEADS,
         )
-        for name, weight, t in (
-            ("states alone", 0, 1),
-            ("0.3 at T 2", 0.3, 2),
-            *((f"{weight:g} at T 4", weight, 4) for weight in (0.1, 0.3, 1)),
-            *((f"{weight:g} at T 8", weight, 8) for weight in (0.1, 1)),
-        )
+        for weight, t in ((0.001, 1), (0.003, 1), (0.01, 1), (0.03, 1), (0.01, 2), (0.1, 4))
     },
-    "heads and 2e-3 with 0.3 at T 4": Configuration(
-        "--learning_rate_for_tune=2e-3 --logits_weight=0.3 --logits_temperature=4", HEADS
+    "heads and 1e-3 with states alone": Configuration("--learning_rate_for_tune=1e-3", HEADS),
+    "heads and 1e-3 by 16": Configuration(
+        "--learning_rate_for_tune=1e-3 --total_train_batch_size_for_tune=16 --logits_weight=0.01",
+        HEADS,
     ),
-    **{
-        f"heads and 1e-3 by 16 with {name}": Configuration(
-            "--learning_rate_for_tune=1e-3 --total_train_batch_size_for_tune=16"
-            f" --logits_weight={weight} --logits_temperature={t}",
-            HEADS,
-        )
-        for name, weight, t in (("0.3 at T 2", 0.3, 2), ("0.3 at T 4", 0.3, 4))
-    },
+    "heads and 2e-3": Configuration("--learning_rate_for_tune=2e-3 --logits_weight=0.01", HEADS),
     "passes 5": Configuration("--passes=5", None),
 }
 
