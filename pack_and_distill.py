@@ -33,7 +33,7 @@ from bert.packed import PackedBertConfig, PackedBertPreTrainedModel, merge
 from cli import ArgumentParser, UserError, is_main_process, number, run_main
 from tasks import TASKS, EmbeddingTask, QaTask, Task
 from tasks.hidden_states import StateLoss
-from tasks.qa import LOGITS_TEMPERATURE
+from tasks.qa import LOGITS_TEMPERATURE, LOGITS_WEIGHT
 from training import results
 from training.flags import (
     DATA,
@@ -63,8 +63,8 @@ OUTPUTS_IN = ("final",)  # stages that also learn the teacher's outputs
 PASSES = {"heads": 0.2, "final": 0.8}
 PASSES_FLAGS = {
     "warm_up_steps": 40,
-    "learning_rate_for_tune": 5e-4,
-    "total_train_batch_size_for_tune": 32,
+    "learning_rate_for_tune": 1e-3,
+    "total_train_batch_size_for_tune": 16,
 }
 SAMPLE_WINDOWS = 256  # the sample on which a packed model is fitted to its teacher
 
@@ -148,7 +148,7 @@ def add_stage_arguments(parser: ArgumentParser) -> None:
     add("--logits_weight", type=number(float, 0, 1e6), metavar="WEIGHT",
         help="question answering: weight of the soft cross-entropy between the teacher's and the"
         " student's start and end in the stage final, beside the error of the states"
-        " (default: 0)")  # fmt: skip
+        f" (default: {LOGITS_WEIGHT:g})")  # fmt: skip
     add("--logits_temperature", type=number(float, 0, 100, True), metavar="T",
         help="question answering: divides the logits of that cross-entropy"
         f" (default: {LOGITS_TEMPERATURE:g})")  # fmt: skip
@@ -401,13 +401,13 @@ def check_flags(args: argparse.Namespace, task: type[Task]) -> None:
     for flag in ("embedding_weight", "logits_weight", "logits_temperature"):
         if getattr(args, flag) and not learned:
             raise UserError(f"--{flag} counts in the {where} stage, which --stages leaves out")
-    if args.logits_temperature is not None and not args.logits_weight:
-        raise UserError("--logits_temperature does nothing without a --logits_weight over 0")
-    averaged = task is QaTask and learned and args.logits_weight
+    if args.logits_temperature is not None and args.logits_weight == 0:
+        raise UserError("--logits_temperature does nothing with --logits_weight=0")
+    averaged = task is QaTask and learned and args.logits_weight != 0
     if len(args.model_teacher) > 1 and not averaged:
         raise UserError(
             "--model_teacher: with several models the logits are averaged, which only question"
-            f" answering learns, in the {where} stage with a --logits_weight over 0; give one"
+            f" answering learns, in the {where} stage unless --logits_weight is 0; give one"
         )
 
 

@@ -95,7 +95,9 @@ CONFIGURATIONS: dict[str, Configuration] = {
         )
         for weight, t in ((0.001, 1), (0.003, 1), (0.01, 1), (0.03, 1), (0.01, 2), (0.1, 4))
     },
-    "heads and 1e-3 with states alone": Configuration("--learning_rate_for_tune=1e-3", HEADS),
+    "heads and 1e-3 with states alone": Configuration(
+        "--learning_rate_for_tune=1e-3 --logits_weight=0", HEADS
+    ),
     "heads and 1e-3 by 16": Configuration(
         "--learning_rate_for_tune=1e-3 --total_train_batch_size_for_tune=16 --logits_weight=0.01",
         HEADS,

@@ -37,7 +37,10 @@ from training.results import TaskCard
 from training.run import Run
 from training.states import write_json
 
-LOGITS_TEMPERATURE = 1.0  # the default of --logits_temperature
+# Defaults of --logits_weight and --logits_temperature. Larger weights gain more on much data, but
+# they lose on little data in small batches (docs/packing.md).
+LOGITS_WEIGHT = 0.001
+LOGITS_TEMPERATURE = 1.0
 
 
 # ------------------------------------------------------------------------------------------------
@@ -173,6 +176,7 @@ class QaTask(Task):
     def output_loss(self, run: Run, teachers: Sequence[PreTrainedModel]) -> OutputLoss | None:
         """`LogitsLoss`, by --logits_weight and --logits_temperature."""
         weight, temperature = self.args.logits_weight, self.args.logits_temperature
+        weight = LOGITS_WEIGHT if weight is None else weight
         temperature = LOGITS_TEMPERATURE if temperature is None else temperature
         return LogitsLoss(run, teachers, weight, temperature) if weight else None
 

@@ -390,6 +390,10 @@ def test_passes_run_their_plan(
     assert f"--model_teacher={teacher},{teacher} " in card
 
 
+def test_the_final_stage_learns_the_teachers_logits_by_default(reference: Path) -> None:
+    assert "logits" in trained(reference, "final")[0]
+
+
 def test_warm_up_is_the_first_hundredth() -> None:
     factors = [warm_up(step, 1000) for step in range(1000)]
     assert factors[:10] == pytest.approx([0.1 * (i + 1) for i in range(10)])
@@ -739,7 +743,7 @@ def test_flags_of_stages_that_do_not_run(
     for flag in ("--logits_weight=1", "--logits_temperature=2"):
         assert f"{flag[:-2]} counts in the final stage" in wrong("--stages=heads", flag)
     line = wrong("--logits_weight=0", "--logits_temperature=2")
-    assert "--logits_temperature does nothing without a --logits_weight over 0" in line
+    assert "--logits_temperature does nothing with --logits_weight=0" in line
     cfg = "--pack_cfg=num_hidden_layers:2,ff_iter_num:2,num_attention_heads:2,hidden_size:16"
     line = wrong(f"--model_student={reference}", cfg, "--pack_start=random")
     assert f"--pack_start: {reference} is packed" in line
@@ -788,7 +792,7 @@ def test_several_teachers(
     assert "the logits are averaged, which only" in wrong(several, "--logits_weight=0")
     line = wrong(several, "--stages=heads", "--logits_weight=0.1")
     assert "--logits_weight counts in the final stage" in line
-    assert "averaged, which only" in wrong(several)
+    assert "averaged, which only" in wrong(several, "--stages=heads")
     assert f"{base} is BertModel" in wrong(f"--model_teacher={teacher},{base}")
     other = tmp_path / "other"
     shutil.copytree(teacher, other)
