@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 import squad_utils
 from cli import Interrupted, UserError, warn
-from deploy.documents import OPEN_FILE, SENTENCE_END, Paragraph
+from deploy.documents import SENTENCE_END, Paragraph
 from deploy.runtime import Infer, Runtime, load_exported, question_tokens
 from deploy.settings import EMBEDDING
 from squad_utils import MAX_ANSWER_LENGTH, SpecialIds
@@ -227,6 +227,16 @@ class Found(NamedTuple):
     score: float
     distance: float | None
 
+    def as_record(self) -> dict[str, str | float]:
+        """The paragraph for JSON; without a distance if it has none."""
+        record: dict[str, str | float] = {
+            "source": self.paragraph.source,
+            "paragraph": self.paragraph.text,
+            "start": self.paragraph.start,
+            "end": self.paragraph.start + len(self.paragraph.text),
+        }
+        return record if self.distance is None else record | {"distance": self.distance}
+
 
 @dataclass(frozen=True)
 class ContextIndex:
@@ -315,7 +325,10 @@ def check_method(method: str | None, has_embedder: bool) -> str:
 
 
 def build_index(
-    paragraphs: list[Paragraph], model: Embedder | Words, method: str | None = None
+    paragraphs: list[Paragraph],
+    model: Embedder | Words,
+    method: str | None = None,
+    earlier: ContextIndex | None = None,
 ) -> ContextIndex:
     """The index of paragraphs; saved vectors are used again.
 
@@ -326,6 +339,7 @@ def build_index(
     Args:
         model: an embedder, or `Words` to search by BM25 alone.
         method: one of SEARCHES; None is the best with this model.
+        earlier: an index of the same model and method, whose vectors are used again too.
 
     Raises:
         UserError: as `check_method`; no paragraph has a token.
@@ -341,7 +355,11 @@ def build_index(
     unique = [paragraph for paragraph, _ in first.values()]
     vectors = words = None
     if isinstance(model, Embedder) and method != "bm25":
-        vectors = _vectors(unique, model, _stores([paragraph for paragraph, _ in parts]))
+        known = {}
+        if earlier is not None and earlier.vectors is not None:
+            known = dict(zip(map(_digest, earlier.paragraphs), earlier.vectors, strict=True))
+        stores = _stores([paragraph for paragraph, _ in parts])
+        vectors = _vectors(unique, model, stores, known)
     if method != "dense":
         import bm25s  # need not be installed for a search by vectors alone
 
@@ -351,14 +369,14 @@ def build_index(
     return ContextIndex(unique, model, vectors, words)
 
 
-def _vectors(unique: list[Paragraph], embedder: Embedder, stores: Stores) -> np.ndarray:
-    """The vectors of paragraphs, float32 [paragraphs, H]: saved ones, and those made and saved
-    now."""
-    known = {
-        digest: vector
-        for folder in stores
-        for (_, digest), vector in _read_saved(folder, embedder.key).items()
-    }
+def _vectors(
+    unique: list[Paragraph], embedder: Embedder, stores: Stores, known: dict[str, np.ndarray]
+) -> np.ndarray:
+    """The vectors of paragraphs, float32 [paragraphs, H]: known ones by digest, saved ones, and
+    those made and saved now."""
+    for folder in stores:
+        saved = _read_saved(folder, embedder.key)
+        known |= {digest: vector for (_, digest), vector in saved.items()}
     missing = [each for each in unique if _digest(each) not in known]
     texts = [each.text for each in missing]
     done, saved_at = 0, time.monotonic()
@@ -392,7 +410,7 @@ def _digest(paragraph: Paragraph) -> str:
 def _stores(paragraphs: list[Paragraph]) -> Stores:
     """The folders of some paragraphs, each with the paragraphs that its index must hold."""
     stores: Stores = {}
-    files = {each.path for each in paragraphs if not OPEN_FILE.fullmatch(each.path)}
+    files = {each.path for each in paragraphs if each.is_file}
     places = {path: os.path.split(os.path.realpath(path)) for path in files}
     for each in paragraphs:
         if each.path in places:

@@ -228,7 +228,6 @@ def test_wrong_input(
     empty.mkdir()
     for flags, message in (
         (("--context", file), "give --model, which reads a text"),
-        ((f"--model={qa}", "--context", file, file), "need --model_emb"),
         ((f"--model={qa}", f"--model_emb={emb}", "--context", str(empty)), "has no .txt"),
         ((f"--model={qa}", f"--model_emb={qa}", "--context", file), "not embedding"),
         ((f"--model={emb}", f"--model_emb={emb}", "--context", file), "is not a QA model"),
