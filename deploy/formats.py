@@ -17,9 +17,7 @@ INSTALL = "pip install -r requirements-documents.txt"
 MAX_UNPACKED = 200_000_000  # bytes of a Word document's parts, which a small file can claim to have
 PAGE_BREAK = "\n\f\n"  # a blank line, too, so that paragraphs end with their page
 FULL_LINE = 0.75  # a line of at least this share of the longest on its page goes on in the next
-CHARSET = re.compile(
-    rb"<meta[^>]+charset\s*=\s*[\"']?([\w.:-]+)|<\?xml[^>]+encoding=[\"']([\w.-]+)"
-)
+CHARSET = re.compile(rb"<(?:meta[^>]+charset|\?xml[^>]+encoding)\s*=\s*[\"']?([\w.:-]+)", re.I)
 XML_HEAD = re.compile(r"^\s*<\?xml.*?\?>", re.DOTALL)
 for library in ("pypdf", "trafilatura", "htmldate", "courlan", "justext"):
     logging.getLogger(library).setLevel(logging.CRITICAL + 1)  # errors are told in our own words

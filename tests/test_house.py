@@ -36,7 +36,6 @@ WITHOUT_TORCH = (
     "deploy.documents",
     "deploy.formats",
     "deploy.web",
-    "deploy.feedback",
     "deploy.settings",
     "deploy.runtime",
     "deploy.search",
