@@ -20,7 +20,7 @@ FULL_LINE = 0.75  # a line of at least this share of the longest on its page goe
 CHARSET = re.compile(rb"<(?:meta[^>]+charset|\?xml[^>]+encoding)\s*=\s*[\"']?([\w.:-]+)", re.I)
 XML_HEAD = re.compile(r"^\s*<\?xml.*?\?>", re.DOTALL)
 for library in ("pypdf", "trafilatura", "htmldate", "courlan", "justext"):
-    logging.getLogger(library).setLevel(logging.CRITICAL + 1)  # errors are told in our own words
+    logging.getLogger(library).addHandler(logging.NullHandler())  # else stderr shows its words
 
 
 class MissingLibraryError(UnreadableError):

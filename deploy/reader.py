@@ -13,6 +13,7 @@ for answer in reader("Who designed the lighthouse?", top_k=3):
 from __future__ import annotations
 
 import dataclasses
+import os
 import threading
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -115,16 +116,19 @@ class Reader:
 
     def __init__(
         self,
-        model: str | QaModel | None,
-        embedder: str | Embedder | None = None,
+        model: str | os.PathLike[str] | QaModel | None,
+        embedder: str | os.PathLike[str] | Embedder | None = None,
         *,
         search: str | None = None,
         runtime: str = "auto",
         runtime_precision: str = "f32",
     ) -> None:
         how = Runtime(runtime, runtime_precision)
-        self.embedder = load_embedder(embedder, how) if isinstance(embedder, str) else embedder
-        self.model = qa_model.load(model, how) if isinstance(model, str) else model
+        if isinstance(embedder, str | os.PathLike):
+            embedder = load_embedder(os.fspath(embedder), how)
+        if isinstance(model, str | os.PathLike):
+            model = qa_model.load(os.fspath(model), how)
+        self.embedder, self.model = embedder, model
         self.search = search
         if search not in (None, WHOLE):
             check_method(search, self.embedder is not None)
@@ -205,8 +209,9 @@ class Reader:
         Raises:
             UserError: as `documents.read`.
         """
+        added, skipped = documents.read(sources, flag)
         with self._adding:
-            added, self.skipped = documents.read(sources, flag)
+            self.skipped = skipped
             self._keep(self._documents.by_name | {each.name: each for each in added})
         return self
 

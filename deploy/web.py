@@ -117,13 +117,15 @@ def _fetch(address: str, deadline: float) -> Fetched:
             encoding = response.headers.get("Content-Encoding", "identity")
             if encoding != "identity":  # which is all that was asked for
                 raise UnreadableError(f"is sent with the encoding {encoding}")
-            data = bytearray()
-            while some := response.read1(65536):
+            data, told = bytearray(), int(response.headers.get("Content-Length", -1))
+            while len(data) != told and (some := response.read1(65536)):
                 data += some
-                if len(data) > MAX_BYTES:
+                if max(len(data), told) > MAX_BYTES:
                     raise UnreadableError(f"has more than {MAX_BYTES / 1e6:g} MB")
                 if time.monotonic() > deadline:
                     raise UnreadableError(_too_slow())
+            if len(data) < told:
+                raise UnreadableError(f"ended after {len(data)} of {told} bytes")
             return Fetched(bytes(data), kind, response.headers.get_content_charset())
     except urllib.error.HTTPError as error:
         raise UnreadableError(f"cannot be fetched: {error.code} {first_line(error)}") from None
