@@ -38,6 +38,8 @@ MAX_UPLOADS = 200_000_000  # bytes of all documents that are added in the page
 MAX_JSON = 100_000  # bytes of another request
 MAX_TOP_K = 50
 HERE = Path(__file__).parent
+PAGE = (HERE / "page.html").read_text(encoding="utf-8")
+DESCRIPTION = (HERE / "openapi.json").read_text(encoding="utf-8")
 ANY_ADDRESS = ("0.0.0.0", "::")
 KINDS = {str: "a text", int: "a number"}
 FIELDS = ("text", "score", "start", "end", "sentence", "source", "document", "line", "page",
@@ -119,11 +121,10 @@ def guarded(app: ASGIApp, host: str) -> ASGIApp:
     Such a site is told by the Origin of its requests. If it has its own name lead to this machine
     (DNS rebinding), Host is that name.
     """
-    page = (HERE / "page.html").read_text(encoding="utf-8")
     hashes = {
         tag: " ".join(
             f"'sha256-{base64.b64encode(hashlib.sha256(each.encode()).digest()).decode()}'"
-            for each in re.findall(f"<{tag}>(.*?)</{tag}>", page, re.DOTALL)
+            for each in re.findall(f"<{tag}>(.*?)</{tag}>", PAGE, re.DOTALL)
         )
         for tag in ("script", "style")
     }
@@ -265,11 +266,11 @@ def text_of(reader: Reader, name: str) -> str:
 
 
 async def page(request: Request) -> Response:
-    return HTMLResponse((HERE / "page.html").read_bytes())
+    return HTMLResponse(PAGE)
 
 
 async def openapi(request: Request) -> Response:
-    return Response((HERE / "openapi.json").read_bytes(), media_type="application/json")
+    return Response(DESCRIPTION, media_type="application/json")
 
 
 async def ask(request: Request) -> Response:
