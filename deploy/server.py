@@ -7,7 +7,9 @@ Names in requests are looked up among the documents in memory. They never become
 
 from __future__ import annotations
 
+import asyncio
 import base64
+import contextlib
 import functools
 import hashlib
 import ipaddress
@@ -108,6 +110,7 @@ def make_app(
     app.state.feedback, app.state.reader = feedback, reader
     app.state.answers = functools.partial(reader, top_contexts=top_contexts)
     app.state.added = {}  # name of a document that was added in the page -> its bytes
+    app.state.changing = asyncio.Lock()  # one that waited in a thread would take it from questions
     return guarded(app, host)
 
 
@@ -257,7 +260,8 @@ def text_of(reader: Reader, name: str) -> str:
     """The text of the document that is shown by this name."""
     for each in reader.documents:
         if shown(each) == name:
-            return reader.text(each)
+            with contextlib.suppress(KeyError):  # it was removed meanwhile
+                return reader.text(each)
     raise HTTPException(404, f"there is no document {name[:100]!r}")
 
 
@@ -290,14 +294,12 @@ def record(answer: Answer) -> dict[str, Any]:
 
 
 async def documents(request: Request) -> Response:
-    state = request.app.state
-    return JSONResponse(
-        {
-            "documents": [document(request, name) for name in state.reader.documents],
-            "limit": MAX_UPLOAD,
-            "feedback": len(state.feedback),
-        }
-    )
+    state, found = request.app.state, []
+    for name in state.reader.documents:
+        with contextlib.suppress(KeyError):  # it was removed meanwhile
+            found.append(document(request, name))
+    kept = len(state.feedback)
+    return JSONResponse({"documents": found, "limit": MAX_UPLOAD, "feedback": kept})
 
 
 def document(request: Request, name: str) -> dict[str, Any]:
@@ -315,20 +317,22 @@ async def add(request: Request) -> Response:
     if name not in state.added and name in map(shown, state.reader.documents):
         raise HTTPException(409, f"{name} is there already")
     data = await read_body(request, MAX_UPLOAD, name)
-    if sum(state.added.values()) - state.added.get(name, 0) + len(data) > MAX_UPLOADS:
-        raise HTTPException(
-            413, f"what is added may have {MAX_UPLOADS / 1e6:g} MB together; remove a document"
-        )
-    await run_in_threadpool(state.reader.add, [(name, data)])
-    state.added[name] = len(data)
-    return JSONResponse(document(request, name), 201)
+    async with state.changing:
+        if sum(state.added.values()) - state.added.get(name, 0) + len(data) > MAX_UPLOADS:
+            raise HTTPException(
+                413, f"what is added may have {MAX_UPLOADS / 1e6:g} MB together; remove a document"
+            )
+        await run_in_threadpool(state.reader.add, [(name, data)])
+        state.added[name] = len(data)
+        return JSONResponse(document(request, name), 201)
 
 
 async def remove(request: Request) -> Response:
     name, state = name_of(request), request.app.state
-    if state.added.pop(name, None) is None:
-        raise HTTPException(404, f"{name[:100]!r} is no document that was added here")
-    await run_in_threadpool(state.reader.remove, name)
+    async with state.changing:
+        if state.added.pop(name, None) is None:
+            raise HTTPException(404, f"{name[:100]!r} is no document that was added here")
+        await run_in_threadpool(state.reader.remove, name)
     return Response(status_code=204)
 
 

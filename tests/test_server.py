@@ -334,6 +334,22 @@ def test_of_200_questions_by_20_threads_none_is_lost(port: int) -> None:
             assert status == 200 and found == alone[1 + number % 3]
 
 
+def test_documents_that_are_added_and_removed_at_once_are_all_kept(port: int) -> None:
+    def add(number: int) -> int:
+        path = f"/api/documents?name={number}.txt"
+        status, _, _ = send(port, "POST", path, f"alpha in {number}".encode())
+        if number % 2:
+            assert send(port, "GET", "/api/documents")[0] == 200
+            return send(port, "DELETE", path)[0]
+        return status
+
+    with ThreadPoolExecutor(10) as threads:
+        assert set(threads.map(add, range(40))) == {201, 204}
+    _, found, _ = send(port, "GET", "/api/documents")
+    added = {each["name"] for each in found["documents"] if each["added"]}
+    assert added == {f"{number}.txt" for number in range(0, 40, 2)}
+
+
 def test_a_question_that_takes_long_blocks_no_other(
     reader: Reader, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
