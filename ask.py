@@ -1,9 +1,6 @@
-"""Ask an exported QA model about a text of any length, or about many texts.
+"""Ask an exported QA model about documents, from the command line.
 
-Runs the model.onnx of a train_qa.py output folder in ONNX Runtime or OpenVINO, without torch.
-Tokenisation, windows and span search are those of the evaluation. With an embedding model as well,
-it first finds the paragraphs nearest to a question and reads only those. With an embedding model
-alone, it shows these paragraphs.
+deploy/reader.py finds the answers; this script has the flags, and shows them. No torch.
 """
 
 from __future__ import annotations
@@ -64,8 +61,8 @@ def parse_arguments() -> argparse.Namespace:
         " their words)")  # fmt: skip
     add = parser.group("texts and questions").add_argument
     add("--context", nargs="+", default=[], metavar="FILE",
-        help="UTF-8 texts with the answers: files, and folders, of which the .txt and .md files"
-        " are read (required without --serve)")  # fmt: skip
+        help="documents with the answers: files (.txt, .md, .html, .pdf, .docx), folders of them,"
+        " and addresses of web pages (required without --serve)")  # fmt: skip
     add("--top_contexts", type=number(int, 1, 1000), default=TOP_CONTEXTS, metavar="N",
         help="paragraphs to read per question; without --model_emb, one file is read as a"
         " whole")  # fmt: skip

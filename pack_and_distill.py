@@ -84,8 +84,8 @@ def parse_arguments() -> argparse.Namespace:
         help="question answering: add FACTOR x as many windows to each epoch, new ones each time:"
         " questions with another context of their article, unlabelled")  # fmt: skip
     add("--extra_texts", type=comma_separated, metavar="FILE,...",
-        help="take half of these windows from plain texts: files, or folders with .txt and .md"
-        " files; blank lines separate paragraphs (default: none)")  # fmt: skip
+        help="take half of these windows from texts: documents, or folders of them, as ask.py"
+        " reads them; blank lines separate paragraphs (default: none)")  # fmt: skip
     add("--eval_extra_contexts", metavar="FILE",
         help="embeddings: SQuAD JSON whose contexts are searched beside those of the dev data"
         " (default: none)")  # fmt: skip

@@ -1,11 +1,13 @@
 """Documents of all kinds as paragraphs, each with its place. No torch is needed.
 
 Positions count code points of a document's text. The text of a plain file is the whole file,
-decoded as UTF-8: a byte order mark and the carriage returns of CRLF count too.
+decoded as UTF-8: a byte order mark and the carriage returns of CRLF count too. That of other kinds
+is what deploy/formats.py reads in them.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import stat
@@ -14,16 +16,18 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 
 from cli import UnreadableError, UserError, decode, tell, warn
+from deploy import formats, web
 
-TEXTS = (".txt", ".md")  # suffixes of plain text
-DOCUMENTS = (".html", ".htm", ".pdf", ".docx")  # suffixes of files that are not plain text
+FORMATS = (".html", ".htm", ".pdf", ".docx")  # suffixes of what deploy/formats.py reads
+KINDS = (".txt", ".md", *FORMATS)  # suffixes of the files that are read in a folder
+KINDS_IN_WORDS = ", ".join(KINDS[:-1]) + f" or {KINDS[-1]}"
 LINE_END = re.compile(r"\r\n|\r|\n")
 BLANK_LINES = re.compile(r"(?>\r\n|\r|\n)\s*[\r\n]")  # CRLF is one line end, never two
 SENTENCE_END = re.compile(r"(?<=[.!?])[\"'”’)\]]*\s+(?=[^a-z])|(?<=[。！？])[”’」』）]*|[\r\n]+")
 OPEN_FILE = re.compile(r"/dev/stdin|/(?:dev|proc/self)/fd/(\d{1,6})")  # opened by the shell
 NAMED = 5  # how many skipped files a note names
 
-Source = str | os.PathLike[str] | tuple[str, bytes]  # a path, or a name and the content
+Source = str | os.PathLike[str] | tuple[str, bytes]  # path, address, or name and content
 
 
 def source_name(name: str, line: int | None, page: int | None) -> str:
@@ -108,14 +112,14 @@ class Document:
 
 
 def read(sources: str | Iterable[Source], flag: str = "") -> tuple[list[Document], list[str]]:
-    """Read files, the documents in folders, and documents from memory.
+    """Read files, the documents in folders and at addresses, and documents from memory.
 
     Links are followed, and a file that several paths lead to counts once. Documents that cannot be
     read are skipped, with a warning each at the end, unless nothing can be read.
 
     Args:
-        sources: paths, and documents as (name, content); the name is no path, and its suffix
-            tells the kind.
+        sources: paths, addresses (http, https), and documents as (name, content), whose names are
+            neither; the suffix of a name tells the kind.
         flag: the flag that gave them, for messages; "" for none.
 
     Returns:
@@ -127,31 +131,26 @@ def read(sources: str | Iterable[Source], flag: str = "") -> tuple[list[Document
     where = f"{flag}: " if flag else ""
     documents: list[Document] = []
     skipped: list[str] = []
+    missing: dict[str, list[str]] = {}  # why a library is needed -> the documents that need it
     seen: set[str] = set()
     named = [sources] if isinstance(sources, str | os.PathLike) else list(sources)
-    for source in named:
-        if isinstance(source, tuple):
-            parts: Iterable[Source] = [source]
-        else:
-            path = os.path.expanduser(source)
-            if not os.path.lexists(path) and not OPEN_FILE.fullmatch(path):
-                raise UserError(f"{where}no such file: {path}")
-            parts = _files_of(path, where, skipped) if os.path.isdir(path) else [path]
-        for part in parts:
-            name, real = (
-                (part[0], "") if isinstance(part, tuple) else (part, os.path.realpath(part))
-            )
-            if real and real in seen:
+    for source in [each for given in named for each in _opened(given, where, skipped)]:
+        name = _name(source)
+        if not isinstance(source, tuple):
+            if (real := name if web.ADDRESS.match(name) else os.path.realpath(name)) in seen:
                 continue
             seen.add(real)
-            try:
-                documents.append(_read(part))
-            except UnreadableError as error:
-                skipped.append(f"{name} {error}")
-    if not documents and len(named) == len(skipped) == 1:
+        try:
+            documents.append(_read(source))
+        except formats.MissingLibraryError as error:
+            missing.setdefault(str(error), []).append(name)
+        except UnreadableError as error:
+            skipped.append(f"{name} {error}")
+    skipped += [f"{_named(names)} {why}" for why, names in missing.items()]
+    if not documents and len(skipped) == 1:
         raise UserError(f"{where}{skipped[0]}")
     for line in skipped:
-        warn(f"{where}{line}; it is skipped")
+        warn(f"{where}{line}; skipped")
     if not any(each.text[each.begin :].strip() for each in documents):
         raise UserError(f"{where}{', '.join(map(_name, named))} has no text")
     return documents, skipped
@@ -167,18 +166,39 @@ def _name(source: Source) -> str:
     return source[0] if isinstance(source, tuple) else os.fspath(source)
 
 
+def _opened(source: Source, where: str, skipped: list[str]) -> list[Source]:
+    """A source itself, or the files in it if it is a folder."""
+    if isinstance(source, tuple) or web.ADDRESS.match(os.fspath(source)):
+        return [source]
+    path = os.path.expanduser(source)
+    if not os.path.lexists(path) and not OPEN_FILE.fullmatch(path):
+        raise UserError(f"{where}no such file: {path}")
+    return [*_files_of(path, where, skipped)] if os.path.isdir(path) else [path]
+
+
 def _read(source: Source) -> Document:
     """One document.
 
     Raises:
         UnreadableError: it cannot be read, or is not UTF-8 text.
     """
-    name, data = _name(source), source[1] if isinstance(source, tuple) else None
-    if name.lower().endswith(DOCUMENTS):
-        raise UnreadableError(f"is {os.path.splitext(name)[1][1:].upper()}, not plain text")
-    is_file = data is None and not OPEN_FILE.fullmatch(name)
-    text = decode(_bytes_of(name) if data is None else data)
-    return Document(name, text, len(text) - len(text.removeprefix("\ufeff")), is_file=is_file)
+    name, charset, is_file = _name(source), None, False
+    kind = os.path.splitext(name)[1].lower()
+    if isinstance(source, tuple):
+        data = source[1]
+    elif web.ADDRESS.match(name):
+        fetched = web.fetch(name)
+        data, kind, charset = fetched.data, fetched.kind, fetched.charset
+    else:
+        data, is_file = _bytes_of(name), not OPEN_FILE.fullmatch(name)
+    if kind in FORMATS:
+        text, pages = formats.read(kind, data, charset)
+        return Document(name, text, 0, pages, is_file)
+    if charset is not None:
+        with contextlib.suppress(LookupError, UnicodeDecodeError):
+            data = data.decode(charset).encode()
+    text = decode(data)
+    return Document(name, text, len(text) - len(text.removeprefix("\ufeff")), (), is_file)
 
 
 def _bytes_of(path: str) -> bytes:
@@ -199,8 +219,8 @@ def _bytes_of(path: str) -> bytes:
 
 
 def _files_of(top: str, where: str, skipped: list[str]) -> list[str]:
-    """The text files in a folder and the folders below it, links followed; a note names others."""
-    texts, others, visited = [], [], set()
+    """The documents in a folder and the folders below it, links followed; a note names others."""
+    files, others, visited = [], [], set()
 
     def failed(error: OSError) -> None:
         skipped.append(f"{error.filename} cannot be read: {error.strerror}")
@@ -212,18 +232,17 @@ def _files_of(top: str, where: str, skipped: list[str]) -> list[str]:
         visited.add(real)
         inside.sort()
         for name in sorted(names):
-            if name.lower().endswith(TEXTS):
-                texts.append(os.path.join(folder, name))
+            if name.lower().endswith(KINDS):
+                files.append(os.path.join(folder, name))
             elif not name.startswith("."):
                 others.append(os.path.join(folder, name))
-    others.sort(key=lambda name: not name.lower().endswith(DOCUMENTS))
-    if not texts:
+    if not files:
         found = f"; it has {_named(others)}" if others else ""
-        raise UserError(f"{where}the folder {top} has no {' or '.join(TEXTS)} file{found}")
+        raise UserError(f"{where}the folder {top} has no {KINDS_IN_WORDS} file{found}")
     if others:
-        files = "1 file is" if len(others) == 1 else f"{len(others)} files are"
-        tell(f"{where}{files} skipped, not being {' or '.join(TEXTS)}: {_named(others)}")
-    return texts
+        count = "1 file is" if len(others) == 1 else f"{len(others)} files are"
+        tell(f"{where}{count} skipped, not being {KINDS_IN_WORDS}: {_named(others)}")
+    return files
 
 
 def _named(names: list[str]) -> str:

@@ -34,6 +34,8 @@ WITHOUT_TORCH = (
     "ask",
     "deploy.cpu",
     "deploy.documents",
+    "deploy.formats",
+    "deploy.web",
     "deploy.settings",
     "deploy.runtime",
     "deploy.search",

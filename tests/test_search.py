@@ -75,7 +75,7 @@ def test_paragraphs_and_where_they_are(folder: Path) -> None:
 
 
 def test_nothing_to_index(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"the folder .* has no \.txt or \.md file"):
+    with pytest.raises(UserError, match=r"the folder .* has no \.txt, .* or \.docx file"):
         documents.read_paragraphs([str(tmp_path)])
     (tmp_path / "empty.txt").write_text(" \n\n ")
     with pytest.raises(UserError, match="has no text"):
