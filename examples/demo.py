@@ -120,6 +120,13 @@ def answer(model: str, name: str) -> None:
     ask(f"--model={int8}", "--context=examples/article.txt")
     show({"fine-tuned": tuned, "packed": packed, "packed, INT8": int8}, "f1", "F1")
     print(f"\nAsk it more: python ask.py --model={int8} --context=<a text file>")
+    search_model = f"models/demo-emb-int8{name}"  # of make demo-search, if that ran
+    finds = os.path.isfile(os.path.join(ROOT, search_model, "model.onnx"))
+    print(
+        "Or in the browser (pip install -r requirements-serve.txt):\n"
+        f"python ask.py --serve --model={int8}{f' --model_emb={search_model}' if finds else ''}"
+        " --context=examples/article.txt"
+    )
 
 
 def search(model: str, name: str) -> None:

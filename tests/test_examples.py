@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 
+import ask
 from examples import demo, make_sample
 
 EXAMPLES = Path(make_sample.__file__).parent
@@ -214,3 +216,17 @@ def test_make_demo_starts_where_the_user_stands(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     told = done.stdout.splitlines()
     assert told == [str(user), str(ROOT / "examples" / "demo.py"), "--model=my bert"]
+
+
+def test_the_demo_ends_with_the_command_of_the_page(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    for name in ("step", "show"):
+        monkeypatch.setattr(demo, name, lambda *_, **__: None)
+    monkeypatch.setattr(demo, "pack_cfg", lambda _: "")
+    demo.answer("bert", "-name")
+    _, script, *flags = shlex.split(capsys.readouterr().out.splitlines()[-1])
+    monkeypatch.setattr(sys, "argv", [script, *flags])
+    args = ask.parse_arguments()
+    assert (script, args.serve, args.model) == ("ask.py", True, "models/demo-int8-name")
+    assert (ROOT / args.context[0]).is_file()

@@ -42,6 +42,8 @@ WITHOUT_TORCH = (
     "deploy.squad_scores",
     "deploy.qa_model",
     "deploy.reader",
+    "deploy.feedback",
+    "deploy.server",
     "deploy.int8_file",
     "deploy.timing",
     "deploy.compare",
