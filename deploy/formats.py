@@ -18,6 +18,7 @@ MAX_UNPACKED = 200_000_000  # bytes of a Word document's parts, which a small fi
 PAGE_BREAK = "\n\f\n"  # a blank line, too, so that paragraphs end with their page
 FULL_LINE = 0.75  # a line of at least this share of the longest on its page goes on in the next
 CHARSET = re.compile(rb"<(?:meta[^>]+charset|\?xml[^>]+encoding)\s*=\s*[\"']?([\w.:-]+)", re.I)
+SPACES = re.compile(r"\s+")
 XML_HEAD = re.compile(r"^\s*<\?xml.*?\?>", re.DOTALL)
 for library in ("pypdf", "trafilatura", "htmldate", "courlan", "justext"):
     logging.getLogger(library).addHandler(logging.NullHandler())  # else stderr shows its words
@@ -63,7 +64,15 @@ def _html(data: bytes, charset: str | None) -> str:
         raise MissingLibraryError("trafilatura") from None
 
     page = XML_HEAD.sub("", decode_html(data, charset))  # lxml refuses a declaration in a str
-    found = trafilatura.extract(page, include_comments=False, favor_recall=True)
+    tree = trafilatura.load_html(page)
+    if tree is None:
+        return ""
+    # Line ends of the file are spaces to a browser, and would part sentences here.
+    for each in tree.xpath("//*[not(ancestor-or-self::pre)]"):
+        each.text = SPACES.sub(" ", each.text or "")
+    for each in tree.xpath("//*[not(ancestor::pre)]"):
+        each.tail = SPACES.sub(" ", each.tail or "")
+    found = trafilatura.extract(tree, include_comments=False, favor_recall=True)
     return found or trafilatura.html2txt(page)
 
 

@@ -139,6 +139,14 @@ def test_html_is_decoded_as_browsers_do(name: str) -> None:
     assert (text, pages) == (HTML_TEXT, ())
 
 
+def test_a_line_end_in_html_is_a_space_except_in_code() -> None:
+    page = (
+        b"<html><body><p>Ada <b>built\nit</b> in\r\n1904, of\nstone.</p><pre>one\ntwo</pre></body>"
+    )
+    assert only("a.html", page).text.split("\n") == [
+        "Ada built it in 1904, of stone.", "one", "two"]  # fmt: skip
+
+
 UNREADABLE: dict[str, tuple[str, Callable[[], bytes], str]] = {
     "a PDF that is none": ("a.pdf", lambda: b"x", "is damaged, or no PDF: "),
     "a PDF that is cut": ("a.pdf", lambda: make_pdf("one")[:300], "is damaged, or no PDF: "),
