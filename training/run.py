@@ -40,6 +40,8 @@ FREE_ARGUMENTS = (
     "per_gpu_eval_batch_size",
     "no_cuda",
 )
+# And these while it is unfinished: accuracy control has its own check, once it has decided.
+FREE_UNFINISHED = ("max_drop",)
 # The files that a finished run leaves in its folder. --overwrite_output_dir removes only these and
 # RUN_FOLDERS.
 RUN_FILES = (
@@ -96,11 +98,12 @@ def check_output_dir(args: argparse.Namespace, arguments: Mapping[str, object]) 
     for path, state in ((finished, "finished"), (unfinished, "unfinished")):
         if os.path.exists(path):
             written = read_json(path)
+            free = FREE_ARGUMENTS + (FREE_UNFINISHED if state == "unfinished" else ())
             earlier = written.get("arguments", {})
             differing = [
                 f"{key} was {shown(earlier, key)}, now {shown(arguments, key)}"
                 for key in sorted(earlier.keys() | arguments.keys())
-                if key not in FREE_ARGUMENTS and earlier.get(key) != arguments.get(key)
+                if key not in free and earlier.get(key) != arguments.get(key)
             ]
             if differing:
                 raise UserError(
