@@ -12,6 +12,7 @@ from collections.abc import Iterator
 import torch
 from nncf.torch.function_hook.hook_storage import decode_hook_name
 from nncf.torch.function_hook.wrapper import get_hook_storage
+from nncf.torch.quantization.layers import SQMultiply
 from torch import Tensor, nn
 
 from int8.quantizers import Operation, operations, quantizers
@@ -22,22 +23,29 @@ def int8_layers(model: nn.Module) -> list[Operation]:
     return [operation for operation in operations(model) if operation.int8]
 
 
-@torch.no_grad()
 def put_back(model: nn.Module, name: str, fp32: nn.Module) -> None:
     """Let a layer compute in floating point from now on, with the weights that it has in `fp32`.
 
-    A quantizer that other INT8 layers read too stays for them.
+    A quantizer that other INT8 layers read too stays for them. So do SmoothQuant's scales if the
+    layer shares them, since NNCF names the operations of all layers behind them by one of these;
+    they are powers of two, so the layer still gives the same bits.
     """
     layers = int8_layers(model)
     (layer,) = [each for each in layers if each.name == name]
     in_use = {q for each in layers if each is not layer for q in each.quantizers.values()}
     storage = get_hook_storage(model)
-    for hook in [hook for hook, _ in storage.named_hooks(remove_duplicate=False)]:
+    hooks = list(storage.named_hooks(remove_duplicate=False))
+    values = _parameters(fp32, name)
+    for hook, module in hooks:
         before_it = hook.startswith("pre_hooks.") and decode_hook_name(hook)[1] == layer.node
+        if before_it and isinstance(module, SQMultiply):
+            if sum(each is module for _, each in hooks) > 1:
+                del values[f"{name}.weight"]  # it stays scaled
+                continue
         behind_input = hook.startswith("post_hooks.") and hook in layer.quantizers.values()
         if before_it or (behind_input and hook not in in_use):
             storage.delete_hook(hook)
-    _copy(model, _parameters(fp32, name))
+    _copy(model, values)
 
 
 def round_nothing(model: nn.Module, fp32: nn.Module) -> dict[str, Tensor]:
