@@ -42,8 +42,7 @@ def put_back(model: nn.Module, name: str, fp32: nn.Module) -> None:
             if sum(each is module for _, each in hooks) > 1:
                 del values[f"{name}.weight"]  # it stays scaled
                 continue
-        behind_input = hook.startswith("post_hooks.") and hook in layer.quantizers.values()
-        if before_it or (behind_input and hook not in in_use):
+        if before_it or hook in set(layer.quantizers.values()) - in_use:
             storage.delete_hook(hook)
     _copy(model, values)
 
