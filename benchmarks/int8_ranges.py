@@ -21,8 +21,6 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from benchmarks.packing import ROOT, Job, run_all
 from cli import ArgumentParser, Interrupted, UserError, number, run_main
 
@@ -141,19 +139,18 @@ def table(rows: dict[str, Any], keys: tuple[str, str]) -> str:
         "|---|---|---|---|---|---|",
     ]
     for name, runs in rows.items():
-        key = next(key for key in keys if key in next(iter(runs.values())))
+        key = next(key for key in keys if key in next(iter(runs.values()))["phases"]["fp32"])
         cells = []
         for phase in PHASES:
             scores = [run["phases"][phase][key] for run in runs.values() if phase in run["phases"]]
-            cells.append(", ".join(f"{score:.2f}" for score in dict.fromkeys(scores)))
+            cells.append(
+                ", ".join(f"{score:.2f}" for score in scores[: 1 if phase == "fp32" else None])
+            )
         gains = [
-            min(run["phases"][p][key] for p in PHASES[2:] if p in run["phases"])
-            - run["phases"]["calibrated"][key]
+            list(run["phases"].values())[-1][key] - run["phases"]["calibrated"][key]
             for run in runs.values()
-            if len(run["phases"]) > 2
         ]
-        gain = f"{np.min(gains):+.2f}" if gains else ""
-        lines.append(f"| {name} | {' | '.join(cells)} | {gain} |")
+        lines.append(f"| {name} | {' | '.join(cells)} | {min(gains):+.2f} |")
     return "\n".join(lines)
 
 

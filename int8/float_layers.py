@@ -38,11 +38,10 @@ def put_back(model: nn.Module, name: str, fp32: nn.Module) -> None:
     values = _parameters(fp32, name)
     for hook, module in hooks:
         before_it = hook.startswith("pre_hooks.") and decode_hook_name(hook)[1] == layer.node
-        if before_it and isinstance(module, SQMultiply):
-            if sum(each is module for _, each in hooks) > 1:
-                del values[f"{name}.weight"]  # it stays scaled
-                continue
-        if before_it or hook in set(layer.quantizers.values()) - in_use:
+        shared = isinstance(module, SQMultiply) and sum(each is module for _, each in hooks) > 1
+        if before_it and shared:
+            del values[f"{name}.weight"]  # it stays scaled
+        elif before_it or hook in set(layer.quantizers.values()) - in_use:
             storage.delete_hook(hook)
     _copy(model, values)
 
