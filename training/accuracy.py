@@ -6,7 +6,7 @@ import math
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping
-from typing import ClassVar, Protocol, TypedDict
+from typing import ClassVar, Protocol, TypedDict, cast
 
 import torch
 from torch import Tensor
@@ -76,7 +76,7 @@ def stage_name(count: int) -> str:
 def decision(run: Run) -> Decision | None:
     """The decision of this run, or None before it."""
     found = read_json(os.path.join(run.output_dir, CHECKPOINTS, DECISION))
-    return found or None  # type: ignore[return-value]  # `control` wrote it
+    return cast(Decision, found) if found else None
 
 
 def control(
@@ -194,7 +194,7 @@ def _measure(
     path = os.path.join(run.output_dir, CHECKPOINTS, ERRORS)
     if run.main and not os.path.exists(path):
         partly = f"{path}.part"
-        found: Errors = read_json(partly) or {"seconds": 0.0, "errors": {}}  # type: ignore[assignment]
+        found = cast(Errors, read_json(partly) or {"seconds": 0.0, "errors": {}})
         done = len(next(iter(found["errors"].values()), []))
         model = load()
         layers = float_layers.int8_layers(model)
