@@ -26,6 +26,7 @@ from int8 import float_layers, quantizers
 from int8.float_layers import int8_layers
 from tasks.qa import QaTask
 from training import accuracy
+from training.run import check_output_dir
 
 
 def fp32(kind: str) -> PreTrainedModel:
@@ -248,6 +249,22 @@ def test_measuring_ends_in_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     control(max_drop=1.0)
     assert accuracy.decision(control.run)["windows"] == 1  # type: ignore[index, arg-type]
     assert any("1 windows" in text for text in control.run.said)
+
+
+def test_the_limit_may_change_until_the_run_has_finished(tmp_path: Path) -> None:
+    """But not in a run of a version that had no limit: its states may be of other layers."""
+    arguments = {"max_drop": 3.0, "seed": 1}
+    args: Any = SimpleNamespace(output_dir=str(tmp_path), overwrite_output_dir=False)
+    (tmp_path / "checkpoints").mkdir()
+    unfinished = tmp_path / "checkpoints" / "run.json"
+    unfinished.write_text(json.dumps({"arguments": {"max_drop": 1.0, "seed": 1}}))
+    assert check_output_dir(args, arguments) == "unfinished"
+    unfinished.write_text(json.dumps({"arguments": {"seed": 1}}))
+    with pytest.raises(UserError, match=r"max_drop was absent, now 3\.0"):
+        check_output_dir(args, arguments)
+    (tmp_path / "metrics.json").write_text(json.dumps({"arguments": {"max_drop": 1.0, "seed": 1}}))
+    with pytest.raises(UserError, match=r"finished run of another command .max_drop was 1\.0"):
+        check_output_dir(args, arguments)
 
 
 @pytest.mark.slow

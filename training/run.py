@@ -41,7 +41,7 @@ FREE_ARGUMENTS = (
     "no_cuda",
 )
 # And these while it is unfinished: accuracy control has its own check, once it has decided.
-FREE_UNFINISHED = ("max_drop",)
+FREE_UNFINISHED = {"max_drop"}
 # The files that a finished run leaves in its folder. --overwrite_output_dir removes only these and
 # RUN_FOLDERS.
 RUN_FILES = (
@@ -98,8 +98,10 @@ def check_output_dir(args: argparse.Namespace, arguments: Mapping[str, object]) 
     for path, state in ((finished, "finished"), (unfinished, "unfinished")):
         if os.path.exists(path):
             written = read_json(path)
-            free = FREE_ARGUMENTS + (FREE_UNFINISHED if state == "unfinished" else ())
             earlier = written.get("arguments", {})
+            free = {*FREE_ARGUMENTS}
+            if state == "unfinished":
+                free |= earlier.keys() & FREE_UNFINISHED  # absent in a run of an earlier version
             differing = [
                 f"{key} was {shown(earlier, key)}, now {shown(arguments, key)}"
                 for key in sorted(earlier.keys() | arguments.keys())
