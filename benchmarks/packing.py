@@ -253,12 +253,12 @@ def run_all(
     jobs: list[Job],
     rows: dict[str, Any],
     path: Path,
-    read: Callable[[Path], dict[str, Any]] = figures,
+    read: Callable[[Path], dict[str, Any]] | None = None,
 ) -> None:
     """Run the runs that `rows` lacks, --jobs at a time; write `rows` to `path` after each.
 
     Args:
-        read: from the folder of a finished run to its row.
+        read: from the folder of a finished run to its row; None for `figures`.
     """
     began = time.monotonic()
     waiting = [job for job in jobs if job.seed not in rows.get(job.name, {})]
@@ -275,7 +275,7 @@ def run_all(
             time.sleep(POLL_SECONDS)
             for job, process in [each for each in going if each[1].poll() is not None]:
                 going.remove((job, process))
-                take_in(job, process.returncode, rows, path, read)
+                take_in(job, process.returncode, rows, path, read or figures)
     finally:
         for _, process in going:  # each saves its state
             process.terminate()
