@@ -109,8 +109,8 @@ def make_jobs(args: argparse.Namespace, folder: Path) -> list[Job]:
                     *shlex.split(args.flags),
                 ]
                 script = "train_qcemb.py" if embeds else "train_qa.py"
-                child = f"from cli import run_main; import {script[:-3]} as s; run_main(s.main)"
-                jobs.append(Job(title, seed, output_dir, [sys.executable, "-c", child, *flags]))
+                command = [sys.executable, "-u", str(ROOT / script), *flags]
+                jobs.append(Job(title, seed, output_dir, command))
     return jobs
 
 

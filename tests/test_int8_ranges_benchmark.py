@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import json
 from pathlib import Path
 
 import pytest
+from calls import call
+from conftest import FLAGS, command_of
 
 import train_qa
 from benchmarks import int8_ranges
@@ -43,3 +46,18 @@ def test_the_table_tells_each_phase_and_the_least_gain() -> None:
     assert int8_ranges.table(rows, ("f1", "mrr")).splitlines()[-1] == (
         "| reader, given | 70.00 | 69.00, 68.00 | 69.50, 69.50 | 69.20, 70.50 | +0.20 |"
     )
+
+
+@pytest.mark.slow
+def test_a_run_of_it(teacher: Path, few: Path, tmp_path: Path) -> None:
+    """The row is that of metrics.json, by phases."""
+    args = arguments(teacher, settings="given", seeds="1", flags=" ".join(FLAGS))
+    (job,) = int8_ranges.make_jobs(args, tmp_path)
+    small = tmp_path / "small.json"
+    small.write_text(json.dumps({"model_type": "transformer", "subset_size": 4}))
+    flags = [*job.command[3:], f"--nncf_config={small}"]
+    assert call(command_of("train_qa", teacher, few, job.folder, *flags[4:])) == 0
+    row = int8_ranges.figures(job.folder)
+    assert list(row["phases"]) == list(int8_ranges.PHASES)
+    assert row["f1"] == row["phases"]["weights"]["f1"]
+    assert row["phases"]["ranges"]["steps"] > 0
