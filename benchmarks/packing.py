@@ -21,6 +21,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -262,8 +263,18 @@ def figures(folder: Path) -> dict[str, Any]:
     }
 
 
-def run_all(args: argparse.Namespace, jobs: list[Job], rows: dict[str, Any], path: Path) -> None:
-    """Run the runs that `rows` lacks, --jobs at a time; write `rows` to `path` after each."""
+def run_all(
+    args: argparse.Namespace,
+    jobs: list[Job],
+    rows: dict[str, Any],
+    path: Path,
+    read: Callable[[Path], dict[str, Any]] | None = None,
+) -> None:
+    """Run the runs that `rows` lacks, --jobs at a time; write `rows` to `path` after each.
+
+    Args:
+        read: from the folder of a finished run to its row; None for `figures`.
+    """
     began = time.monotonic()
     waiting = [job for job in jobs if job.seed not in rows.get(job.name, {})]
     going: list[tuple[Job, subprocess.Popen[bytes]]] = []
@@ -279,7 +290,7 @@ def run_all(args: argparse.Namespace, jobs: list[Job], rows: dict[str, Any], pat
             time.sleep(POLL_SECONDS)
             for job, process in [each for each in going if each[1].poll() is not None]:
                 going.remove((job, process))
-                take_in(job, process.returncode, rows, path)
+                take_in(job, process.returncode, rows, path, read or figures)
     finally:
         for _, process in going:  # each saves its state
             process.terminate()
@@ -287,16 +298,23 @@ def run_all(args: argparse.Namespace, jobs: list[Job], rows: dict[str, Any], pat
             process.wait()
 
 
-def take_in(job: Job, code: int, rows: dict[str, Any], path: Path) -> None:
+def take_in(
+    job: Job,
+    code: int,
+    rows: dict[str, Any],
+    path: Path,
+    read: Callable[[Path], dict[str, Any]],
+) -> None:
     """Record the results of a run; a failed run is repeated by the same command."""
     if code:
         print(f"{job.name}, seed {job.seed}: FAILED, see {job.folder}.log", flush=True)
         return
-    row = rows.setdefault(job.name, {})[job.seed] = figures(job.folder)
+    row = rows.setdefault(job.name, {})[job.seed] = read(job.folder)
     partly = path.with_suffix(".part")  # a kill leaves the old file or the new one
     partly.write_text(json.dumps(rows, indent=1), encoding="utf-8")
     partly.replace(path)
-    print(f"{job.name}, seed {job.seed}: F1 {row['f1']:.2f}", flush=True)
+    scores = ", ".join(f"{key} {row[key]:.2f}" for key in ("f1", "top_5") if key in row)
+    print(f"{job.name}, seed {job.seed}: {scores}", flush=True)
 
 
 # ------------------------------------------------------------------------------------------------

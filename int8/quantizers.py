@@ -50,6 +50,7 @@ WHY_FLOAT = {
     "add": "residual sums keep their precision",
     "mul": "scales of attention and masks",
 }
+WHY_LAYER = "in ignored_scope, or put back to floating point by --max_drop"
 
 nncf.set_log_level(logging.ERROR)
 # At each saved state it would warn that ranges of several inputs are stored once.
@@ -68,13 +69,19 @@ class Operation:
         name: its module's name, e.g. "bert.layers.0.qkv"; NNCF's name if it has no weights.
         node: NNCF's name, by which ignored_scope finds it.
         kind: e.g. "linear", "matmul", "softmax".
-        quantized: the numbers of its inputs that have quantizers.
+        quantizers: the names of its inputs' quantizers, by the number of the input.
     """
 
     name: str
     node: str
     kind: str
-    quantized: frozenset[int]
+    quantizers: dict[int, str]
+
+    @property
+    def int8(self) -> bool:
+        """Whether it computes in INT8."""
+        needed = INT8_INPUTS.get(self.kind)
+        return needed is not None and needed <= self.quantizers.keys()
 
 
 def operations(model: nn.Module) -> list[Operation]:
@@ -94,8 +101,8 @@ def operations(model: nn.Module) -> list[Operation]:
             if source.node_type == "nncf_model_const" and source.node_name.endswith(".weight")
         ]
         name = weights[0] if weights else node.node_name
-        quantized = frozenset(port for port, (_, each) in sources.items() if each is not None)
-        found.append(Operation(name, node.node_name, node.node_type, quantized))
+        rounding = {port: each for port, (_, each) in sources.items() if each is not None}
+        found.append(Operation(name, node.node_name, node.node_type, rounding))
     return found
 
 
@@ -121,6 +128,37 @@ def select_ranges(model: nn.Module) -> None:
     model.requires_grad_(False)
     for _, quantizer in quantizers(model):
         quantizer.enable_gradients()
+
+
+def take_relative_steps(optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
+    """From now on, multiply each step of `optimizer` in a range by the size of what it moves.
+
+    Adam moves every parameter by about the learning rate, whatever its gradient. The scales of one
+    model's weights are from 0.04 to 10, and the low ends of its activations from -0.04 (behind
+    GELU) to -1.4, so one rate would be far too high for some.
+    """
+    ranges = [
+        parameter
+        for _, quantizer in quantizers(model)
+        for parameter in quantizer.parameters()
+        if parameter.requires_grad
+    ]
+    if not ranges:
+        return
+    before: list[Tensor] = []
+
+    @torch.no_grad()
+    def remember(*_: object) -> None:
+        before[:] = [each.clone() for each in ranges]
+
+    @torch.no_grad()
+    def shorten(*_: object) -> None:
+        steps = torch._foreach_sub(ranges, before)
+        torch._foreach_mul_(steps, torch._foreach_abs(before))
+        torch._foreach_copy_(ranges, torch._foreach_add(before, steps))
+
+    optimizer.register_step_pre_hook(remember)
+    optimizer.register_step_post_hook(shorten)
 
 
 def weight_quantizer(name: str) -> bool:
@@ -273,15 +311,13 @@ def what_is_int8(model: nn.Module) -> list[dict[str, str | int]]:
     """For each kind of operation: how many are INT8, how many are not, and why they are not."""
     counts: dict[str, list[int]] = {}
     for operation in operations(model):
-        needed = INT8_INPUTS.get(operation.kind)
-        int8 = needed is not None and needed <= operation.quantized
-        counts.setdefault(operation.kind, [0, 0])[int8] += 1
+        counts.setdefault(operation.kind, [0, 0])[operation.int8] += 1
     return [
         {
             "kind": kind,
             "int8": quantized,
             "float": others,
-            **({"why": WHY_FLOAT.get(kind, "in ignored_scope")} if others else {}),
+            **({"why": WHY_FLOAT.get(kind, WHY_LAYER)} if others else {}),
         }
         for kind, (others, quantized) in counts.items()
     ]

@@ -80,7 +80,7 @@ class QaTask(Task):
         "BertForQuestionAnswering",
         "PackedBertForQuestionAnswering",
     )
-    best_by = "f1"
+    best_by = drop_by = "f1"
     score_names: ClassVar[dict[str, str]] = {"f1": "F1", "exact_match": "exact match"}
     outputs = onnx_file.Outputs(
         ("start_logits", "end_logits"), onnx_file.QA_OUTPUTS, per_token=True

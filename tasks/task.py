@@ -54,6 +54,7 @@ class Task(ABC):
         auto_class: the class that loads its models.
         architectures: the names of its models in config.json.
         best_by: the figure that ranks evaluations; the higher, the better.
+        drop_by: the figure whose loss by quantization --max_drop limits.
         score_names: from the main figures to their labels.
         outputs: the outputs of its exported file.
         data: the files, each under the name that its hash has in a run's arguments.
@@ -65,6 +66,7 @@ class Task(ABC):
     auto_class: ClassVar[AutoClass]
     architectures: ClassVar[tuple[str, ...]]
     best_by: ClassVar[str]
+    drop_by: ClassVar[str]
     score_names: ClassVar[dict[str, str]]
     outputs: ClassVar[onnx_file.Outputs]
     train_rows: Rows

@@ -41,7 +41,7 @@ from tasks import hidden_states
 from training import loop
 from training.passes import Batches
 from training.run import Run
-from training.stage import constant_rate, warm_up, warm_up_linear_decay
+from training.stage import warm_up, warm_up_linear_decay
 
 PLAN = ["embeddings", "grow 1", "grow 2", "feed-forward", "heads", "final"]
 
@@ -554,7 +554,7 @@ def test_a_slow_divergence_goes_back_however_often_states_are_saved(
 
     model = torch.nn.Linear(1, 1)
     with a_run(Accelerator(cpu=True), tmp_path, save_minutes) as running:
-        stage = loop.Stage("test", 1, 0.02, 1, 1, constant_rate, goes_back=True)
+        stage = loop.Stage("test", 1, 0.02, 1, 1, lambda step, total: 1.0, goes_back=True)
         loop.train(running, model, stage, Line(), loss)
     assert "going back to step" in capfd.readouterr().err
     log = records(tmp_path)

@@ -36,6 +36,7 @@ from int8 import calibration, quantizers
 from int8.settings import NncfConfig, read_nncf_config
 from squad_utils import INPUTS, Windows
 from tasks import qa
+from training import fine_tuning
 
 SETTINGS = {
     "preset": "mixed",
@@ -133,7 +134,8 @@ def test_stages_and_their_figures(quantized: Path) -> None:
     assert list(rows) == [*seen, "kept"]
     assert all("f1" in row and "exact_match" in row for row in rows.values())
     ranges = [r for r in records(quantized) if r["stage"] == "ranges" and "loss" in r]
-    assert {record["learning_rate"] for record in ranges} == {0.01}
+    rates = [record["learning_rate"] for record in ranges]
+    assert rates[0] == fine_tuning.QUANTIZER_RATE and rates == sorted(rates, reverse=True)
     assert {"answer", "distillation", "hidden_states"} <= ranges[0].keys()
     stdout = (quantized.parent / "stdout").read_text()
     check = metrics(quantized)["onnx_check"]
@@ -188,6 +190,34 @@ def test_ranges_train_alone_first(
     moved = [n for n in ranges if ("scale" in n or "input" in n) and ranges[n].is_floating_point()]
     assert moved
     assert sum(not torch.equal(ranges[n], calibrated[n]) for n in moved) > 0.9 * len(moved)
+
+
+def test_a_step_moves_a_range_by_a_share_of_its_size(reading: Reading) -> None:
+    """And leaves other parameters their step; a low end of 0, as behind ReLU, stays."""
+    torch.manual_seed(0)
+    config = BertConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2,
+                        intermediate_size=32, vocab_size=200)  # fmt: skip
+    sample = {name: torch.from_numpy(each) for name, each in random_inputs(1, 16).items()}
+    model = fuse_attention(BertForQuestionAnswering(config), separate_products=True).eval()
+    model = calibration.calibrate(model, reading(SETTINGS), [sample])
+    lows = [q.input_low for _, q in quantizers.quantizers(model) if hasattr(q, "input_low")]
+    lows[0].data.zero_()
+    before = {name: value.detach().clone() for name, value in model.named_parameters()}
+    trained = [each for each in model.parameters() if each.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=0.01, weight_decay=0.0)
+    quantizers.take_relative_steps(optimizer, model)
+    model(**sample).start_logits[:, 3].sum().backward()
+    optimizer.step()
+    moved = dict.fromkeys(("range", "weight"), 0)
+    for name, value in model.named_parameters():
+        step, start = (value.detach() - before[name]).abs(), before[name].abs()
+        if name.startswith(quantizers.HOOKS):
+            assert (step <= 0.01001 * start).all(), name
+            moved["range"] += int((step > 0.009 * start).sum())
+        elif value.grad is not None:
+            moved["weight"] += int((step > 0.009).sum())
+    assert moved["range"] > 50 and moved["weight"] > 500
+    assert lows[0].item() == 0
 
 
 def test_folder_gives_the_same_model_again(

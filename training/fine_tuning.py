@@ -38,16 +38,17 @@ from int8.calibration import calibrate, check_scope
 from int8.quantizers import hold_weight_range, save_quantized
 from int8.settings import NncfConfig, read_nncf_config
 from squad_utils import INPUTS
-from training import flags, results
+from training import accuracy, flags, results
 from training.machine import make_accelerator, use_all_gpus
 from training.passes import Batches, LossFunction, to_device
 from training.run import CHECKPOINTS, Run, check_output_dir
-from training.stage import Evaluation, Stage, constant_rate
+from training.stage import Evaluation, Stage, warm_up_linear_decay
 
-QUANTIZER_RATE = 0.01  # learning rate of the quantizers' ranges while only they train
+# While only the ranges train, a step moves a range by at most about so much of its size.
+QUANTIZER_RATE = 0.001
 
 
-class FineTunable(results.Deliverable, Protocol):
+class FineTunable(results.Deliverable, accuracy.Scored, Protocol):
     """The members of a task that fine-tuning uses; tasks.task.Task documents them."""
 
     architectures: ClassVar[tuple[str, ...]]
@@ -104,7 +105,12 @@ def add_fine_tuning_arguments(parser: ArgumentParser, teacher: str) -> None:
         " (default: none, train in floating point)")  # fmt: skip
     add("--quantizer_epochs", type=flags.not_negative, default=1.0, metavar="EPOCHS",
         help="epochs after calibration in which only the quantizers' ranges train, at a learning"
-        f" rate of {QUANTIZER_RATE}")  # fmt: skip
+        f" rate of {QUANTIZER_RATE} times their size, rising over the first 1% and falling to"
+        " 0")  # fmt: skip
+    add("--max_drop", type=flags.not_negative, default=1.0, metavar="POINTS",
+        help="points of F1 (embeddings: of top 5) on dev that calibration may lose; beyond that the"
+        " layers that cost most go back to floating point, at most a quarter of them; 100:"
+        " never")  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -153,7 +159,7 @@ class Job:
             name="ranges",
             num_epochs=args.quantizer_epochs if args.nncf_config else 0.0,
             learning_rate=QUANTIZER_RATE,
-            schedule=constant_rate,
+            schedule=warm_up_linear_decay,
         )
         plan = [stage for stage in (ranges, weights) if stage.num_epochs]
         return [replace(stage, number=i + 1, count=len(plan)) for i, stage in enumerate(plan)]
@@ -270,7 +276,13 @@ def deliver(job: Job, run: Run, student: PreTrainedModel, teacher: PreTrainedMod
     made = "fine-tuned on" if job.plan() else "not trained on"
     if job.settings and not job.student.quantized:
         made = "quantized to INT8 on"
-    names = ("fp32", "calibrated", "ranges", "weights", "fine-tuning")
+    more: dict[str, object] = {}
+    made_float = accuracy.decision(run)
+    if job.quantized:
+        more["int8"] = quantizers.what_is_int8(saved.cpu())
+    if made_float:
+        more["float_layers"] = made_float
+    names = ("fp32", *accuracy.stages(made_float), "ranges", "weights", "fine-tuning")
     delivery = results.Delivery(
         figures=figures,
         parameters=count_parameters(saved),
@@ -278,7 +290,7 @@ def deliver(job: Job, run: Run, student: PreTrainedModel, teacher: PreTrainedMod
         others=others,
         stages=names if job.quantized else (),
         kept={"kept": figures},
-        more={"int8": quantizers.what_is_int8(saved.cpu())} if job.quantized else {},
+        more=more,
         made=made,
     )
     del saved  # the export loads it anew
@@ -387,7 +399,15 @@ def quantize(run: Run, model: PreTrainedModel, config: NncfConfig, job: Job) -> 
     quantized = load_model(found, task.auto_class, quiet=True).eval().to(device)
     hold_weight_range(quantized, config.weight_range)
     run.evaluate_once("calibrated", lambda: task.evaluation(quantized, fp32=True))
-    calibrated = run.evaluated("calibrated")
-    assert calibrated is not None  # evaluate_once has logged it
-    run.states.keep_if_best(quantized, "calibrated", 0, calibrated[task.best_by])
+    stages = accuracy.control(
+        run,
+        task,
+        job.args.max_drop,
+        model,
+        quantized,
+        lambda: load_model(found, task.auto_class, quiet=True).eval().to(device),
+    )
+    reached = run.evaluated(stages[-1])
+    assert reached is not None  # evaluate_once has logged it
+    run.states.keep_if_best(quantized, stages[-1], 0, reached[task.best_by])
     return quantized

@@ -14,6 +14,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from cli import UserError, warn
+from int8 import quantizers
 from training import machine
 from training.passes import COUNTS, Batches, LossFunction, StepGradient
 from training.progress import Progress
@@ -87,6 +88,8 @@ class Training:
             self.trained, lr=stage.learning_rate, eps=1e-8, weight_decay=0.0, fused=True
         )
         self.own_forward = vars(model).get("forward")  # only a model with quantizers has one
+        if self.own_forward is not None:
+            quantizers.take_relative_steps(self.adamw, model)
         # No wrapper for several processes: each step sums its gradient over them once, at its end.
         accelerator.prepare_model(model, evaluation_mode=True)
         self.optimizer = accelerator.prepare_optimizer(self.adamw)

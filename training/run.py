@@ -40,6 +40,8 @@ FREE_ARGUMENTS = (
     "per_gpu_eval_batch_size",
     "no_cuda",
 )
+# And these while it is unfinished: accuracy control has its own check, once it has decided.
+FREE_UNFINISHED = {"max_drop"}
 # The files that a finished run leaves in its folder. --overwrite_output_dir removes only these and
 # RUN_FOLDERS.
 RUN_FILES = (
@@ -97,10 +99,13 @@ def check_output_dir(args: argparse.Namespace, arguments: Mapping[str, object]) 
         if os.path.exists(path):
             written = read_json(path)
             earlier = written.get("arguments", {})
+            free = {*FREE_ARGUMENTS}
+            if state == "unfinished":
+                free |= earlier.keys() & FREE_UNFINISHED  # absent in a run of an earlier version
             differing = [
                 f"{key} was {shown(earlier, key)}, now {shown(arguments, key)}"
                 for key in sorted(earlier.keys() | arguments.keys())
-                if key not in FREE_ARGUMENTS and earlier.get(key) != arguments.get(key)
+                if key not in free and earlier.get(key) != arguments.get(key)
             ]
             if differing:
                 raise UserError(

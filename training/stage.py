@@ -15,11 +15,6 @@ def linear_decay(step: int, total: int) -> float:
     return 1.0 - step / total
 
 
-def constant_rate(step: int, total: int) -> float:
-    """Factor of the learning rate: always 1."""
-    return 1.0
-
-
 def warm_up(step: int, total: int, steps: int | None = None) -> float:
     """Factor of the learning rate: rising over `steps` steps, or over the first 1%; then 1."""
     return min(1.0, (step + 1) / (steps or max(1.0, total / 100)))
