@@ -146,8 +146,6 @@ FIT_STEPS = 500  # steps of a short regression
 FIT_TOKENS = 1024  # tokens of the sample per step
 FIT_RATE = 2e-3  # its learning rate at the first step
 RIDGE = 1e-4  # ridge of least squares, times the mean variance of the inputs
-GRADIENT_WEIGHT = 0.3  # of gradients beside states in the principal directions; 0: none
-GRADIENT_ROWS = 16  # rows of the sample in one backward pass
 
 # From each BERT that can be packed to its packed model.
 PACKED: dict[type[PreTrainedModel], type[PackedBertPreTrainedModel]] = {
@@ -219,7 +217,7 @@ def fit_to_teacher(
         torch.autocast, teacher.device.type, dtype=torch.bfloat16, enabled=bf16
     )
     sample = Sample(list(batches), autocast)
-    directions = principal_directions(teacher, sample, packed.config.hidden_size)
+    directions = principal_directions(bert, sample, packed.config.hidden_size)
     target = sample.embed(bert.embeddings)
     fit = Fit(sample, directions, Regression(autocast))
     state = _fit_embeddings(packed, fit, target)
@@ -244,7 +242,7 @@ class Sample:
     """The T tokens of some batches in a row, without padding."""
 
     def __init__(self, batches: Sequence[Batch], autocast: Callable[[], Any]) -> None:
-        self.batches, self.autocast = batches, autocast
+        self.autocast = autocast
         self.masks = [batch["attention_mask"].bool() for batch in batches]
         self.inputs = {
             name: torch.cat([b[name][mask] for b, mask in zip(batches, self.masks, strict=True)])
@@ -270,23 +268,20 @@ class Sample:
         return torch.cat(results)
 
 
-def principal_directions(teacher: PreTrainedModel, sample: Sample, width: int) -> Tensor:
+def principal_directions(bert: BertModel, sample: Sample, width: int) -> Tensor:
     """Orthonormal directions P [H, h] that keep most of the teacher's hidden states.
 
     They are the principal directions of all states together, with the second moments of each state
-    scaled to trace 1, and of `gradient_moments`. The states are not centred, because LayerNorm
-    divides by a norm that contains the mean. LayerNorm also removes the direction (1, ..., 1). A
-    reflection therefore turns the last principal direction, whose loss costs least, into this
-    direction. At full width P is the identity.
+    scaled to trace 1. The states are not centred, because LayerNorm divides by a norm that contains
+    the mean. LayerNorm also removes the direction (1, ..., 1). A reflection therefore turns the
+    last principal direction, whose loss costs least, into this direction. At full width P is the
+    identity.
     """
-    bert = cast(BertModel, teacher.base_model)
     full = bert.config.hidden_size
     device = sample.inputs["input_ids"].device
     if width == full:
         return torch.eye(full, dtype=torch.float64, device=device)
     moments = torch.zeros(full, full, dtype=torch.float64, device=device)
-    if GRADIENT_WEIGHT:
-        moments += GRADIENT_WEIGHT * gradient_moments(teacher, sample)
     state = sample.embed(bert.embeddings)
     for layer in (None, *bert_layers(bert)):
         state = sample.attend(layer, state) if layer else state
@@ -297,53 +292,6 @@ def principal_directions(teacher: PreTrainedModel, sample: Sample, width: int) -
     reflected[-1] -= 1.0
     reflected /= reflected.norm()
     return principal - 2 * torch.outer(principal @ reflected, reflected)
-
-
-def gradient_moments(teacher: PreTrainedModel, sample: Sample) -> Tensor:
-    """Second moments of the gradients of `random_loss` at the teacher's hidden states, [H, H].
-
-    Those of each state are scaled to trace 1 and then summed.
-    """
-    bert, generator = cast(BertModel, teacher.base_model), torch.Generator().manual_seed(1)
-    layers, full = bert_layers(bert), bert.config.hidden_size
-    moments = torch.zeros(len(layers) + 1, full, full, dtype=torch.float64, device=bert.device)
-    for batch in sample.batches:
-        for begin in range(0, len(batch["input_ids"]), GRADIENT_ROWS):
-            part = {name: each[begin : begin + GRADIENT_ROWS] for name, each in batch.items()}
-            mask = part.pop("attention_mask").bool()
-            with torch.enable_grad(), sample.autocast():
-                states = [bert.embeddings(**part).detach().requires_grad_()]
-                for layer in layers:
-                    states.append(layer(states[-1], mask[:, None, None, :]))
-                loss = random_loss(teacher, states[-1], mask, generator)
-            for i, gradient in enumerate(torch.autograd.grad(loss, states)):
-                tokens = gradient[mask].float()
-                moments[i] += (tokens.T @ tokens).double()
-    traces = moments.diagonal(dim1=1, dim2=2).sum(dim=1)
-    return (moments / traces[:, None, None]).sum(dim=0)
-
-
-def random_loss(
-    teacher: PreTrainedModel, state: Tensor, mask: Tensor, generator: torch.Generator
-) -> Tensor:
-    """A random sum of the teacher's outputs. The mean square of its gradient along a direction
-    tells how much a student's loss of outputs rises when its state errs in that direction.
-
-    The noise has the covariance of that loss's Hessian where there is no error: diag(p) - p p^T
-    for the probabilities p of start or end (the Fisher information), the identity for an embedding.
-
-    Args:
-        state: the last state, [B, L, H].
-        mask: bool [B, L], True for tokens.
-    """
-    if isinstance(teacher, BertForEmbedding):
-        embedding = teacher.embed(state, mask.long()).float()
-        return (embedding * torch.randn(embedding.shape, generator=generator).to(mask.device)).sum()
-    logits = cast(BertForQuestionAnswering, teacher).qa_outputs(state).float()
-    logits = logits.masked_fill(~mask[:, :, None], torch.finfo(logits.dtype).min)
-    p = logits.detach().softmax(dim=1)
-    noise = p.sqrt() * torch.randn(p.shape, generator=generator).to(mask.device)
-    return (logits * (noise - p * noise.sum(dim=1, keepdim=True))).sum()
 
 
 def least_squares(

@@ -33,17 +33,17 @@ from training.run import Run
 principal_directions = bert_pack.principal_directions
 
 
-def random_directions(teacher: object, sample: object, width: int) -> Tensor:
+def random_directions(bert: object, sample: object, width: int) -> Tensor:
     generator = torch.Generator().manual_seed(0)
-    full = teacher.config.hidden_size
+    full = bert.config.hidden_size
     return torch.linalg.qr(torch.randn(full, width, generator=generator, dtype=torch.float64))[0]
 
 
-def rotated_directions(teacher: object, sample: object, width: int) -> Tensor:
+def rotated_directions(bert: object, sample: object, width: int) -> Tensor:
     """The space of the principal directions, in random axes."""
     generator = torch.Generator().manual_seed(0)
     axes = torch.linalg.qr(torch.randn(width, width, generator=generator, dtype=torch.float64))[0]
-    return principal_directions(teacher, sample, width) @ axes
+    return principal_directions(bert, sample, width) @ axes
 
 
 @contextmanager

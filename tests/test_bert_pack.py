@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import sys
 from pathlib import Path
@@ -20,22 +19,17 @@ from transformers import (
     PreTrainedModel,
 )
 
-import bert_pack
 from bert.attention import fuse_attention
-from bert.embedding import BertForEmbedding
 from bert.packed import PackedBertForQuestionAnswering, PackedBertModel, merge
 from bert_pack import (
     STARTS,
     HeadImportance,
     PackCfg,
-    Sample,
     check_pack_cfg,
     pack,
     packed_config,
     parse_pack_cfg,
-    principal_directions,
     prune_heads,
-    random_loss,
     size_of,
 )
 from cli import UserError
@@ -150,54 +144,6 @@ def test_packing_is_deterministic(teacher: PreTrainedModel) -> None:
         torch.manual_seed(seed)
         weights.append(pack(teacher, SMALL, sample()).state_dict())
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
-
-
-@pytest.mark.parametrize("task", ["question answering", "embeddings"])
-def test_gradients_tell_how_much_an_error_of_a_state_costs(
-    teacher: PreTrainedModel, task: str
-) -> None:
-    # The mean square of the gradient along a direction is the second derivative of the loss.
-    generator = torch.Generator().manual_seed(0)
-    mask = batch([5, 9])["attention_mask"].bool()
-    state = torch.randn(2, 9, 32, generator=generator, requires_grad=True)
-    if task == "embeddings":
-        model: PreTrainedModel = BertForEmbedding(teacher.config)
-        model.config.pooling = "mean"
-    else:
-        model = teacher
-
-    def outputs(state: Tensor) -> Tensor:
-        if task == "embeddings":
-            return model.embed(state, mask.long())
-        hidden = model.qa_outputs(state).masked_fill(~mask[:, :, None], -1e9)
-        return hidden.log_softmax(dim=1)
-
-    direction = 1e-2 * torch.randn(state.shape, generator=generator)
-    with torch.no_grad():
-        exact, moved = outputs(state), outputs(state + direction)
-        if task == "embeddings":
-            cost = (moved - exact).square().sum()
-        else:
-            cost = 2 * (exact.exp() * (exact - moved)).sum()
-    found = []
-    for _ in range(3000):
-        loss = random_loss(model, state, mask, generator)
-        (gradient,) = torch.autograd.grad(loss, state)
-        found.append((gradient * direction).sum().square())
-    assert torch.stack(found).mean() == pytest.approx(float(cost), rel=0.15)
-
-
-def test_directions_keep_the_part_of_states_that_the_output_reads(
-    teacher: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    head = teacher.qa_outputs.weight.double()
-    kept = []
-    for weight in (0.0, 1.0):
-        monkeypatch.setattr(bert_pack, "GRADIENT_WEIGHT", weight)
-        found = principal_directions(teacher, Sample(sample(), contextlib.nullcontext), 16)
-        assert torch.allclose(found.T @ found, torch.eye(16, dtype=torch.float64))
-        kept.append((head @ found).square().sum() / head.square().sum())
-    assert kept[0] < 0.8 < 0.9 < kept[1]
 
 
 def test_layers_come_from_the_last_of_the_teachers_they_stand_for(teacher: PreTrainedModel) -> None:
