@@ -29,7 +29,7 @@ class Answer:
 
     Attributes:
         text: the answer, in the text's own words.
-        probability: its probability in its window.
+        probability: its score, `squad_utils.span_scores`.
         start, end: its place in the given text, or in the whole file if the text is a paragraph
             of one; in code points.
         sentence: the sentence or sentences that contain it.
@@ -62,6 +62,7 @@ class Reader:
         max_answer_length: the most tokens of an answer.
         threshold: a no-answer score above it means that there is no answer; None for a SQuAD 1.1
             model, which answers every question.
+        temperature: of scores.
     """
 
     folder: str
@@ -73,6 +74,7 @@ class Reader:
     doc_stride: int
     max_answer_length: int
     threshold: float | None
+    temperature: float
     _last: dict[str, Tokens] = field(default_factory=dict)
 
     def tokens(self, text: str) -> Tokens:
@@ -126,14 +128,14 @@ class Reader:
         spans = self._spans(tokens, asked, top_k) if len(tokens.ids) else []
         no_answer = None
         if spans and self.threshold is not None:  # by the best span
-            no_answer = math.exp(min(spans[0][1] - spans[0][0], 700.0)) > self.threshold
+            no_answer = math.exp(min(-spans[0][1], 700.0)) > self.threshold
         answers = []
-        for log_prob, _, begin, end in spans:
+        for score, _, begin, end in spans:
             first, stop = sentence_around(text, begin, end)
             answers.append(
                 Answer(
                     text[begin:end],
-                    math.exp(log_prob),
+                    score,
                     begin,
                     end,
                     text[first:stop],
@@ -148,8 +150,8 @@ class Reader:
     ) -> list[tuple[float, float, int, int]]:
         """The most probable spans of a text that do not overlap, best first.
 
-        Each is the log-probability of the span, that of no answer in the same window, and the
-        characters where the span begins and ends.
+        Each is the span's score, its log odds against no answer, and the characters where it begins
+        and ends.
         """
         data = SquadData("", [], [""], ["question"], [""], np.zeros(1, np.int32), [[]],
                          np.zeros(1, bool), True, "")  # fmt: skip
@@ -160,13 +162,15 @@ class Reader:
         taken = np.zeros(len(offsets), bool)
         logits = [self._logits(windows, window) for window in range(len(windows))]
         best = [self._best(windows, w, each, taken) for w, each in enumerate(logits)]
+        total = np.logaddexp.reduce([span[1] for span in best])
         spans: list[tuple[float, float, int, int]] = []
         while len(spans) < count:
-            log_prob, no_answer, first, last = max(best, key=lambda span: span[0])
-            if not np.isfinite(log_prob):
+            odds, _, first, last = max(best, key=lambda span: span[0])
+            if not np.isfinite(odds):
                 break
             begin, end = int(offsets[first, 0]), int(offsets[last, 1])
-            spans.append((log_prob, no_answer, begin, end))
+            score = float(squad_utils.span_scores(odds, total, self.temperature))
+            spans.append((score, odds, begin, end))
             # Tokens may share a character.
             new = (offsets[:, 0] < end) & (offsets[:, 1] > begin)
             new[first : last + 1] = True
@@ -194,23 +198,25 @@ class Reader:
     ) -> tuple[float, float, int, int]:
         """The most probable span of a window without taken tokens.
 
-        It is the log-probability of the span, that of no answer, and the first and last token in
-        the text.
+        It is the span's log odds against no answer, the sum over all spans as `best_spans` has it,
+        and the first and last token in the text.
         """
         chosen = np.array([window])
         first, at = int(windows.first[window]), int(windows.context_at[window])
         length = int(windows.length[window])
         in_window = np.zeros((1, self.length), bool)
         in_window[0, at : at + length] = taken[first : first + length]
-        start, end, log_prob, no_answer = squad_utils.best_spans(
+        start, end, odds, total = squad_utils.best_spans(
             *logits,
             windows.total_lengths[chosen],
             windows.context_at[chosen],
             self.max_answer_length,
             in_window,
+            windows.own[chosen],
+            self.temperature,
         )
         shift = first - at
-        return float(log_prob[0]), float(no_answer[0]), int(start[0]) + shift, int(end[0]) + shift
+        return float(odds[0]), float(total[0]), int(start[0]) + shift, int(end[0]) + shift
 
 
 def load(folder: str, runtime: Runtime | None = None) -> Reader:
@@ -231,6 +237,7 @@ def load(folder: str, runtime: Runtime | None = None) -> Reader:
         lengths["doc_stride"],
         lengths["max_answer_length"],
         model.settings.null_threshold,
+        model.settings.temperature,
     )
 
 
