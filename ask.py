@@ -93,7 +93,7 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def show(answers: list[Answer]) -> None:
-    """Print answers to read: probability, answer, its sentence, and its source."""
+    """Print answers to read: score, answer, its sentence, and its source."""
     colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ
     if answers and answers[0].no_answer and answers[0].source is None:
         print("  no answer in this text; the nearest there is:")
@@ -102,7 +102,7 @@ def show(answers: list[Answer]) -> None:
         after = each.offset + len(each.text)
         sentence = each.sentence[: each.offset] + marked + each.sentence[after:]
         unsure = "  (it may have no answer)" if each.no_answer and each.source else ""
-        print(f"  {rank}. {each.probability:6.1%}  {' '.join(each.text.split())}{unsure}")
+        print(f"  {rank}. {each.score:6.1%}  {' '.join(each.text.split())}{unsure}")
         print(f"             {' '.join(sentence.split())}")
         if each.source is not None:
             print(f"             {each.source.source}, distance {each.distance:.3f}")
@@ -113,6 +113,7 @@ def as_record(answer: Answer) -> dict[str, Any]:
     """An answer for JSON, with `no_answer` only if the model is one for SQuAD 2.0."""
     record: dict[str, Any] = {
         "text": answer.text,
+        "score": answer.score,
         "probability": answer.probability,
         "start": answer.start,
         "end": answer.end,

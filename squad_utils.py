@@ -771,7 +771,9 @@ def best_spans(
     return first, first + extra, highest, shift[:, 0] / temperature + sums
 
 
-def span_scores(odds: np.ndarray, total: np.ndarray, temperature: float) -> np.ndarray:
+def span_scores(
+    odds: np.ndarray | float, total: np.ndarray | float, temperature: float
+) -> np.ndarray:
     """The scores of spans: a softmax over all spans of all windows read, and no answer.
 
     Args:
@@ -780,7 +782,8 @@ def span_scores(odds: np.ndarray, total: np.ndarray, temperature: float) -> np.n
             `best_spans` for each window, joined by logaddexp.
         temperature: of the softmax, as `fit_temperature` finds it.
     """
-    return np.exp(odds / temperature - np.logaddexp(total, 0.0))  # no answer has log odds 0
+    # No answer has log odds 0.
+    return np.exp(np.asarray(odds) / temperature - np.logaddexp(total, 0.0))
 
 
 def fit_temperature(scores: Callable[[float], np.ndarray], right: np.ndarray) -> float:

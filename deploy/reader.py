@@ -2,7 +2,7 @@
 
 model = reader.load("models/demo-qa")
 for answer in model.answers(text, "Who designed the lighthouse?"):
-    print(answer.text, answer.probability, text[answer.start : answer.end])
+    print(answer.text, answer.score, text[answer.start : answer.end])
 """
 
 from __future__ import annotations
@@ -29,17 +29,19 @@ class Answer:
 
     Attributes:
         text: the answer, in the text's own words.
-        probability: its score, `squad_utils.span_scores`.
+        score: how probable it is among all spans of all texts read, and no answer; calibrated.
+        probability: its probability in its window alone; `score` replaces it.
         start, end: its place in the given text, or in the whole file if the text is a paragraph
             of one; in code points.
         sentence: the sentence or sentences that contain it.
         offset: where it begins in `sentence`.
-        no_answer: whether it is more probable that there is no answer; None for a SQuAD 1.1 model.
+        no_answer: whether no answer in all texts read is more probable; None for a SQuAD 1.1 model.
         source: the paragraph that it comes from, if there are many; else None.
         distance: the distance of that paragraph from the question, or None.
     """
 
     text: str
+    score: float
     probability: float
     start: int
     end: int
@@ -74,7 +76,7 @@ class Reader:
     doc_stride: int
     max_answer_length: int
     threshold: float | None
-    temperature: float
+    temperature: float = 1.0
     _last: dict[str, Tokens] = field(default_factory=dict)
 
     def tokens(self, text: str) -> Tokens:
@@ -92,7 +94,7 @@ class Reader:
         Raises:
             UserError: the model's logits are not finite.
         """
-        return self._answers(text, self._question(question), top_k)
+        return [answer for _, answer in self._answers([text], question, top_k)]
 
     def answers_from(
         self, nearest: Sequence[tuple[Paragraph, float]], question: str, top_k: int = 3
@@ -101,57 +103,61 @@ class Reader:
 
         Answers that overlap in a file, as in parts of a long paragraph, count once.
         """
-        asked = self._question(question)
-        found = [
-            replace(
-                answer,
-                start=answer.start + paragraph.start,
-                end=answer.end + paragraph.start,
+        best: list[Answer] = []
+        texts = [paragraph.text for paragraph, _ in nearest]
+        for i, found in self._answers(texts, question, top_k):
+            paragraph, distance = nearest[i]
+            answer = replace(
+                found,
+                start=found.start + paragraph.start,
+                end=found.end + paragraph.start,
                 source=paragraph,
                 distance=distance,
             )
-            for paragraph, distance in nearest
-            for answer in self._answers(paragraph.text, asked, top_k)
-        ]
-        best: list[Answer] = []
-        for answer in sorted(found, key=lambda answer: -answer.probability):
             if len(best) < top_k and not any(_overlap(answer, each) for each in best):
                 best.append(answer)
         return best
 
-    def _question(self, question: str) -> Tokens:
-        return question_tokens(self.tokenizer, question, self.max_query_length, "the model")
-
-    def _answers(self, text: str, asked: Tokens, top_k: int) -> list[Answer]:
-        """`answers` to a question that is given as tokens."""
-        tokens = self.tokens(text)
-        spans = self._spans(tokens, asked, top_k) if len(tokens.ids) else []
+    def _answers(self, texts: Sequence[str], question: str, top_k: int) -> list[tuple[int, Answer]]:
+        """The best answers of each text that do not overlap, with the text's place; best first."""
+        asked = question_tokens(self.tokenizer, question, self.max_query_length, "the model")
+        found: list[tuple[float, float, int, int, int]] = []
+        total = -math.inf  # over the spans of all texts
+        for i, text in enumerate(texts):
+            tokens = self.tokens(text)
+            if len(tokens.ids):
+                spans, of_text = self._spans(tokens, asked, top_k)
+                found += [(*span, i) for span in spans]
+                total = float(np.logaddexp(total, of_text))
+        found.sort(key=lambda span: -span[0])
         no_answer = None
-        if spans and self.threshold is not None:  # by the best span
-            no_answer = math.exp(min(-spans[0][1], 700.0)) > self.threshold
+        if found and self.threshold is not None:  # by the best span
+            no_answer = math.exp(min(-found[0][0], 700.0)) > self.threshold
         answers = []
-        for score, _, begin, end in spans:
+        for odds, probability, begin, end, i in found:
+            text = texts[i]
             first, stop = sentence_around(text, begin, end)
-            answers.append(
-                Answer(
-                    text[begin:end],
-                    score,
-                    begin,
-                    end,
-                    text[first:stop],
-                    begin - first,
-                    no_answer,
-                )
+            answer = Answer(
+                text[begin:end],
+                float(squad_utils.span_scores(odds, total, self.temperature)),
+                probability,
+                begin,
+                end,
+                text[first:stop],
+                begin - first,
+                no_answer,
             )
+            answers.append((i, answer))
         return answers
 
     def _spans(
         self, tokens: Tokens, asked: Tokens, count: int
-    ) -> list[tuple[float, float, int, int]]:
+    ) -> tuple[list[tuple[float, float, int, int]], float]:
         """The most probable spans of a text that do not overlap, best first.
 
-        Each is the span's score, its log odds against no answer, and the characters where it begins
-        and ends.
+        Returns:
+            for each span its log odds against no answer, its probability in its window, and the
+            characters where it begins and ends; and the sum over all spans, as `best_spans` has it.
         """
         data = SquadData("", [], [""], ["question"], [""], np.zeros(1, np.int32), [[]],
                          np.zeros(1, bool), True, "")  # fmt: skip
@@ -162,15 +168,15 @@ class Reader:
         taken = np.zeros(len(offsets), bool)
         logits = [self._logits(windows, window) for window in range(len(windows))]
         best = [self._best(windows, w, each, taken) for w, each in enumerate(logits)]
-        total = np.logaddexp.reduce([span[1] for span in best])
+        total = float(np.logaddexp.reduce([span[1] for span in best]))
         spans: list[tuple[float, float, int, int]] = []
         while len(spans) < count:
-            odds, _, first, last = max(best, key=lambda span: span[0])
+            w = int(np.argmax([span[0] for span in best]))
+            odds, _, first, last = best[w]
             if not np.isfinite(odds):
                 break
             begin, end = int(offsets[first, 0]), int(offsets[last, 1])
-            score = float(squad_utils.span_scores(odds, total, self.temperature))
-            spans.append((score, odds, begin, end))
+            spans.append((odds, _probability(windows, w, logits[w], first, last), begin, end))
             # Tokens may share a character.
             new = (offsets[:, 0] < end) & (offsets[:, 1] > begin)
             new[first : last + 1] = True
@@ -178,7 +184,7 @@ class Reader:
             for w, each in enumerate(logits):
                 if new[windows.first[w] : windows.first[w] + windows.length[w]].any():
                     best[w] = self._best(windows, w, each, taken)
-        return spans
+        return spans, total
 
     def _logits(self, windows: Windows, window: int) -> tuple[np.ndarray, np.ndarray]:
         """Start and end logits of a window, float32 [1, L]."""
@@ -239,6 +245,18 @@ def load(folder: str, runtime: Runtime | None = None) -> Reader:
         model.settings.null_threshold,
         model.settings.temperature,
     )
+
+
+def _probability(
+    windows: Windows, window: int, logits: tuple[np.ndarray, np.ndarray], first: int, last: int
+) -> float:
+    """The probability of a span in its window alone: of its start times that of its end."""
+    shift = int(windows.context_at[window] - windows.first[window])
+    log_prob = 0.0
+    for values, at in zip(logits, (first, last), strict=True):
+        real = values[0, : windows.total_lengths[window]].astype(np.float64)
+        log_prob += real[at + shift] - np.logaddexp.reduce(real)
+    return math.exp(log_prob)
 
 
 def _overlap(one: Answer, other: Answer) -> bool:

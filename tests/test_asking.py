@@ -22,7 +22,7 @@ from calls import call, error_line
 from conftest import ROOT
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_answers import all_spans
+from test_answers import all_spans, log_sum
 from test_runtime import WEIGHT, qa_folder
 from tokenizers import Tokenizer
 from tokenizers.models import BPE, WordPiece
@@ -776,29 +776,58 @@ def test_answers_are_the_best_of_all_windows_that_do_not_overlap(
     """By a plain search: all spans of all windows, the best first, less those that overlap."""
     text = " ".join("abcdefgh"[i % 8] for i in range(words))  # a token every second character
     infer = random_logits(seed, scale)
-    model = make_reader(infer, length=18, max_answer_length=most)
+    model = make_reader(infer, length=18, max_answer_length=most, temperature=2.0)
     found = model.answers(text, "a b", top_k)
     ids = [VOCABULARY[letter] for letter in text.split()]
-    room, spans = 18 - 5, []
+    room = 18 - 5
+    spans: dict[tuple[int, int], tuple[int, float]] = {}
     starts = [0] if words <= room else [*range(0, words - room, 8), words - room]
     for first in starts:
         part = ids[first : first + room]
         row = [2, VOCABULARY["a"], VOCABULARY["b"], 3, *part, 3]
         start, end = infer({"input_ids": np.array([row + [0] * (18 - len(row))])})
-        for log_prob, i, j in all_spans(
+        for odds, i, j in all_spans(
             start[0, : len(row)].tolist(), end[0, : len(row)].tolist(), 4, most
         ):
-            spans.append((log_prob, first + i - 4, first + j - 4))
+            span, around = (first + i - 4, first + j - 4), min(i - 4, len(row) - 2 - j)
+            if around > spans.get(span, (-1, 0.0))[0]:  # counts where it has most around it
+                spans[span] = around, odds
     expected: list[tuple[float, int, int]] = []
-    for log_prob, i, j in sorted(spans, key=lambda span: -span[0]):
+    for (i, j), (_, odds) in sorted(spans.items(), key=lambda each: -each[1][1]):
         if len(expected) < top_k and all(j < a or i > b for _, a, b in expected):
-            expected.append((log_prob, i, j))
+            expected.append((odds, i, j))
     assert [(each.start, each.end) for each in found] == [
         (2 * i, 2 * j + 1) for _, i, j in expected
     ]
-    assert [each.probability for each in found] == pytest.approx(
-        [np.exp(log_prob) for log_prob, _, _ in expected]
+    total = log_sum([0.0, *(odds / 2 for _, odds in spans.values())])
+    assert [each.score for each in found] == pytest.approx(
+        [np.exp(odds / 2 - total) for odds, _, _ in expected]
     )
+
+
+def test_scores_of_paragraphs_compare() -> None:
+    """One softmax over the spans of all paragraphs: what is certain in a window alone is not, if
+    another window has more odds against [CLS]."""
+
+    def infer(arrays: dict[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+        ids = arrays["input_ids"]
+        logits = np.full(ids.shape, -50.0, np.float32)
+        for letter, value in (("c", 3.0), ("d", 1.0)):
+            logits[ids == VOCABULARY[letter]] = value
+        logits[:, 0] = 0
+        return logits, logits
+
+    model = make_reader(infer, temperature=2.0, threshold=1.0)
+    nearest = [(documents.Paragraph("a d b", "one.txt", 1, 0), 0.1),
+               (documents.Paragraph("c b", "two.txt", 1, 0), 0.2)]  # fmt: skip
+    found = model.answers_from(nearest, "a", 2)
+    total = 1 + np.exp(3) + np.exp(1)
+    assert [each.text for each in found] == ["c", "d"]
+    assert [each.score for each in found] == pytest.approx([np.exp(3) / total, np.exp(1) / total])
+    assert [each.no_answer for each in found] == [False, False]
+    assert found[1].probability > 0.5  # in its window
+    nothing = model.answers_from([(documents.Paragraph("b b", "three.txt", 1, 0), 0.1)], "a", 2)
+    assert all(each.no_answer and each.score < 1e-9 for each in nothing)
 
 
 def near_one_place(arrays: dict[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
