@@ -29,8 +29,7 @@ import argparse
 import itertools
 import json
 import sys
-from collections.abc import Callable, Iterator
-from dataclasses import replace
+from collections.abc import Iterator
 from types import FrameType
 from typing import Any, NoReturn
 
@@ -43,11 +42,9 @@ from cli import (
     number,
     run_main,
 )
-from deploy import documents, reader
-from deploy.documents import Paragraph
-from deploy.reader import Answer
-from deploy.runtime import PRECISIONS, RUNTIMES, Runtime
-from deploy.search import build_index, load_embedder
+from deploy.reader import TOP_CONTEXTS, TOP_K, WHOLE, Answer, Reader
+from deploy.runtime import PRECISIONS, RUNTIMES
+from deploy.search import Found
 
 HIGHLIGHT, PLAIN = "\033[1;30;43m", "\033[0m"
 
@@ -61,18 +58,20 @@ def parse_arguments() -> argparse.Namespace:
         " --model_emb finds)")  # fmt: skip
     add("--model_emb", metavar="FOLDER",
         help="embedding model that finds the paragraphs to read: an output folder, or the"
-        " model.onnx in it (default: none, read all of one text)")  # fmt: skip
+        " model.onnx in it (default: none, read all of one file; find paragraphs of several by"
+        " their words)")  # fmt: skip
     add = parser.group("texts and questions").add_argument
     add("--context", required=True, nargs="+", metavar="FILE",
-        help="UTF-8 text with the answers; --model_emb allows several files, and folders, of"
-        " which the .txt and .md files are read")  # fmt: skip
-    add("--top_contexts", type=number(int, 1, 1000), default=5, metavar="N",
-        help="paragraphs to read per question, with --model_emb")  # fmt: skip
+        help="UTF-8 texts with the answers: files, and folders, of which the .txt and .md files"
+        " are read")  # fmt: skip
+    add("--top_contexts", type=number(int, 1, 1000), default=TOP_CONTEXTS, metavar="N",
+        help="paragraphs to read per question; without --model_emb, one file is read as a"
+        " whole")  # fmt: skip
     add("--question", action="append", metavar="TEXT",
         help="a question; may be given several times (default: type questions at a prompt, or pipe"
         " them in, one per line, in UTF-8)")  # fmt: skip
     add = parser.group("answers").add_argument
-    add("--top_k", type=number(int, 1, 50), default=3, metavar="N",
+    add("--top_k", type=number(int, 1, 50), default=TOP_K, metavar="N",
         help="answers to show per question")  # fmt: skip
     add("--json", action="store_true",
         help="print one JSON object per question, each on its own line; an answer's start and end"
@@ -95,42 +94,24 @@ def parse_arguments() -> argparse.Namespace:
 def show(answers: list[Answer]) -> None:
     """Print answers to read: score, answer, its sentence, and its source."""
     colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ
-    if answers and answers[0].no_answer and answers[0].source is None:
-        print("  no answer in this text; the nearest there is:")
+    if answers and answers[0].no_answer:
+        print("  no answer in what was read; the nearest there is:")
     for rank, each in enumerate(answers, 1):
         marked = f"{HIGHLIGHT}{each.text}{PLAIN}" if colour else each.text
         after = each.offset + len(each.text)
         sentence = each.sentence[: each.offset] + marked + each.sentence[after:]
-        unsure = "  (it may have no answer)" if each.no_answer and each.source else ""
-        print(f"  {rank}. {each.score:6.1%}  {' '.join(each.text.split())}{unsure}")
+        print(f"  {rank}. {each.score:6.1%}  {' '.join(each.text.split())}")
         print(f"             {' '.join(sentence.split())}")
-        if each.source is not None:
-            print(f"             {each.source.source}, distance {each.distance:.3f}")
+        near = "" if each.distance is None else f", distance {each.distance:.3f}"
+        print(f"             {each.source}{near}")
     print(flush=True)
 
 
-def as_record(answer: Answer) -> dict[str, Any]:
-    """An answer for JSON, with `no_answer` only if the model is one for SQuAD 2.0."""
-    record: dict[str, Any] = {
-        "text": answer.text,
-        "score": answer.score,
-        "probability": answer.probability,
-        "start": answer.start,
-        "end": answer.end,
-        "sentence": answer.sentence,
-    }
-    if answer.source is not None:
-        record |= {"source": answer.source.source, "paragraph": answer.source.text}
-        record["distance"] = answer.distance
-        if answer.no_answer is not None:
-            record["no_answer"] = answer.no_answer
-    return record
-
-
-def show_paragraphs(nearest: list[tuple[Paragraph, float]]) -> None:
-    """Print the paragraphs nearest to a question, to read."""
-    for rank, (paragraph, distance) in enumerate(nearest, 1):
-        print(f"  {rank}. {paragraph.source}, distance {distance:.3f}")
+def show_paragraphs(found: list[Found]) -> None:
+    """Print the paragraphs that a question found, to read."""
+    for rank, (paragraph, _, distance) in enumerate(found, 1):
+        near = "" if distance is None else f", distance {distance:.3f}"
+        print(f"  {rank}. {paragraph.source}{near}")
         print(f"     {' '.join(paragraph.text.split())}")
     print(flush=True)
 
@@ -139,18 +120,6 @@ def print_json(question: str, **found: Any) -> None:
     """Print the results as one line of JSON, with escapes if stdout's encoding is not UTF-8."""
     escaped = (sys.stdout.encoding or "").lower().replace("-", "") != "utf8"
     print(json.dumps({"question": question, **found}, ensure_ascii=escaped), flush=True)
-
-
-def print_answers(as_json: bool, question: str, answers: list[Answer], **more: Any) -> None:
-    """Print the answers to a question.
-
-    Args:
-        more: further values for JSON.
-    """
-    if as_json:
-        print_json(question, **more, answers=[as_record(each) for each in answers])
-    else:
-        show(answers)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -202,56 +171,20 @@ def check_streams(args: argparse.Namespace) -> None:
         raise UserError("--context is read from stdin: give each question by --question")
 
 
-def ask_text(args: argparse.Namespace) -> Callable[[str], None]:
-    """The function that prints the answers to a question from one text."""
-    if len(args.context) > 1:
-        raise UserError("--context: several files need --model_emb, which finds paragraphs to read")
-    file = documents.read_file(args.context[0])
-    model = reader.load(args.model, Runtime(args.runtime, args.runtime_precision))
-    if not len(model.tokens(file.text).ids):
-        raise UserError(f"--context: {args.context[0]} has no text")
-
-    def ask(question: str) -> None:
-        answers = [
-            replace(each, start=each.start + file.start, end=each.end + file.start)
-            for each in model.answers(file.text, question, args.top_k)
-        ]
-        knows_none = model.threshold is not None and answers
-        none = {"no_answer": answers[0].no_answer} if knows_none else {}
-        print_answers(args.json, question, answers, **none)
-
-    return ask
-
-
-def ask_texts(args: argparse.Namespace) -> Callable[[str], None]:
-    """The function that prints the answers to a question from many texts, or, without --model, the
-    nearest paragraphs."""
-    runtime = Runtime(args.runtime, args.runtime_precision)
-    embedder = load_embedder(args.model_emb, runtime)
-    model = reader.load(args.model, runtime) if args.model else None
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # stopped, an index saves its vectors
-    index = build_index(embedder, args.context)
-
-    def ask(question: str) -> None:
-        nearest = index.nearest(embedder.question(question), args.top_contexts)
-        if model is not None:
-            print_answers(args.json, question, model.answers_from(nearest, question, args.top_k))
-        elif args.json:
-            paragraphs = [
-                {
-                    "source": each.source,
-                    "paragraph": each.text,
-                    "start": each.start,
-                    "end": each.start + len(each.text),
-                    "distance": distance,
-                }
-                for each, distance in nearest
-            ]
-            print_json(question, paragraphs=paragraphs)
+def ask(reader: Reader, question: str, args: argparse.Namespace) -> None:
+    """Print the answers to a question, or, without --model, the paragraphs that it finds."""
+    if args.model is None:
+        found = reader.paragraphs(question, args.top_contexts)
+        if args.json:
+            print_json(question, paragraphs=[each.as_record() for each in found])
         else:
-            show_paragraphs(nearest)
-
-    return ask
+            show_paragraphs(found)
+        return
+    answers = reader(question, top_k=args.top_k, top_contexts=args.top_contexts)
+    if args.json:
+        print_json(question, answers=[each.as_record() for each in answers])
+    else:
+        show(answers)
 
 
 def main() -> None:
@@ -260,13 +193,21 @@ def main() -> None:
     check_streams(args)
     if not args.model and not args.model_emb:
         raise UserError("give --model, which reads a text, --model_emb, which finds texts, or both")
-    args.context = [os.path.expanduser(path) for path in args.context]
+    one_file = len(args.context) == 1 and not os.path.isdir(os.path.expanduser(args.context[0]))
+    reader = Reader(
+        args.model,
+        args.model_emb,
+        search=WHOLE if one_file and not args.model_emb else None,
+        runtime=args.runtime,
+        runtime_precision=args.runtime_precision,
+    )
     try:
-        ask = ask_texts(args) if args.model_emb else ask_text(args)
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # an index saves its vectors
+        reader.add(args.context, "--context")
         for question in args.question or questions_from_input():
             if not args.json and (args.question or not sys.stdin.isatty()):
                 print(question)
-            ask(question)
+            ask(reader, question, args)
     except KeyboardInterrupt:
         raise Interrupted("stopped", signal.SIGINT) from None
 

@@ -379,8 +379,11 @@ def tokenize(
         with_offsets: keep character offsets too.
         description: the text beside the progress bar.
     """
-    tokenizer.no_truncation()
-    tokenizer.no_padding()
+    # Only if it is needed: another thread may be using the tokenizer, which then cannot change.
+    if tokenizer.truncation is not None:
+        tokenizer.no_truncation()
+    if tokenizer.padding is not None:
+        tokenizer.no_padding()
     encode = tokenizer.encode_batch if with_offsets else tokenizer.encode_batch_fast
     ids, offsets, lengths = [np.zeros(0, np.int32)], [np.zeros((0, 2), np.int32)], [0]
     with tqdm(

@@ -1,269 +1,282 @@
-"""Answers from texts, by an exported QA model: the module for programs to import, without torch.
+"""Answers from texts and documents: the module for programs to import, without torch.
 
-model = reader.load("models/demo-qa")
-for answer in model.answers(text, "Who designed the lighthouse?"):
-    print(answer.text, answer.score, text[answer.start : answer.end])
+from deploy.reader import Reader
+
+reader = Reader("models/qa")
+reader("Who designed the lighthouse?", "Ada Brook designed it in 1907.")[0].text
+
+reader = Reader("models/qa", embedder="models/emb").add(["texts/", "notes.md"])
+for answer in reader("Who designed the lighthouse?", top_k=3):
+    print(answer.text, answer.score, answer.source)
 """
 
 from __future__ import annotations
 
-import math
-import os
-from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+import dataclasses
+import threading
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import overload
 
-import numpy as np
-from tokenizers import Tokenizer
-
-import squad_utils
 from cli import UserError
-from deploy.documents import SENTENCE_END, Paragraph
-from deploy.runtime import Infer, Runtime, load_exported, question_tokens
-from deploy.settings import QA
-from squad_utils import SpecialIds, SquadData, Tokens, Windows
+from deploy import documents, qa_model
+from deploy.documents import SENTENCE_END, Document, Source
+from deploy.qa_model import QaModel, Span
+from deploy.runtime import Runtime
+from deploy.search import (
+    ContextIndex,
+    Embedder,
+    Found,
+    Words,
+    build_index,
+    check_method,
+    load_embedder,
+)
+
+TOP_K = 3  # answers per question
+TOP_CONTEXTS = 5  # paragraphs to read per question
+WHOLE = "none"  # a search that finds all documents, each as a whole
 
 
 @dataclass(frozen=True)
 class Answer:
-    """An answer in a text.
+    """An answer.
 
     Attributes:
         text: the answer, in the text's own words.
-        score: how probable it is among all spans of all texts read, and no answer; calibrated.
-        probability: its probability in its window alone; `score` replaces it.
-        start, end: its place in the given text, or in the whole file if the text is a paragraph
-            of one; in code points.
+        score: how sure the model is, 0 to 1; scores compare between texts.
+        start, end: its place in the text that was given, or in its document; in code points.
         sentence: the sentence or sentences that contain it.
+        source: its document and the line or page there, to show; None for a text that was given,
+            and so are those that follow.
+        document: the name of its document.
+        line: its line in the document, from 1; None if the document has pages.
+        page: its page, from 1; None if the document has no pages.
+        paragraph: the text that was read.
+        distance: how far the paragraph's vector is from the question's (L2); None without vectors.
         offset: where it begins in `sentence`.
-        no_answer: whether no answer in all texts read is more probable; None for a SQuAD 1.1 model.
-        source: the paragraph that it comes from, if there are many; else None.
-        distance: the distance of that paragraph from the question, or None.
+        no_answer: whether it is more probable that there is no answer; None for a SQuAD 1.1 model.
+        probability: its probability in its window; `score` replaces it.
     """
 
     text: str
     score: float
-    probability: float
     start: int
     end: int
     sentence: str
+    source: str | None
+    document: str | None
+    line: int | None
+    page: int | None
+    paragraph: str | None
+    distance: float | None
     offset: int
-    no_answer: bool | None = None
-    source: Paragraph | None = None
-    distance: float | None = None
+    no_answer: bool | None
+    probability: float
+
+    def as_record(self) -> dict[str, str | float | bool]:
+        """The answer for JSON, without attributes that are None."""
+        values = dataclasses.asdict(self).items()
+        return {name: value for name, value in values if value is not None and name != "offset"}
 
 
 @dataclass(frozen=True)
-class Reader:
-    """An exported QA model with its tokenizer and settings.
+class _Documents:
+    """Documents by their names, and the index of their paragraphs, if there is one."""
 
-    Attributes:
-        folder: its folder, for messages.
-        infer: the function from inputs to start and end logits, [1, L] each.
-        length: L, the tokens of a window.
-        max_query_length, doc_stride: the values in its training.
-        max_answer_length: the most tokens of an answer.
-        threshold: a no-answer score above it means that there is no answer; None for a SQuAD 1.1
-            model, which answers every question.
-        temperature: of scores.
+    by_name: dict[str, Document]
+    index: ContextIndex | None
+
+    def find(self, question: str, count: int) -> list[Found]:
+        if not self.by_name:
+            raise UserError("there are no documents to read; add some, or give a text")
+        if self.index is None:
+            return [Found(each.whole(), 1.0, None) for each in self.by_name.values()]
+        return self.index.nearest(question, count)
+
+
+class Reader:
+    """A QA model, documents that it reads, and an index to find what to read.
+
+    Threads may ask and add documents at the same time; a question sees all documents of an `add`,
+    or none of them.
+
+    Args:
+        model: the output folder of a QA model, or the model.onnx in it; None only finds paragraphs.
+        embedder: the output folder of an embedding model; None searches by words alone (BM25).
+        search: one of `search.SEARCHES`; None is the best with these models. "none" does no search:
+            each question reads all of every document.
+        runtime: one of `runtime.RUNTIMES`.
+        runtime_precision: one of `runtime.PRECISIONS`.
+
+    Raises:
+        UserError: a folder cannot be loaded, or the search needs what there is not.
     """
 
-    folder: str
-    infer: Infer
-    tokenizer: Tokenizer
-    special: SpecialIds
-    length: int
-    max_query_length: int
-    doc_stride: int
-    max_answer_length: int
-    threshold: float | None
-    temperature: float = 1.0
-    _last: dict[str, Tokens] = field(default_factory=dict)
+    def __init__(
+        self,
+        model: str | QaModel | None,
+        embedder: str | Embedder | None = None,
+        *,
+        search: str | None = None,
+        runtime: str = "auto",
+        runtime_precision: str = "f32",
+    ) -> None:
+        how = Runtime(runtime, runtime_precision)
+        self.embedder = load_embedder(embedder, how) if isinstance(embedder, str) else embedder
+        self.model = qa_model.load(model, how) if isinstance(model, str) else model
+        self.search = search
+        if search not in (None, WHOLE):
+            check_method(search, self.embedder is not None)
+        self.skipped: list[str] = []
+        self._documents = _Documents({}, None)
+        self._adding = threading.Lock()
 
-    def tokens(self, text: str) -> Tokens:
-        """The tokens of a text; the last text's tokens are kept for further questions."""
-        if text not in self._last:
-            self._last.clear()
-            self._last[text] = squad_utils.tokenize(self.tokenizer, [text], True, "")
-        return self._last[text]
+    @overload
+    def __call__(
+        self, question: str, text: str | None = None, *, top_k: int = ..., top_contexts: int = ...
+    ) -> list[Answer]: ...
 
-    def answers(self, text: str, question: str, top_k: int = 3) -> list[Answer]:
-        """The most probable answers in a text of any length that do not overlap, best first.
+    @overload
+    def __call__(
+        self,
+        question: list[str],
+        text: str | None = None,
+        *,
+        top_k: int = ...,
+        top_contexts: int = ...,
+    ) -> list[list[Answer]]: ...
 
-        A text without tokens has no answers.
+    def __call__(
+        self,
+        question: str | list[str],
+        text: str | None = None,
+        *,
+        top_k: int = TOP_K,
+        top_contexts: int = TOP_CONTEXTS,
+    ) -> list[Answer] | list[list[Answer]]:
+        """The best answers that do not overlap, best first; of a list of questions, a list each.
+
+        Args:
+            text: the text to read, of any length; None reads the documents.
+            top_k: the most answers per question.
+            top_contexts: the paragraphs of the documents to read per question.
 
         Raises:
-            UserError: the model's logits are not finite.
+            UserError: there is nothing to read, or the model gives numbers that are not finite.
         """
-        return [answer for _, answer in self._answers([text], question, top_k)]
-
-    def answers_from(
-        self, nearest: Sequence[tuple[Paragraph, float]], question: str, top_k: int = 3
-    ) -> list[Answer]:
-        """The most probable answers in paragraphs, each given with its distance, best first.
-
-        Answers that overlap in a file, as in parts of a long paragraph, count once.
-        """
+        if not isinstance(question, str):
+            return [self(each, text, top_k=top_k, top_contexts=top_contexts) for each in question]
+        if self.model is None:
+            raise UserError("answers need a QA model; without one, `paragraphs` finds texts")
+        snapshot = self._documents
+        if text is None:
+            found = snapshot.find(question, top_contexts)
+        else:
+            found = [Found(Document("", text).whole(), 1.0, None)]
+        spans = self.model.spans([each.paragraph.text for each in found], question, top_k)
         best: list[Answer] = []
-        texts = [paragraph.text for paragraph, _ in nearest]
-        for i, found in self._answers(texts, question, top_k):
-            paragraph, distance = nearest[i]
-            answer = replace(
-                found,
-                start=found.start + paragraph.start,
-                end=found.end + paragraph.start,
-                source=paragraph,
-                distance=distance,
-            )
+        for span in spans:
+            near = found[span.text]
+            document = None if text is not None else snapshot.by_name[near.paragraph.path]
+            answer = _answer(span, near, document)
             if len(best) < top_k and not any(_overlap(answer, each) for each in best):
                 best.append(answer)
         return best
 
-    def _answers(self, texts: Sequence[str], question: str, top_k: int) -> list[tuple[int, Answer]]:
-        """The best answers of each text that do not overlap, with the text's place; best first."""
-        asked = question_tokens(self.tokenizer, question, self.max_query_length, "the model")
-        found: list[tuple[float, float, int, int, int]] = []
-        total = -math.inf  # over the spans of all texts
-        for i, text in enumerate(texts):
-            tokens = self.tokens(text)
-            if len(tokens.ids):
-                spans, of_text = self._spans(tokens, asked, top_k)
-                found += [(*span, i) for span in spans]
-                total = float(np.logaddexp(total, of_text))
-        found.sort(key=lambda span: -span[0])
-        no_answer = None
-        if found and self.threshold is not None:  # by the best span
-            no_answer = math.exp(min(-found[0][0], 700.0)) > self.threshold
-        answers = []
-        for odds, probability, begin, end, i in found:
-            text = texts[i]
-            first, stop = sentence_around(text, begin, end)
-            answer = Answer(
-                text[begin:end],
-                float(squad_utils.span_scores(odds, total, self.temperature)),
-                probability,
-                begin,
-                end,
-                text[first:stop],
-                begin - first,
-                no_answer,
-            )
-            answers.append((i, answer))
-        return answers
+    def paragraphs(self, question: str, count: int = TOP_CONTEXTS) -> list[Found]:
+        """The paragraphs that a question would be answered from, best first.
 
-    def _spans(
-        self, tokens: Tokens, asked: Tokens, count: int
-    ) -> tuple[list[tuple[float, float, int, int]], float]:
-        """The most probable spans of a text that do not overlap, best first.
-
-        Returns:
-            for each span its log odds against no answer, its probability in its window, and the
-            characters where it begins and ends; and the sum over all spans, as `best_spans` has it.
+        Raises:
+            UserError: there are no documents.
         """
-        data = SquadData("", [], [""], ["question"], [""], np.zeros(1, np.int32), [[]],
-                         np.zeros(1, bool), True, "")  # fmt: skip
-        windows = squad_utils.cut_windows(
-            data, (tokens, asked), self.special, self.length, self.doc_stride, for_training=False
-        )
-        offsets = tokens.offsets_of(0)
-        taken = np.zeros(len(offsets), bool)
-        logits = [self._logits(windows, window) for window in range(len(windows))]
-        best = [self._best(windows, w, each, taken) for w, each in enumerate(logits)]
-        total = float(np.logaddexp.reduce([span[1] for span in best]))
-        spans: list[tuple[float, float, int, int]] = []
-        while len(spans) < count:
-            w = int(np.argmax([span[0] for span in best]))
-            odds, _, first, last = best[w]
-            if not np.isfinite(odds):
-                break
-            begin, end = int(offsets[first, 0]), int(offsets[last, 1])
-            spans.append((odds, _probability(windows, w, logits[w], first, last), begin, end))
-            # Tokens may share a character.
-            new = (offsets[:, 0] < end) & (offsets[:, 1] > begin)
-            new[first : last + 1] = True
-            taken |= new
-            for w, each in enumerate(logits):
-                if new[windows.first[w] : windows.first[w] + windows.length[w]].any():
-                    best[w] = self._best(windows, w, each, taken)
-        return spans, total
+        return self._documents.find(question, count)
 
-    def _logits(self, windows: Windows, window: int) -> tuple[np.ndarray, np.ndarray]:
-        """Start and end logits of a window, float32 [1, L]."""
-        arrays = squad_utils.make_batch(windows, np.array([window]), pad_to=self.length)
-        start, end = self.infer(arrays)
-        real = slice(int(windows.total_lengths[window]))
-        if not (np.isfinite(start[0, real]).all() and np.isfinite(end[0, real]).all()):
-            raise UserError(f"--model: {self.folder} gives numbers that are not finite")
-        return start, end
+    def add(self, sources: str | Iterable[Source], flag: str = "") -> Reader:
+        """Add documents; one with the name of an earlier one replaces it.
 
-    def _best(
-        self,
-        windows: Windows,
-        window: int,
-        logits: tuple[np.ndarray, np.ndarray],
-        taken: np.ndarray,
-    ) -> tuple[float, float, int, int]:
-        """The most probable span of a window without taken tokens.
+        `skipped` then tells which could not be read, a line each.
 
-        It is the span's log odds against no answer, the sum over all spans as `best_spans` has it,
-        and the first and last token in the text.
+        Args:
+            sources: paths of files and folders, and documents from memory as (name, bytes), whose
+                names are never looked for on the disk.
+            flag: the command-line flag that gave them, for messages.
+
+        Raises:
+            UserError: as `documents.read`.
         """
-        chosen = np.array([window])
-        first, at = int(windows.first[window]), int(windows.context_at[window])
-        length = int(windows.length[window])
-        in_window = np.zeros((1, self.length), bool)
-        in_window[0, at : at + length] = taken[first : first + length]
-        start, end, odds, total = squad_utils.best_spans(
-            *logits,
-            windows.total_lengths[chosen],
-            windows.context_at[chosen],
-            self.max_answer_length,
-            in_window,
-            windows.own[chosen],
-            self.temperature,
-        )
-        shift = first - at
-        return float(odds[0]), float(total[0]), int(start[0]) + shift, int(end[0]) + shift
+        with self._adding:
+            added, self.skipped = documents.read(sources, flag)
+            self._keep(self._documents.by_name | {each.name: each for each in added})
+        return self
+
+    def remove(self, name: str) -> None:
+        """Forget a document.
+
+        Raises:
+            KeyError: there is none of this name.
+        """
+        with self._adding:
+            by_name = dict(self._documents.by_name)
+            del by_name[name]
+            self._keep(by_name)
+
+    @property
+    def documents(self) -> list[str]:
+        """The names of the documents, in the order in which they were added."""
+        return list(self._documents.by_name)
+
+    def text(self, name: str) -> str:
+        """The text of a document, into which `start` and `end` of its answers point.
+
+        Raises:
+            KeyError: there is none of this name.
+        """
+        return self._documents.by_name[name].text
+
+    def _keep(self, by_name: dict[str, Document]) -> None:
+        """Take these documents in place of the present ones, with an index of their paragraphs."""
+        index = None
+        if by_name and self.search != WHOLE:
+            searcher: Embedder | Words
+            if self.embedder is not None:
+                searcher = self.embedder
+            elif self.model is not None:
+                searcher = Words(self.model.tokenizer, self.model.room)
+            else:
+                raise UserError("documents need a QA model to read them, or an embedding model")
+            paragraphs = [each for document in by_name.values() for each in document.paragraphs()]
+            index = build_index(paragraphs, searcher, self.search, self._documents.index)
+        self._documents = _Documents(by_name, index)
 
 
-def load(folder: str, runtime: Runtime | None = None) -> Reader:
-    """Load the output folder of a QA model.
-
-    Raises:
-        UserError: as `load_exported`.
-    """
-    model = load_exported(folder, "--model", QA, runtime or Runtime())
-    lengths = model.settings.lengths
-    return Reader(
-        os.path.dirname(model.path),
-        model.compile(lengths["max_seq_length"]),
-        model.tokenizer,
-        model.settings.special,
-        lengths["max_seq_length"],
-        lengths["max_query_length"],
-        lengths["doc_stride"],
-        lengths["max_answer_length"],
-        model.settings.null_threshold,
-        model.settings.temperature,
+def _answer(span: Span, near: Found, document: Document | None) -> Answer:
+    """The answer that is a span of a paragraph; `document` is None if the text was given."""
+    paragraph = near.paragraph
+    first, stop = sentence_around(paragraph.text, span.start, span.end)
+    start, end = paragraph.start + span.start, paragraph.start + span.end
+    line, page = document.place(start) if document else (None, None)
+    return Answer(
+        text=paragraph.text[span.start : span.end],
+        score=span.score,
+        start=start,
+        end=end,
+        sentence=paragraph.text[first:stop],
+        source=documents.source_name(document.name, line, page) if document else None,
+        document=document.name if document else None,
+        line=line,
+        page=page,
+        paragraph=paragraph.text if document else None,
+        distance=near.distance,
+        offset=span.start - first,
+        no_answer=span.no_answer,
+        probability=span.probability,
     )
 
 
-def _probability(
-    windows: Windows, window: int, logits: tuple[np.ndarray, np.ndarray], first: int, last: int
-) -> float:
-    """The probability of a span in its window alone: of its start times that of its end."""
-    shift = int(windows.context_at[window] - windows.first[window])
-    log_prob = 0.0
-    for values, at in zip(logits, (first, last), strict=True):
-        real = values[0, : windows.total_lengths[window]].astype(np.float64)
-        log_prob += real[at + shift] - np.logaddexp.reduce(real)
-    return math.exp(log_prob)
-
-
 def _overlap(one: Answer, other: Answer) -> bool:
-    """Whether two answers from paragraphs share characters of a file."""
-    assert one.source is not None and other.source is not None
-    same = one.source.path == other.source.path
-    return same and one.start < other.end and other.start < one.end
+    """Whether two answers share characters of a document."""
+    return one.document == other.document and one.start < other.end and other.start < one.end
 
 
 def sentence_around(text: str, start: int, end: int) -> tuple[int, int]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib.util
 import mmap
 import os
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -215,13 +216,19 @@ def in_openvino(path: str, precision: str, overflows: bool) -> Opened:
     model = core.read_model(source)
     names = [each.any_name for each in model.outputs]
 
+    # Threads take turns: the model has one shape at a time, and a compiled model one request. A
+    # request uses all cores anyway.
+    turn = threading.Lock()
+
     def compile_at(length: int) -> Infer:
-        model.reshape({each.any_name: [1, length] for each in model.inputs})
-        compiled = core.compile_model(model, "CPU")
+        with turn:
+            model.reshape({each.any_name: [1, length] for each in model.inputs})
+            compiled = core.compile_model(model, "CPU")
 
         def infer(batch: dict[str, np.ndarray]) -> tuple[np.ndarray, ...]:
-            result = compiled(batch)
-            return tuple(result[name] for name in names)
+            with turn:
+                result = compiled(batch)
+                return tuple(result[name] for name in names)
 
         return infer
 

@@ -384,14 +384,13 @@ def test_openvino_takes_bf16_only_where_it_is_asked_to(tmp_path: Path) -> None:
 # Where oneDNN is told to leave VNNI out, its integer kernels do overflow: no pretence.
 IN_AVX2 = """
 import sys, pathlib, deploy.cpu
-from deploy import reader
-from deploy.runtime import Runtime
+from deploy.reader import Reader
 import deploy.runtime as runtime
 folder, cpuinfo, text = sys.argv[1:]
 deploy.cpu.CPUINFO = pathlib.Path(cpuinfo)
 
 def best(name):
-    return reader.load(folder, Runtime(name)).answers(text, "who", 1)[0].text
+    return Reader(folder, runtime=name)("who", text)[0].text
 
 print(*map(best, ("auto", "onnxruntime", "openvino")))
 runtime.this_cpu = lambda: deploy.cpu.Cpu("", ("vnni",))
