@@ -155,17 +155,24 @@ class Scored:
         )
         return int(start[0]), int(end[0]), float(odds[0]), float(total[0])
 
-    def best(self, new: bool) -> tuple[np.ndarray, list[str]]:
-        """Log odds of each pair's best span, or log-probability in its window; and its text."""
+    def best(self, way: str) -> tuple[np.ndarray, list[str]]:
+        """The value and the text of each pair's best span.
+
+        Args:
+            way: "shared" gives log odds against [CLS], "logits" the sum of both logits, "window"
+                the log-probability in the window.
+        """
         windows = self.windows
         value = np.full(len(self.reading.pairs.ids), -np.inf)
         texts = [""] * len(value)
         for w, pair in enumerate(windows.question):
-            first, last, mine, _ = self.spans(w, new, 1.0)
+            first, last, mine, _ = self.spans(w, way != "window", 1.0)
             if not np.isfinite(mine):
                 continue
-            if not new:  # from odds against [CLS] to the probability in the window
-                mine += float((self.logits[w][:, 0] - np.logaddexp.reduce(self.logits[w], 1)).sum())
+            if way != "shared":
+                mine += float(self.logits[w][:, 0].sum())
+            if way == "window":
+                mine -= float(np.logaddexp.reduce(self.logits[w], axis=1).sum())
             if mine > value[pair]:
                 value[pair] = mine
                 shift = int(windows.first[w] - windows.context_at[w])
@@ -217,7 +224,7 @@ def measure(scored: Scored, counts: list[int], threshold: float) -> list[dict[st
         found = zip(pairs, golds, strict=True)
         return np.array([any(exact_match(texts[p], gold) for gold in some) for p, some in found])
 
-    odds, texts = scored.best(new=True)
+    odds, texts = scored.best("shared")
     own = first[fit]
 
     def scores(temperature: float) -> np.ndarray:
@@ -227,7 +234,7 @@ def measure(scored: Scored, counts: list[int], threshold: float) -> list[dict[st
     temperature = squad_utils.fit_temperature(scores, is_right(texts, first)[fit])
     totals = scored.totals(np.arange(len(odds)), temperature)
     rows: list[dict[str, float | str]] = []
-    ways = {"window": scored.best(new=False), "shared": (odds, texts)}
+    ways = {way: scored.best(way) for way in ("window", "logits")} | {"shared": (odds, texts)}
     for name, (value, answers) in ways.items():
         for count in counts:
             read = [slice(a, min(a + count, z)) for a, z in zip(first, last, strict=True)]
@@ -238,8 +245,8 @@ def measure(scored: Scored, counts: list[int], threshold: float) -> list[dict[st
                 total = np.array([np.logaddexp.reduce(totals[some]) for some in read])
                 shown = squad_utils.span_scores(value[chosen], total, temperature)
                 told = -lacking > np.log(threshold), -value[chosen] > np.log(threshold)
-            else:
-                shown, told = np.exp(value[chosen]), (np.zeros(1), np.zeros(1))
+            else:  # bare logits are no score: nothing is shown for them
+                shown, told = np.exp(np.minimum(value[chosen], 0)), (np.zeros(1), np.zeros(1))
             right, pairs = is_right(answers, chosen), zip(chosen, golds, strict=True)
             overlap = [max(f1(answers[pair], gold) for gold in some) for pair, some in pairs]
             rows.append(
@@ -248,7 +255,9 @@ def measure(scored: Scored, counts: list[int], threshold: float) -> list[dict[st
                     "paragraphs": count,
                     "f1": 100 * float(np.mean(overlap)),
                     "exact_match": 100 * float(right.mean()),
-                    "calibration_error": calibration_error(shown[~fit], right[~fit]),
+                    "calibration_error": np.nan
+                    if name == "logits"
+                    else calibration_error(shown[~fit], right[~fit]),
                     "separation": separation(value[chosen], lacking),
                     "told_none": 100 * float(told[0].mean()),
                     "wrongly_told_none": 100 * float(told[1].mean()),

@@ -593,6 +593,8 @@ READER_FILES = {
     "true": (replaced(doc_stride=True), "has a wrong value of doc_stride"),
     "a threshold that is no number": (
         json.dumps(SETTINGS).replace("0.5", "NaN"), "has a wrong value of null_threshold"),
+    "no heat": (replaced(temperature=0), "has a wrong value of temperature"),
+    "a temperature in words": (replaced(temperature="1"), "has a wrong value of temperature"),
 }  # fmt: skip
 
 
@@ -743,6 +745,14 @@ def test_a_folder_may_be_given_by_its_file(
 def test_model_onnx_in_the_folder_where_one_is(qa: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(qa)
     assert Reader("model.onnx")("who", "x alpha x")[0].text == "alpha"
+
+
+@pytest.mark.parametrize("written,read", [({}, 1.0), ({"temperature": 2}, 2.0)])
+def test_a_folder_without_a_temperature_has_1(
+    written: dict[str, int], read: float, qa: Path
+) -> None:
+    (qa / "reader.json").write_text(json.dumps({**SETTINGS, **written}))
+    assert qa_model.load(str(qa), runtime.Runtime("onnxruntime")).temperature == read
 
 
 def test_a_setting_that_training_writes_for_embedders_is_read(tmp_path: Path) -> None:
