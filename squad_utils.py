@@ -8,18 +8,20 @@ The way of the data, top to bottom:
     plan_steps        -> the windows of every optimisation step    (by seed and epoch alone)
     make_batch        -> padded arrays for a model
     best_spans        -> the most probable answer span of each window
+    span_scores       -> its score among the spans of all windows
     Answers           -> the best span of each question, cut from the original text
 
-Scores are in deploy.squad_scores.py. Everything here is numpy, so that an exported model answers
-questions without torch.
+F1 and exact match are in deploy/squad_scores.py. Everything here is numpy, so that an exported
+model answers questions without torch.
 """
 
 from __future__ import annotations
 
+import math
 import re
 import unicodedata
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, TypedDict
@@ -36,7 +38,9 @@ INPUTS = ("input_ids", "attention_mask", "token_type_ids", "position_ids")  # of
 MAX_ANSWER_LENGTH = 30  # the most tokens of an answer, unless a user sets another number
 POOL_STEPS = 64  # steps whose windows are sorted by length together
 TOKENIZER_CHUNK = 1000  # texts between two moves of the progress bar
-IMPOSSIBLE = -np.inf  # log-probability of spans that must not be chosen
+IMPOSSIBLE = -np.inf  # log odds of spans that must not be chosen
+TEMPERATURES = (0.25, 4.0)  # the least and the most that `fit_temperature` tries
+FIT_STEPS = 12  # of its search: the last interval is 0.5% wide
 # Thai, Lao, Burmese, Hangul (whose particles join words), Khmer, kana and Chinese characters.
 UNSPACED = re.compile(
     "[\u0e00-\u0eff\u1000-\u11ff\u1780-\u17ff\u2e80-\u9fff\ua960-\ua97f\uac00-\ud7ff\uf900-\ufaff"
@@ -100,6 +104,16 @@ class SquadData:
     answerable: np.ndarray
     version_2: bool
     sha256: str
+
+    @property
+    def all_answers(self) -> list[list[str]]:
+        """The texts of each question's answers, those that are not in its context too."""
+        return [
+            [answer["text"] for answer in qa["answers"]]
+            for article in self.articles
+            for paragraph in article["paragraphs"]
+            for qa in paragraph["qas"]
+        ]
 
 
 def load_squad(path: str, flag: str) -> SquadData:
@@ -460,6 +474,29 @@ class Windows:
         return len(self.question)
 
     @cached_property
+    def own(self) -> np.ndarray:
+        """int64 [windows, 2], limits low <= start + end < high of positions in the window.
+
+        A span that lies in several windows of a question counts in one: where the fewer tokens
+        before and behind it are the most. The windows have equal lengths, so it is that whose
+        middle is nearest to the span's.
+        """
+        follows = np.diff(self.question) == 0
+        middles = self.first[:-1].astype(np.int64) + self.first[1:] + self.length[1:]
+        first = np.pad(np.where(follows, middles, 0), (1, 0))
+        last = np.pad(np.where(follows, middles, np.iinfo(np.int32).max), (0, 1))
+        if len(self):
+            first[0], last[-1] = 0, np.iinfo(np.int32).max
+        limits = np.stack([first, last], axis=1)
+        return limits + 2 * (self.context_at - self.first)[:, None]
+
+    @cached_property
+    def rows(self) -> np.ndarray:
+        """int32 [windows, 3]: the question, the first token in contexts.ids, the context tokens."""
+        first = self.contexts.bounds[self.context_of[self.question]] + self.first
+        return np.stack([self.question, first, self.length], axis=1).astype(np.int32)
+
+    @cached_property
     def context_at(self) -> np.ndarray:
         """int64 [windows], the position of the first context token, after [CLS] question [SEP]."""
         return self.questions.lengths[self.question] + 2
@@ -648,21 +685,28 @@ def make_batch(
     windows: Windows, chosen: np.ndarray, pad_to: int | None = None
 ) -> dict[str, np.ndarray]:
     """`token_rows` of the windows `chosen`, int [B]."""
-    rows = []
-    for w in chosen:
-        question = windows.questions.ids[windows.questions.of(windows.question[w])]
-        begin = windows.contexts.bounds[windows.context_of[windows.question[w]]] + windows.first[w]
-        rows.append((question, windows.contexts.ids[begin : begin + windows.length[w]]))
-    return token_rows(rows, windows.special, pad_to)
+    rows, ids = windows.rows[chosen], windows.contexts.ids
+    return rows_batch(rows, windows.questions, ids, windows.special, pad_to)
+
+
+def rows_batch(
+    rows: np.ndarray,
+    questions: Tokens,
+    ids: np.ndarray,
+    special: SpecialIds,
+    pad_to: int | None = None,
+) -> dict[str, np.ndarray]:
+    """`token_rows` of windows that are given as `Windows.rows`, int [B, 3].
+
+    Args:
+        ids: the tokens of which they are parts.
+    """
+    parts = [(questions.ids[questions.of(q)], ids[at : at + n]) for q, at, n in rows]
+    return token_rows(parts, special, pad_to)
 
 
 # ------------------------------------------------------------------------------------------------
 # Answers
-
-
-def _log_softmax(logits: np.ndarray) -> np.ndarray:
-    shifted = logits - logits.max(axis=1, keepdims=True)
-    return shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True))
 
 
 def best_spans(
@@ -672,11 +716,14 @@ def best_spans(
     context_at: np.ndarray,
     max_answer_length: int = MAX_ANSWER_LENGTH,
     taken: np.ndarray | None = None,
+    own: np.ndarray | None = None,
+    temperature: float = 1.0,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """The most probable span inside the context part of each window of a batch.
 
-    A span has at most max_answer_length tokens. Its probability is the product of the softmax
-    probabilities of its start and of its end, over the window's tokens. Of spans with equal
+    A span has at most max_answer_length tokens. Its log odds are those against no answer: the
+    logits of its start and end, minus both logits of [CLS]. A model learns the odds within a
+    window, and these compare between windows, which bare logits do not. Of spans with equal
     logits, the one that starts first wins, then the one that ends first; sums may round apart.
 
     Args:
@@ -684,20 +731,22 @@ def best_spans(
         lengths: int [B], tokens of each window, without padding.
         context_at: int [B], position of the first context token; the last is lengths - 2.
         taken: bool [B, L], positions that no span may contain; None for none.
+        own: int [B, 2], limits of start + end, as `Windows.own`; None for no limits.
+        temperature: divides the log odds in `total`.
 
     Returns:
         start, end: int64 [B], positions in the window, end inclusive.
-        log_prob: float64 [B]; -inf for a window without a span.
-        no_answer: float64 [B], log-probability of the span ([CLS], [CLS]).
+        odds: float64 [B], log odds of the best span; -inf for a window without a span.
+        total: float64 [B], log of the sum of exp(log odds / temperature) over all spans allowed.
     """
     batch, length = start_logits.shape
     max_answer_length = min(max_answer_length, length)
     position = np.arange(length)
-    real = position < lengths[:, None]
     context = (position >= context_at[:, None]) & (position < lengths[:, None] - 1)
-    start = _log_softmax(np.where(real, start_logits.astype(np.float64), IMPOSSIBLE))
-    end = _log_softmax(np.where(real, end_logits.astype(np.float64), IMPOSSIBLE))
-    no_answer = start[:, 0] + end[:, 0]
+    start, end = (
+        np.where(context, logits.astype(np.float64) - logits[:, :1], IMPOSSIBLE)
+        for logits in (start_logits, end_logits)
+    )
 
     def ahead(values: np.ndarray, beyond: float) -> np.ndarray:
         """[b, i, d]: the value at i + d, or `beyond` after the window's end."""
@@ -705,18 +754,69 @@ def best_spans(
         padded_values = np.pad(values, padding, constant_values=beyond)
         return np.lib.stride_tricks.sliding_window_view(padded_values, max_answer_length, axis=1)
 
-    # score[b, i, d]: log-probability that the answer starts at i and ends at i + d
-    score = np.where(context, start, IMPOSSIBLE)[:, :, None] + ahead(
-        np.where(context, end, IMPOSSIBLE), IMPOSSIBLE
-    )
+    # odds[b, i, d]: log odds that the answer starts at i and ends at i + d
+    odds = start[:, :, None] + ahead(end, IMPOSSIBLE)
     if taken is not None:
         passed = np.cumsum(taken, axis=1)
         free = ~taken[:, :, None] & (ahead(passed, 0) == passed[:, :, None])
-        score = np.where(free, score, IMPOSSIBLE)
-    score = score.reshape(batch, -1)
-    best = score.argmax(axis=1)
+        odds = np.where(free, odds, IMPOSSIBLE)
+    if own is not None:
+        both = 2 * position[:, None] + np.arange(max_answer_length)
+        low, high = own.T[:, :, None, None]
+        odds = np.where((both >= low) & (both < high), odds, IMPOSSIBLE)
+    odds = odds.reshape(batch, -1)
+    best = odds.argmax(axis=1)
+    highest = odds[np.arange(batch), best]
+    shift = np.where(np.isfinite(highest), highest, 0.0)[:, None]
+    with np.errstate(divide="ignore"):  # log(0) where there is no span
+        sums = np.log(np.exp((odds - shift) / temperature).sum(axis=1))
     first, extra = best // max_answer_length, best % max_answer_length
-    return first, first + extra, score[np.arange(batch), best], no_answer
+    return first, first + extra, highest, shift[:, 0] / temperature + sums
+
+
+def span_scores(
+    odds: np.ndarray | float, total: np.ndarray | float, temperature: float
+) -> np.ndarray:
+    """The scores of spans: a softmax over all spans of all windows read, and no answer.
+
+    Args:
+        odds: log odds of spans against no answer.
+        total: log of the sum of exp(log odds / temperature) over all spans: the `total` of
+            `best_spans` for each window, joined by logaddexp.
+        temperature: of the softmax, as `fit_temperature` finds it.
+    """
+    # No answer has log odds 0.
+    return np.exp(np.asarray(odds) / temperature - np.logaddexp(total, 0.0))
+
+
+def fit_temperature(scores: Callable[[float], np.ndarray], right: np.ndarray) -> float:
+    """The temperature with the least log loss: a score is to be the share of right answers.
+
+    It is searched for by golden sections, between TEMPERATURES.
+
+    Args:
+        scores: from a temperature to the scores of answers, [N].
+        right: bool [N], whether each answer is right.
+    """
+
+    def loss(log_temperature: float) -> float:
+        found = scores(math.exp(log_temperature)).clip(1e-12, 1 - 1e-12)
+        return -float(np.log(np.where(right, found, 1 - found)).mean())
+
+    low, high = map(math.log, TEMPERATURES)
+    golden = (math.sqrt(5) - 1) / 2
+    places = [high - golden * (high - low), low + golden * (high - low)]
+    losses = [loss(place) for place in places]
+    for _ in range(FIT_STEPS):
+        if losses[0] <= losses[1]:
+            high = places[1]
+            places = [high - golden * (high - low), places[0]]
+            losses = [loss(places[0]), losses[0]]
+        else:
+            low = places[0]
+            places = [places[1], low + golden * (high - low)]
+            losses = [losses[1], loss(places[1])]
+    return math.exp((low + high) / 2)
 
 
 class Answers:
@@ -724,46 +824,54 @@ class Answers:
 
     Attributes:
         max_answer_length: the most tokens of an answer.
-        log_prob: float64 [questions], that of the best span; -inf if none was found.
-        no_answer: float64 [questions], the log-probability of no answer in that span's window.
+        odds: float64 [questions], log odds of the best span against no answer; -inf if none was
+            found.
+        batches: the arguments of all calls of `add`, to join the answers of several processes.
     """
 
     def __init__(
         self, data: SquadData, windows: Windows, max_answer_length: int = MAX_ANSWER_LENGTH
     ) -> None:
         self.data, self.windows, self.max_answer_length = data, windows, max_answer_length
-        self.log_prob = np.full(len(data.ids), IMPOSSIBLE)
-        self.no_answer = np.zeros(len(data.ids))
+        self.odds = np.full(len(data.ids), IMPOSSIBLE)
+        self.batches: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
         self._window = np.full(len(data.ids), -1)  # the window of the best span
         self._span = np.zeros((len(data.ids), 2), np.int64)  # tokens of the context
 
     def add(self, chosen: np.ndarray, start_logits: np.ndarray, end_logits: np.ndarray) -> None:
-        """Add the logits [B, L] of the windows `chosen` [B]."""
+        """Add the logits [B, L] of the windows `chosen` [B]; of equal spans the first wins."""
+        self.batches.append((chosen, start_logits, end_logits))
         windows = self.windows
-        context_at = windows.context_at[chosen]
-        lengths = context_at + windows.length[chosen] + 1
-        start, end, log_prob, no_answer = best_spans(
-            start_logits, end_logits, lengths, context_at, self.max_answer_length
-        )
-        shift = windows.first[chosen] - context_at
+        start, end, odds, _ = self._best(chosen, start_logits, end_logits, 1.0)
+        shift = windows.first[chosen] - windows.context_at[chosen]
         spans = np.stack([start + shift, end + shift], axis=1)
-        self.merge(list(zip(chosen, log_prob, no_answer, spans, strict=True)))
+        for window, log_odds, span in zip(chosen, odds, spans, strict=True):
+            q = windows.question[window]
+            earlier = log_odds == self.odds[q] and window < self._window[q]
+            if log_odds > self.odds[q] or earlier:
+                self.odds[q], self._window[q], self._span[q] = log_odds, window, span
 
-    def merge(self, found: Sequence[tuple[int, float, float, np.ndarray]]) -> None:
-        """Add (window, log_prob, no_answer, span) of windows; of equal ones the first wins."""
-        for window, log_prob, no_answer, span in found:
-            q = self.windows.question[window]
-            earlier = log_prob == self.log_prob[q] and window < self._window[q]
-            if log_prob > self.log_prob[q] or earlier:
-                self.log_prob[q], self.no_answer[q] = log_prob, no_answer
-                self._window[q], self._span[q] = window, span
+    def _best(
+        self, chosen: np.ndarray, start: np.ndarray, end: np.ndarray, temperature: float
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+        windows = self.windows
+        return best_spans(
+            start,
+            end,
+            windows.total_lengths[chosen],
+            windows.context_at[chosen],
+            self.max_answer_length,
+            own=windows.own[chosen],
+            temperature=temperature,
+        )
 
-    def found(self) -> list[tuple[int, float, float, np.ndarray]]:
-        """The argument for `merge`, to join the answers of several processes."""
-        return [
-            (int(self._window[q]), self.log_prob[q], self.no_answer[q], self._span[q])
-            for q in np.flatnonzero(self._window >= 0)
-        ]
+    def scores(self, temperature: float) -> np.ndarray:
+        """`span_scores` of the best spans, float64 [questions]; 0 where none was found."""
+        total = np.full(len(self.odds), IMPOSSIBLE)
+        for chosen, start, end in self.batches:
+            found = self._best(chosen, start, end, temperature)[3]
+            np.logaddexp.at(total, self.windows.question[chosen], found)
+        return span_scores(self.odds, total, temperature)
 
     def texts(self) -> dict[str, str]:
         """Question id -> the answer, cut from the original context; "" if none was found."""
@@ -779,5 +887,4 @@ class Answers:
 
     def no_answer_scores(self) -> dict[str, float]:
         """Question id -> the probability of no answer divided by that of the best span."""
-        odds = np.where(self._window >= 0, self.no_answer - self.log_prob, np.inf)
-        return dict(zip(self.data.ids, np.exp(np.minimum(odds, 700.0)).tolist(), strict=True))
+        return dict(zip(self.data.ids, np.exp(np.minimum(-self.odds, 700.0)).tolist(), strict=True))

@@ -12,11 +12,12 @@ import signal
 
 signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends the imports silently
 
-from cli import ArgumentParser, run_main
+from cli import ArgumentParser, number, run_main
 from tasks import TASKS, QaTask
 from training import fine_tuning
 from training.flags import (
     GROUPS,
+    NEGATIVES,
     TRAINING,
     add_data_arguments,
     add_run_arguments,
@@ -33,6 +34,14 @@ def parse_arguments() -> argparse.Namespace:
         "--kd_weight", type=not_negative, default=1.0, metavar="WEIGHT",
         help="weight of the cross-entropy between the teacher's and the student's distributions"
         " of start and end")  # fmt: skip
+    add = parser.group(NEGATIVES).add_argument
+    add("--negative_windows", type=number(int, 0, 100), default=0, metavar="N",
+        help="read each question with N windows of other paragraphs that do not hold its answer"
+        " but look like it, so that scores of several paragraphs compare; a question with its"
+        " windows is then one example of the batch sizes")  # fmt: skip
+    add("--model_emb", metavar="FOLDER",
+        help="exported embedding model that ranks paragraphs for --negative_windows (default:"
+        " BM25)")  # fmt: skip
     add_data_arguments(parser, max_seq_length_q=64)
     add_run_arguments(parser)
     return parser.parse_args()

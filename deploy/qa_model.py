@@ -28,9 +28,10 @@ class Span:
     Attributes:
         text: the text's place among those that were read.
         start, end: its place in that text, in code points.
-        score: how sure the model is, 0 to 1; it compares between texts.
-        probability: its probability in its window.
-        no_answer: whether it is more probable that there is no answer; None for a SQuAD 1.1 model.
+        score: how probable it is among all spans of all texts read, and no answer; calibrated.
+        probability: its probability in its window alone.
+        no_answer: whether no answer in all texts read is more probable; None for a model that
+            answers every question.
     """
 
     text: int
@@ -53,6 +54,7 @@ class QaModel:
         max_answer_length: the most tokens of an answer.
         threshold: a no-answer score above it means that there is no answer; None for a SQuAD 1.1
             model, which answers every question.
+        temperature: of scores.
     """
 
     folder: str
@@ -64,6 +66,7 @@ class QaModel:
     doc_stride: int
     max_answer_length: int
     threshold: float | None
+    temperature: float = 1.0
     tokens: Callable[[str], Tokens] = field(init=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -85,28 +88,41 @@ class QaModel:
             UserError: the model's logits are not finite.
         """
         asked = question_tokens(self.tokenizer, question, self.max_query_length, "the model")
-        found: list[Span] = []
+        found: list[tuple[float, float, int, int, int]] = []
+        total = -math.inf  # over the spans of all texts
         for i, text in enumerate(texts):
             tokens = self.tokens(text)
-            spans = self._spans(tokens, asked, top_k) if len(tokens.ids) else []
-            no_answer = None
-            if spans and self.threshold is not None:  # by the best span
-                no_answer = math.exp(min(spans[0][1] - spans[0][0], 700.0)) > self.threshold
-            for log_prob, _, begin, end in spans:
-                probability = math.exp(log_prob)
-                found.append(Span(i, begin, end, probability, probability, no_answer))
-        return sorted(found, key=lambda span: -span.score)
+            if len(tokens.ids):
+                spans, of_text = self._spans(tokens, asked, top_k)
+                found += [(*span, i) for span in spans]
+                total = float(np.logaddexp(total, of_text))
+        found.sort(key=lambda span: -span[0])
+        no_answer = None
+        if found and self.threshold is not None:  # by the best span
+            no_answer = math.exp(min(-found[0][0], 700.0)) > self.threshold
+        return [
+            Span(
+                text=i,
+                start=begin,
+                end=end,
+                score=float(squad_utils.span_scores(odds, total, self.temperature)),
+                probability=probability,
+                no_answer=no_answer,
+            )
+            for odds, probability, begin, end, i in found
+        ]
 
     def _tokens(self, text: str) -> Tokens:
         return squad_utils.tokenize(self.tokenizer, [text], True, "")
 
     def _spans(
         self, tokens: Tokens, asked: Tokens, count: int
-    ) -> list[tuple[float, float, int, int]]:
+    ) -> tuple[list[tuple[float, float, int, int]], float]:
         """The most probable spans of a text that do not overlap, best first.
 
-        Each is the log-probability of the span, that of no answer in the same window, and the
-        characters where the span begins and ends.
+        Returns:
+            for each span its log odds against no answer, its probability in its window, and the
+            characters where it begins and ends; and the sum over all spans, as `best_spans` has it.
         """
         data = SquadData("", [], [""], ["question"], [""], np.zeros(1, np.int32), [[]],
                          np.zeros(1, bool), True, "")  # fmt: skip
@@ -117,13 +133,15 @@ class QaModel:
         taken = np.zeros(len(offsets), bool)
         logits = [self._logits(windows, window) for window in range(len(windows))]
         best = [self._best(windows, w, each, taken) for w, each in enumerate(logits)]
+        total = float(np.logaddexp.reduce([span[1] for span in best]))
         spans: list[tuple[float, float, int, int]] = []
         while len(spans) < count:
-            log_prob, no_answer, first, last = max(best, key=lambda span: span[0])
-            if not np.isfinite(log_prob):
+            w = int(np.argmax([span[0] for span in best]))
+            odds, _, first, last = best[w]
+            if not np.isfinite(odds):
                 break
             begin, end = int(offsets[first, 0]), int(offsets[last, 1])
-            spans.append((log_prob, no_answer, begin, end))
+            spans.append((odds, _probability(windows, w, logits[w], first, last), begin, end))
             # Tokens may share a character.
             new = (offsets[:, 0] < end) & (offsets[:, 1] > begin)
             new[first : last + 1] = True
@@ -131,7 +149,7 @@ class QaModel:
             for w, each in enumerate(logits):
                 if new[windows.first[w] : windows.first[w] + windows.length[w]].any():
                     best[w] = self._best(windows, w, each, taken)
-        return spans
+        return spans, total
 
     def _logits(self, windows: Windows, window: int) -> tuple[np.ndarray, np.ndarray]:
         """Start and end logits of a window, float32 [1, L]."""
@@ -151,23 +169,25 @@ class QaModel:
     ) -> tuple[float, float, int, int]:
         """The most probable span of a window without taken tokens.
 
-        It is the log-probability of the span, that of no answer, and the first and last token in
-        the text.
+        It is the span's log odds against no answer, the sum over all spans as `best_spans` has it,
+        and the first and last token in the text.
         """
         chosen = np.array([window])
         first, at = int(windows.first[window]), int(windows.context_at[window])
         length = int(windows.length[window])
         in_window = np.zeros((1, self.length), bool)
         in_window[0, at : at + length] = taken[first : first + length]
-        start, end, log_prob, no_answer = squad_utils.best_spans(
+        start, end, odds, total = squad_utils.best_spans(
             *logits,
             windows.total_lengths[chosen],
             windows.context_at[chosen],
             self.max_answer_length,
             in_window,
+            windows.own[chosen],
+            self.temperature,
         )
         shift = first - at
-        return float(log_prob[0]), float(no_answer[0]), int(start[0]) + shift, int(end[0]) + shift
+        return float(odds[0]), float(total[0]), int(start[0]) + shift, int(end[0]) + shift
 
 
 def load(folder: str, runtime: Runtime) -> QaModel:
@@ -188,4 +208,17 @@ def load(folder: str, runtime: Runtime) -> QaModel:
         lengths["doc_stride"],
         lengths["max_answer_length"],
         model.settings.null_threshold,
+        model.settings.temperature,
     )
+
+
+def _probability(
+    windows: Windows, window: int, logits: tuple[np.ndarray, np.ndarray], first: int, last: int
+) -> float:
+    """The probability of a span in its window alone: of its start times that of its end."""
+    shift = int(windows.context_at[window] - windows.first[window])
+    log_prob = 0.0
+    for values, at in zip(logits, (first, last), strict=True):
+        real = values[0, : windows.total_lengths[window]].astype(np.float64)
+        log_prob += real[at + shift] - np.logaddexp.reduce(real)
+    return math.exp(log_prob)

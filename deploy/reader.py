@@ -57,7 +57,7 @@ class Answer:
         distance: how far the paragraph's vector is from the question's (L2); None without vectors.
         offset: where it begins in `sentence`.
         no_answer: whether it is more probable that there is no answer; None for a SQuAD 1.1 model.
-        probability: its probability in its window; `score` replaces it.
+        probability: its probability in its window alone; `score` replaces it.
     """
 
     text: str

@@ -73,11 +73,13 @@ class Settings:
         special: ids of the special tokens.
         null_threshold: a no-answer score above it means that there is no answer; None if every
             question has an answer.
+        temperature: of `squad_utils.span_scores`; 1 in folders without it.
     """
 
     lengths: dict[str, int]
     special: SpecialIds
     null_threshold: float | None
+    temperature: float
 
 
 def read_settings(
@@ -119,10 +121,14 @@ def read_settings(
     if kind.has_threshold:
         number = isinstance(threshold, int | float) and threshold == threshold
         require("null_threshold" in record and (threshold is None or number), "null_threshold")
+    temperature = record.get("temperature", 1.0)
+    number = isinstance(temperature, int | float) and not isinstance(temperature, bool)
+    require(number and 0 < temperature < math.inf, "temperature")
     return Settings(
         {key: record[key] for key in kind.lengths},
         SpecialIds(**{token: record["special_ids"][token] for token in TOKENS}),
         threshold,
+        float(temperature),
     )
 
 

@@ -156,9 +156,7 @@ class ExtraBatches(Batches):
         """Each epoch draws `number` windows from the pool."""
         self.windows, self.pool, self.number = windows, pool, number
         self.step_size, self.seed = step_size, seed
-        first = windows.contexts.bounds[windows.context_of[windows.question]] + windows.first
-        rows = np.stack([windows.question, first, windows.length], axis=1)
-        self.of_file = rows.astype(np.int32)
+        self.of_file = windows.rows
         self._rows = functools.lru_cache(maxsize=1)(self._draw_rows)
 
     def _draw_rows(self, epoch: int) -> np.ndarray:
@@ -187,8 +185,6 @@ class ExtraBatches(Batches):
 
     def batch(self, epoch: int, chosen: np.ndarray) -> dict[str, Tensor]:
         """Inputs [B, L]."""
-        questions, rows = self.windows.questions, []
-        for question, first, length in self._chosen(chosen):
-            asked = questions.ids[questions.of(question)]
-            rows.append((asked, self.pool.ids[first : first + length]))
-        return as_tensors(squad_utils.token_rows(rows, self.windows.special))
+        rows, questions = self._chosen(chosen), self.windows.questions
+        special = self.windows.special
+        return as_tensors(squad_utils.rows_batch(rows, questions, self.pool.ids, special))

@@ -27,8 +27,11 @@ import squad_utils
 from bert.model_folder import AutoClass, special_ids
 from cli import UserError, warn
 from deploy import onnx_file
-from deploy.squad_scores import Scorer, load_scorer
+from deploy.runtime import Runtime
+from deploy.search import load_embedder
+from deploy.squad_scores import Scorer, exact_match, load_scorer
 from squad_utils import SquadData, Windows
+from tasks import negatives
 from tasks.extra_pairs import ExtraBatches, Pool, check_articles, read_texts
 from tasks.hidden_states import OutputLoss, summed_errors
 from tasks.task import Rows, Task
@@ -96,6 +99,7 @@ class QaTask(Task):
             UserError: a file cannot be used, or a window has no room for a context.
         """
         check_lengths(args)
+        negatives.check(args)
         super().__init__(args)
         paths = getattr(args, "extra_texts", None)
         self.extra_texts = read_texts(paths, self.dev_data.contexts) if paths else []
@@ -107,6 +111,8 @@ class QaTask(Task):
         if getattr(args, "extra_pairs", 0.0) and not paths:
             check_articles(self.train_data)
         self.scorer = load_scorer(args.squad_eval_script, self.dev_data)
+        path = getattr(args, "model_emb", None)
+        self.embedder = load_embedder(path, Runtime()) if path else None
 
     def hashes(self) -> dict[str, str]:
         texts = "\0".join(self.extra_texts).encode()
@@ -163,7 +169,7 @@ class QaTask(Task):
     def fine_tuning(
         self, run: Run, teacher: PreTrainedModel | None, state_maps: nn.ModuleList | None
     ) -> tuple[LossFunction, Batches]:
-        """`QaLoss`, and batches of all windows."""
+        """`QaLoss`, and batches of all windows; with --negative_windows, of questions."""
         args = self.args
         if not self.train_data.answerable.any():
             raise UserError(
@@ -171,7 +177,13 @@ class QaTask(Task):
                 " is nothing to learn"
             )
         loss = QaLoss(run, teacher, args.kd_weight, args.supervision_weight, state_maps)
-        return loss, self.batches(args.total_train_batch_size)
+        size, count = args.total_train_batch_size, args.negative_windows
+        if not count:
+            return loss, self.batches(size)
+        windows = self.train_windows
+        chosen = negatives.choose(run, self.train_data, windows, count, self.embedder)
+        room = args.max_seq_length_c - 3 - windows.questions.lengths
+        return loss, negatives.GroupBatches(windows, chosen, room, size, args.seed)
 
     def output_loss(self, run: Run, teachers: Sequence[PreTrainedModel]) -> OutputLoss | None:
         """`LogitsLoss`, by --logits_weight and --logits_temperature."""
@@ -226,13 +238,19 @@ class QaTask(Task):
         )
 
     def reader_settings(self, figures: Mapping[str, float]) -> dict[str, float | None]:
-        """Lengths, and the no-answer score over which a SQuAD 2.0 model gives no answer."""
+        """Lengths; the temperature of scores; the no-answer score over which there is no answer.
+
+        A model of SQuAD 1.1 answers every question, unless negative windows have taught it that a
+        text may have no answer. Then no answer has to be more probable than the best span.
+        """
+        even_odds = 1.0 if getattr(self.args, "negative_windows", 0) else None
         return {
             "max_query_length": self.args.max_seq_length_q,
             "max_seq_length": self.args.max_seq_length_c,
             "doc_stride": self.args.doc_stride,
             "max_answer_length": self.args.max_answer_length,
-            "null_threshold": figures.get("f1_threshold"),
+            "null_threshold": figures.get("f1_threshold", even_odds),
+            "temperature": self.evaluation.temperature(),
         }
 
 
@@ -330,13 +348,17 @@ def log_probabilities(outputs: QaOutput, attention_mask: Tensor) -> Tensor:
 
 
 class QaLoss:
-    """The losses of QA fine-tuning, [B] each.
+    """The losses of QA fine-tuning, one figure per example each.
 
     - `answer`: cross-entropy of the answer's start and end, mean of both;
     - `distillation`, with a teacher: kd_weight x soft cross-entropy between the teacher's and the
       student's distributions (temperature 1; Hinton et al., 2015), mean of start and end;
     - `hidden_states`, with a teacher: supervision_weight x squared error of hidden states, summed
       over pairs of states.
+
+    An example is a window, or a question with a group of windows (--negative_windows). Then
+    `shared_losses` gives `answer`, and `no_answer` beside it; the other losses are means over the
+    windows of a group.
     """
 
     def __init__(
@@ -355,14 +377,20 @@ class QaLoss:
         mask = batch["attention_mask"]
         outputs = forward(model, batch, hidden_states=self.teacher is not None)
         log_probs = log_probabilities(outputs, mask)
-        losses = {"answer": answer_loss(log_probs, batch["targets"])}
+        targets, groups = batch["targets"], batch.get("groups")
+        if groups is None:
+            losses = {"answer": answer_loss(log_probs, targets)}
+        else:
+            losses = shared_losses(log_probs, targets, groups)
         if self.teacher is not None:
             with torch.no_grad(), self.run.accelerator.autocast():
                 taught = forward(self.teacher, batch, hidden_states=True)
             distillation = soft_cross_entropy(log_probs, log_probabilities(taught, mask))
-            losses["distillation"] = self.kd_weight * distillation
             states, target = outputs.hidden_states, taught.hidden_states
             errors = summed_errors(states, target, mask, self.state_maps, self.run.accelerator)
+            if groups is not None:
+                distillation, errors = (group_mean(e, groups) for e in (distillation, errors))
+            losses["distillation"] = self.kd_weight * distillation
             losses["hidden_states"] = self.supervision_weight * errors
         return losses
 
@@ -370,6 +398,49 @@ class QaLoss:
 def answer_loss(log_probs: Tensor, targets: Tensor) -> Tensor:
     """[B]: mean of -log p(start) and -log p(end); log_probs [2, B, L], targets [B, 2]."""
     return -log_probs.gather(2, targets.T[:, :, None])[:, :, 0].mean(dim=0)
+
+
+def shared_losses(log_probs: Tensor, targets: Tensor, groups: Tensor) -> dict[str, Tensor]:
+    """The losses of questions with one softmax over all their windows, and no answer among them.
+
+    Shared normalisation (Clark and Gardner, 2018, section 3.3). A token's logit minus that of [CLS]
+    is its log odds against no answer. They compare between windows, so each question has one
+    softmax: over the tokens of all its windows, and no answer, whose log odds are 0. If several
+    windows hold the answer, their probabilities add up.
+
+    Args:
+        log_probs: [2, B, L], start and end.
+        targets: [B, 2], 0 in windows without the answer.
+        groups: [Q, G], the windows of each question; B for none.
+
+    Returns:
+        [Q] each, mean of start and end. `answer` is -log p(answer); with one window it is
+        `answer_loss`. `no_answer` is -log p(no answer) among the windows without the answer, so
+        that texts without one are learned too; 0 if no window has the answer.
+    """
+    odds = log_probs - log_probs[:, :, :1]
+    every = torch.logsumexp(odds[:, :, 1:], dim=2)
+    right = odds.gather(2, targets.T[:, :, None])[:, :, 0]
+    has = targets[:, 0] > 0
+    holds = F.pad(has, (0, 1))[groups].any(dim=1)
+    none = torch.zeros_like(holds, dtype=odds.dtype).expand(2, -1)
+
+    def joined(windows: Tensor, none: Tensor) -> Tensor:
+        """Log of the sum of probabilities, [2, Q], of windows [2, B] and of no answer."""
+        windows = F.pad(windows, (0, 1), value=float("-inf"))[:, groups]
+        return torch.logsumexp(torch.cat([none[:, :, None], windows], dim=2), dim=2)
+
+    right = joined(right.masked_fill(~has, float("-inf")), none.masked_fill(holds, float("-inf")))
+    others = joined(every.masked_fill(has, float("-inf")), none)
+    return {
+        "answer": (joined(every, none) - right).mean(dim=0),
+        "no_answer": others.mean(dim=0) * holds,
+    }
+
+
+def group_mean(values: Tensor, groups: Tensor) -> Tensor:
+    """The means of values [B] over the rows of each group [Q, G], in which B stands for none."""
+    return F.pad(values, (0, 1))[groups].sum(dim=1) / (groups < len(values)).sum(dim=1)
 
 
 def soft_cross_entropy(student: Tensor, teacher: Tensor) -> Tensor:
@@ -429,6 +500,8 @@ class QaEvaluation:
         no_answer_scores: from question ids to P(no answer) / P(best span).
     """
 
+    answers: squad_utils.Answers
+
     def __init__(
         self,
         run: Run,
@@ -460,7 +533,11 @@ class QaEvaluation:
             start, end = outputs.start_logits.float().cpu(), outputs.end_logits.float().cpu()
             answers.add(chosen, start.numpy(), end.numpy())
         if accelerator.num_processes > 1:
-            answers.merge(gather_object(answers.found()))
+            every = gather_object(answers.batches)
+            answers = squad_utils.Answers(self.data, self.windows, self.max_answer_length)
+            for each in every:
+                answers.add(*each)
+        self.answers = answers
         self.no_answer_scores = answers.no_answer_scores()
         self.predictions = answers.texts()
         figures = self.scorer(self.data, self.predictions, self.no_answer_scores)
@@ -470,3 +547,12 @@ class QaEvaluation:
                 for name, text in self.predictions.items()
             }
         return figures
+
+    def temperature(self) -> float:
+        """`fit_temperature` on the last call's answers: right is what matches an answer exactly."""
+        texts = self.answers.texts().values()
+        right = [
+            any(exact_match(text, answer) for answer in golds)
+            for text, golds in zip(texts, self.data.all_answers, strict=True)
+        ]
+        return squad_utils.fit_temperature(self.answers.scores, np.array(right))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -20,22 +21,23 @@ PROPERTY = settings(max_examples=80, deadline=None, derandomize=True)
 CLOSE = 1e-9
 
 
-def log_softmax(logits: list[float]) -> list[float]:
-    highest = max(logits)
-    total = math.fsum(math.exp(x - highest) for x in logits)
-    return [x - highest - math.log(total) for x in logits]
-
-
 def all_spans(
     start: list[float], end: list[float], context_at: int, most: int
 ) -> list[tuple[float, int, int]]:
-    """(log-probability, first, last) of every span of a window without padding, best first."""
-    log_start, log_end = log_softmax(start), log_softmax(end)
+    """(log odds against [CLS], first, last) of every span of a window, best first."""
     spans = []
     for i in range(context_at, len(start) - 1):
         for j in range(i, min(i + most, len(start) - 1)):
-            spans.append((log_start[i] + log_end[j], i, j))
+            spans.append((start[i] - start[0] + end[j] - end[0], i, j))
     return sorted(spans, key=lambda span: (-span[0], span[1], span[2]))
+
+
+def log_sum(values: Iterable[float]) -> float:
+    """The log of the sum of exp(value)."""
+    values = list(values)
+    highest = max(values, default=0.0)
+    total = math.fsum(math.exp(value - highest) for value in values)
+    return highest + math.log(total) if total else -math.inf
 
 
 @st.composite
@@ -55,7 +57,9 @@ def window_batch(draw: st.DrawFn, logit: st.SearchStrategy[float]) -> dict:
     }
 
 
-def search(batch: dict, most: int, taken: list[list[bool]] | None = None) -> tuple[np.ndarray, ...]:
+def search(
+    batch: dict, most: int, taken: list[list[bool]] | None = None, temperature: float = 1.0
+) -> tuple[np.ndarray, ...]:
     return squad_utils.best_spans(
         np.array(batch["start"], np.float32),
         np.array(batch["end"], np.float32),
@@ -63,6 +67,7 @@ def search(batch: dict, most: int, taken: list[list[bool]] | None = None) -> tup
         np.array(batch["context_at"]),
         most,
         None if taken is None else np.array(taken),
+        temperature=temperature,
     )
 
 
@@ -81,66 +86,63 @@ def rows_of(batch: dict) -> list[tuple[list[float], list[float], int]]:
 
 
 @PROPERTY
-@given(batch=window_batch(st.floats(-20, 20, width=32)), most=st.integers(1, 15), data=st.data())
-def test_the_span_is_that_of_the_double_loop(batch: dict, most: int, data: st.DataObject) -> None:
-    """The best span that holds no taken position, its log-probability, and that of no answer."""
+@given(
+    batch=window_batch(st.floats(-20, 20, width=32)),
+    most=st.integers(1, 15),
+    temperature=st.floats(0.25, 4),
+    data=st.data(),
+)
+def test_the_span_is_that_of_the_double_loop(
+    batch: dict, most: int, temperature: float, data: st.DataObject
+) -> None:
+    """The best span that holds no taken position, its log odds, and the sum over all such spans."""
     width = len(batch["start"][0])
     positions = st.lists(st.booleans(), min_size=width, max_size=width)
     taken = [data.draw(positions) for _ in batch["start"]]
-    first, last, log_prob, no_answer = search(batch, most, taken)
-    assert first.shape == last.shape == log_prob.shape == (len(batch["lengths"]),)
+    first, last, odds, total = search(batch, most, taken, temperature)
+    assert first.shape == last.shape == odds.shape == (len(batch["lengths"]),)
     for b, (start, end, at) in enumerate(rows_of(batch)):
         spans = {(i, j): p for p, i, j in all_spans(start, end, at, most)
                  if not any(taken[b][i : j + 1])}  # fmt: skip
-        assert np.isneginf(log_prob[b]) == (not spans)
+        assert np.isneginf(odds[b]) == (not spans)
         if spans:
-            assert log_prob[b] == pytest.approx(max(spans.values()), abs=CLOSE)
-            assert spans[first[b], last[b]] == pytest.approx(log_prob[b], abs=CLOSE)
-        nothing = log_softmax(start)[0] + log_softmax(end)[0]
-        assert no_answer[b] == pytest.approx(nothing, abs=CLOSE)
+            assert odds[b] == pytest.approx(max(spans.values()), abs=CLOSE)
+            assert spans[first[b], last[b]] == pytest.approx(odds[b], abs=CLOSE)
+        expected = log_sum(value / temperature for value in spans.values())
+        assert total[b] == pytest.approx(expected, abs=CLOSE)
 
 
 @PROPERTY
 @given(batch=window_batch(st.sampled_from([0.0, 1.0])), most=st.integers(1, 15))
 def test_of_equal_spans_the_first_wins(batch: dict, most: int) -> None:
     """Where several spans have the same best logits, the one that starts, then ends, first."""
-    first, last, log_prob, _ = search(batch, most)
+    first, last, odds, _ = search(batch, most)
     for b, (start, end, at) in enumerate(rows_of(batch)):
-        spans = [(-start[i] - end[j], i, j) for _, i, j in all_spans(start, end, at, most)]
-        if spans and start[min(spans)[1]] + end[min(spans)[2]] != 1.0:
-            # A sum of 1 is 0 + 1 or 1 + 0, equal by arithmetic but not in floating point.
-            assert (first[b], last[b]) == min(spans)[1:]
-        assert np.isneginf(log_prob[b]) == (not spans)
-
-
-def test_equal_logits_everywhere() -> None:
-    """All spans equal: the first place of the context wins."""
-    zeros = np.zeros((1, 16))
-    lengths, context_at = np.array([7]), np.array([3])
-    first, last, log_prob, no_answer = squad_utils.best_spans(zeros, zeros, lengths, context_at, 2)
-    assert (first[0], last[0]) == (3, 3)
-    assert log_prob[0] == no_answer[0] == pytest.approx(-2 * math.log(7))
+        spans = all_spans(start, end, at, most)
+        assert np.isneginf(odds[b]) == (not spans)
+        if spans:
+            assert (first[b], last[b]) == spans[0][1:]
 
 
 def test_padding_question_and_special_tokens_are_never_chosen() -> None:
-    """High logits outside the context neither win nor, at padding, take probability."""
+    """High logits outside the context neither win nor take probability."""
     start, end = np.zeros((1, 8), np.float32), np.zeros((1, 8), np.float32)
     start[0, [0, 1, 2, 5, 6]] = 5.0  # [CLS], question, [SEP], last [SEP], padding
     end[0, [0, 1, 2, 5, 7]] = 5.0
     start[0, 4], end[0, 4] = 1.0, 1.0
-    first, last, log_prob, no_answer = squad_utils.best_spans(
-        start, end, np.array([6]), np.array([3])
-    )
-    total = 4 * math.exp(5) + math.exp(1) + 1
+    first, last, odds, total = squad_utils.best_spans(start, end, np.array([6]), np.array([3]))
     assert (first[0], last[0]) == (4, 4)
-    assert log_prob[0] == pytest.approx(2 * (1 - math.log(total)))
-    assert no_answer[0] == pytest.approx(2 * (5 - math.log(total)))
+    assert odds[0] == pytest.approx(2 - 10)
+    assert total[0] == pytest.approx(-10 + math.log(math.exp(2) + math.exp(1) + 1))
 
 
-def test_large_logits_stay_finite() -> None:
-    start = np.array([[0.0, 0, 3e4, -3e4, 0]], np.float32)
-    _, _, log_prob, no_answer = squad_utils.best_spans(start, start, np.array([5]), np.array([2]))
-    assert log_prob[0] == pytest.approx(0) and no_answer[0] == pytest.approx(-6e4)
+@pytest.mark.parametrize("sign", [1, -1])
+def test_large_logits_stay_finite(sign: int) -> None:
+    start = sign * np.array([[0.0, 0, 3e4, -3e4, 0]], np.float32)
+    _, _, odds, total = squad_utils.best_spans(start, start, np.array([5]), np.array([2]))
+    assert odds[0] == 6e4 and total[0] == pytest.approx(6e4)
+    assert squad_utils.span_scores(odds, total, 1.0)[0] == pytest.approx(1)
+    assert squad_utils.span_scores(-odds, -total, 0.25)[0] == 0
 
 
 # ------------------------------------------------------------------------------------------------
@@ -185,28 +187,33 @@ def many(tokenizer: BertTokenizerFast, sample: Path) -> tuple[SquadData, Windows
 def test_answers_are_those_of_the_double_loop(
     tokenizer: BertTokenizerFast, many: tuple[SquadData, Windows, np.ndarray]
 ) -> None:
-    """The best span over all of a question's windows, cut from the text; no answer over it."""
+    """The best span over all of a question's windows, cut from the text, with its score; no answer
+    over it. A span in several windows counts once."""
     data, windows, logits = many
     assert np.bincount(windows.question).max() > 3
     answers = Answers(data, windows)
     feed(answers, windows, logits, np.arange(len(windows)), 7)
     texts, scores = answers.texts(), answers.no_answer_scores()
+    probabilities = answers.scores(2.5)
     assert list(texts) == list(scores) == data.ids
     for q, name in enumerate(data.ids):
         context = data.contexts[data.context_of[q]]
         offsets = tokenizer.backend_tokenizer.encode(context, add_special_tokens=False).offsets
-        best = []
+        spans: dict[tuple[int, int], tuple[int, float]] = {}
         for w in np.flatnonzero(windows.question == q):
             start, end = logits[w, :, : windows.total_lengths[w]].astype(float).tolist()
-            at = int(windows.context_at[w])
-            probability, i, j = all_spans(start, end, at, 30)[0]
-            shift = int(windows.first[w]) - at
-            nothing = log_softmax(start)[0] + log_softmax(end)[0]
-            best.append((probability, nothing, i + shift, j + shift))
-        probability, nothing, i, j = max(best)
+            at, begin = int(windows.context_at[w]), int(windows.first[w])
+            for odds, i, j in all_spans(start, end, at, 30):
+                around = min(i - at, at + int(windows.length[w]) - 1 - j)
+                span = (i - at + begin, j - at + begin)
+                if around > spans.get(span, (-1, 0))[0]:  # counts where it has most around it
+                    spans[span] = around, odds
+        odds, (i, j) = max((odds, span) for span, (_, odds) in spans.items())
         assert texts[name] == context[offsets[i][0] : offsets[j][1]]
-        assert answers.log_prob[q] == pytest.approx(probability, abs=CLOSE)
-        assert scores[name] == pytest.approx(math.exp(nothing) / math.exp(probability), rel=CLOSE)
+        assert answers.odds[q] == pytest.approx(odds, abs=CLOSE)
+        assert scores[name] == pytest.approx(math.exp(-odds), rel=CLOSE)
+        every = [0.0, *(each / 2.5 for _, each in spans.values())]
+        assert probabilities[q] == pytest.approx(math.exp(odds / 2.5 - log_sum(every)), rel=CLOSE)
 
 
 def test_the_order_of_windows_does_not_matter(
@@ -223,9 +230,11 @@ def test_the_order_of_windows_does_not_matter(
         for half in np.split(order, [len(order) // 3]):
             halves.append(Answers(data, windows))
             feed(halves[-1], windows, logits, half, size)
-        halves[0].merge(halves[1].found())
+        for some in halves[1].batches:
+            halves[0].add(*some)
         assert halves[0].texts() == expected.texts()
         assert halves[0].no_answer_scores() == pytest.approx(expected.no_answer_scores(), rel=CLOSE)
+        assert halves[0].scores(0.5) == pytest.approx(expected.scores(0.5), rel=CLOSE)
 
 
 @pytest.mark.parametrize("order", [[0, 1, 2], [2, 1, 0], [1, 2, 0]])
@@ -240,6 +249,32 @@ def test_of_equal_windows_the_first_wins(
     logits[:, :, 4] = 1.0  # the second context token of each window
     feed(answers, windows, logits, np.array(order), 1)
     assert answers.texts() == {"q0": "c"}
+
+
+# ------------------------------------------------------------------------------------------------
+# Temperature
+
+
+@pytest.mark.parametrize("true", [0.5, 1.0, 2.0])
+def test_the_temperature_that_made_the_answers_right_is_found(true: float) -> None:
+    rng = np.random.default_rng(0)
+    odds = rng.normal(0, 2, 20_000)
+    right = rng.random(len(odds)) < 1 / (1 + np.exp(-odds / true))
+    found = squad_utils.fit_temperature(
+        lambda temperature: squad_utils.span_scores(odds, odds / temperature, temperature), right
+    )
+    assert found == pytest.approx(true, rel=0.05)
+
+
+@pytest.mark.parametrize("right", [True, False])
+def test_a_temperature_stays_in_its_limits(right: bool) -> None:
+    """Even if all answers are right, or all wrong."""
+    odds = np.array([3.0, 5.0])
+    found = squad_utils.fit_temperature(
+        lambda temperature: squad_utils.span_scores(odds, odds / temperature, temperature),
+        np.array([right, right]),
+    )
+    assert squad_utils.TEMPERATURES[0] <= found <= squad_utils.TEMPERATURES[1]
 
 
 # ------------------------------------------------------------------------------------------------

@@ -24,7 +24,7 @@ from calls import call, error_line
 from conftest import ROOT
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_answers import all_spans
+from test_answers import all_spans, log_sum
 from test_runtime import WEIGHT, qa_folder
 from tokenizers import Tokenizer
 from tokenizers.models import BPE, WordPiece
@@ -585,6 +585,8 @@ READER_FILES = {
     "true": (replaced(doc_stride=True), "has a wrong value of doc_stride"),
     "a threshold that is no number": (
         json.dumps(SETTINGS).replace("0.5", "NaN"), "has a wrong value of null_threshold"),
+    "no heat": (replaced(temperature=0), "has a wrong value of temperature"),
+    "a temperature in words": (replaced(temperature="1"), "has a wrong value of temperature"),
 }  # fmt: skip
 
 
@@ -737,6 +739,14 @@ def test_model_onnx_in_the_folder_where_one_is(qa: Path, monkeypatch: pytest.Mon
     assert Reader("model.onnx")("who", "x alpha x")[0].text == "alpha"
 
 
+@pytest.mark.parametrize("written,read", [({}, 1.0), ({"temperature": 2}, 2.0)])
+def test_a_folder_without_a_temperature_has_1(
+    written: dict[str, int], read: float, qa: Path
+) -> None:
+    (qa / "reader.json").write_text(json.dumps({**SETTINGS, **written}))
+    assert qa_model.load(str(qa), runtime.Runtime("onnxruntime")).temperature == read
+
+
 def test_a_setting_that_training_writes_for_embedders_is_read(tmp_path: Path) -> None:
     record = {"max_seq_length_q": 12, "max_seq_length_c": 34}
     record |= {"special_ids": {"cls": 2, "sep": 3, "pad": 0}}
@@ -777,29 +787,56 @@ def test_answers_are_the_best_of_all_windows_that_do_not_overlap(
     """By a plain search: all spans of all windows, the best first, less those that overlap."""
     text = " ".join("abcdefgh"[i % 8] for i in range(words))  # a token every second character
     infer = random_logits(seed, scale)
-    model = make_reader(infer, length=18, max_answer_length=most)
+    model = make_reader(infer, length=18, max_answer_length=most, temperature=2.0)
     found = model("a b", text, top_k=top_k)
     ids = [VOCABULARY[letter] for letter in text.split()]
-    room, spans = 18 - 5, []
+    room = 18 - 5
+    spans: dict[tuple[int, int], tuple[int, float]] = {}
     starts = [0] if words <= room else [*range(0, words - room, 8), words - room]
     for first in starts:
         part = ids[first : first + room]
         row = [2, VOCABULARY["a"], VOCABULARY["b"], 3, *part, 3]
         start, end = infer({"input_ids": np.array([row + [0] * (18 - len(row))])})
-        for log_prob, i, j in all_spans(
+        for odds, i, j in all_spans(
             start[0, : len(row)].tolist(), end[0, : len(row)].tolist(), 4, most
         ):
-            spans.append((log_prob, first + i - 4, first + j - 4))
+            span, around = (first + i - 4, first + j - 4), min(i - 4, len(row) - 2 - j)
+            if around > spans.get(span, (-1, 0.0))[0]:  # counts where it has most around it
+                spans[span] = around, odds
     expected: list[tuple[float, int, int]] = []
-    for log_prob, i, j in sorted(spans, key=lambda span: -span[0]):
+    for (i, j), (_, odds) in sorted(spans.items(), key=lambda each: -each[1][1]):
         if len(expected) < top_k and all(j < a or i > b for _, a, b in expected):
-            expected.append((log_prob, i, j))
+            expected.append((odds, i, j))
     assert [(each.start, each.end) for each in found] == [
         (2 * i, 2 * j + 1) for _, i, j in expected
     ]
-    assert [each.probability for each in found] == pytest.approx(
-        [np.exp(log_prob) for log_prob, _, _ in expected]
+    total = log_sum([0.0, *(odds / 2 for _, odds in spans.values())])
+    assert [each.score for each in found] == pytest.approx(
+        [np.exp(odds / 2 - total) for odds, _, _ in expected]
     )
+
+
+def test_scores_of_paragraphs_compare() -> None:
+    """One softmax over the spans of all paragraphs: what is certain in a window alone is not, if
+    another window has more odds against [CLS]."""
+
+    def infer(arrays: dict[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+        ids = arrays["input_ids"]
+        logits = np.full(ids.shape, -50.0, np.float32)
+        for letter, value in (("c", 3.0), ("d", 1.0)):
+            logits[ids == VOCABULARY[letter]] = value
+        logits[:, 0] = 0
+        return logits, logits
+
+    model = make_model(infer, temperature=2.0, threshold=1.0)
+    c, d = model.spans(["a d b", "c b"], "a", 1)
+    total = 1 + np.exp(3) + np.exp(1)
+    assert (c.text, c.start, d.text, d.start) == (1, 0, 0, 2)
+    assert [c.score, d.score] == pytest.approx([np.exp(3) / total, np.exp(1) / total])
+    assert d.probability > 0.5  # in its window
+    assert not c.no_answer and not d.no_answer
+    (nothing,) = model.spans(["b b"], "a", 1)
+    assert nothing.no_answer and nothing.score < 1e-9
 
 
 def near_one_place(arrays: dict[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:

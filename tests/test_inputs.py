@@ -506,9 +506,11 @@ def test_what_a_reader_needs_is_written_beside_the_model(
     for figures, threshold in (({"f1": 3.0, "f1_threshold": 1.5}, 1.5), ({"f1": 3.0}, None)):
         for script in ("train_qa", "pack_and_distill"):
             task = QaTask(arguments(script, files["lines"], files["lines"], flags))
+            task.evaluation = SimpleNamespace(temperature=lambda: 1.25)
             task.write_reader(tokenizer, figures)
             found = json.loads((tmp_path / "reader.json").read_text())
-            assert found == {**lengths, "special_ids": ids, "null_threshold": threshold}
+            learned = {"null_threshold": threshold, "temperature": 1.25}
+            assert found == {**lengths, **learned, "special_ids": ids}
     embedding = EmbeddingTask(arguments("train_qcemb", files["lines"], files["lines"], flags))
     embedding.write_reader(tokenizer, {"mrr": 3.0})
     found = json.loads((tmp_path / "reader.json").read_text())

@@ -210,6 +210,39 @@ def test_qa_loss_by_hand() -> None:
     assert student.asked_for_states is False
 
 
+def test_shared_losses_by_hand() -> None:
+    """Three questions: one whose answer two windows hold, one without an answer, one alone."""
+    weight = torch.tensor(  # exp(logit - that of [CLS]); 0 is padding
+        [[1, 1, 2, 3], [1, 2, 5, 0], [1, 4, 1, 1], [1, 3, 1, 0], [1, 2, 6, 1]], dtype=torch.double
+    )
+    shift = torch.arange(5.0)[:, None]  # the same for all tokens of a window: changes nothing
+    mask = (weight > 0).long()
+    log_probs = qa.log_softmax(torch.stack([weight.log() + shift] * 2), mask)
+    targets = torch.tensor([[3, 2], [1, 1], [0, 0], [0, 0], [2, 3]])
+    groups = torch.tensor([[0, 1, 2], [3, 5, 5], [4, 5, 5]])
+    found = qa.shared_losses(log_probs, targets, groups)
+    total = 1 + 6 + 7 + 6
+    answer = [
+        -(log((3 + 2) / total) + log((2 + 2) / total)) / 2,
+        -log(1 / (1 + 4)),
+        -(log(6 / 10) + log(1 / 10)) / 2,
+    ]
+    assert found["answer"].tolist() == pytest.approx(answer)
+    assert found["no_answer"].tolist() == pytest.approx([log(1 + 6), 0, 0])
+    alone = qa.answer_loss(log_probs, targets)
+    assert alone[[3, 4]].tolist() == pytest.approx(answer[1:])
+
+
+def test_shared_losses_have_finite_gradients() -> None:
+    """With padding, windows that are missing, and questions without an answer."""
+    logits = torch.randn(2, 3, 8, generator=torch.manual_seed(0)).requires_grad_()
+    mask = (torch.arange(8) < torch.tensor([[8], [5], [6]])).long()
+    targets, groups = torch.tensor([[4, 5], [0, 0], [0, 0]]), torch.tensor([[0, 1], [2, 3]])
+    losses = qa.shared_losses(qa.log_softmax(logits, mask), targets, groups)
+    torch.stack(list(losses.values())).sum().backward()
+    assert logits.grad.isfinite().all() and logits.grad.abs().sum(dim=(0, 2)).min() > 0.1
+
+
 # ------------------------------------------------------------------------------------------------
 # With a real model
 

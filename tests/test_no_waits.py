@@ -21,7 +21,7 @@ from bert.embedding import BertForEmbedding
 from bert.packed import merge
 from bert_pack import PackCfg, pack
 from squad_utils import SquadData, load_squad
-from tasks import embedding, qa, texts
+from tasks import embedding, negatives, qa, texts
 from tasks.embedding_loss import (
     EmbeddingError,
     EmbeddingLoss,
@@ -138,6 +138,23 @@ def test_the_qa_loss_reads_nothing(
     loss = QaLoss(RUN, teacher, 1.0, 1.0, state_maps() if mapped else None)
     names = {"answer"} if teacher is None else {"answer", "distillation", "hidden_states"}
     assert_trains(student, loss(student, qa_batch), names, 4)
+
+
+@pytest.mark.parametrize("taught", [False, True])
+def test_the_qa_loss_of_groups_reads_nothing(
+    make: Callable[..., nn.Module], tiny_bert: Path, data: SquadData, taught: bool
+) -> None:
+    windows = qa.make_windows(
+        data, AutoTokenizer.from_pretrained(tiny_bert), 16, 96, 32, for_training=True
+    )
+    chosen = np.tile([0, 1], (len(data.ids), 1))
+    room = 96 - 3 - windows.questions.lengths
+    batch = on_meta(negatives.GroupBatches(windows, chosen, room, 4, 0).batch(0, np.arange(4)))
+    assert len(batch["input_ids"]) > 4
+    student = make(BertForQuestionAnswering).to(META).train()
+    teacher = teacher_of(make(BertForQuestionAnswering)) if taught else None
+    names = {"answer", "no_answer"} | ({"distillation", "hidden_states"} if taught else set())
+    assert_trains(student, QaLoss(RUN, teacher, 1.0, 1.0)(student, batch), names, 4)
 
 
 @pytest.mark.parametrize("layers", [0, 2])
