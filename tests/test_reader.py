@@ -168,8 +168,8 @@ def test_ask_prints_the_records_of_the_reader(
     sources = {each["source"] for each in printed["answers"] if each["text"] == "Ada"}
     files = {f"{tmp_path}/a.pdf, page 2", f"{tmp_path}/b.docx:2"}
     assert sources == files | {f"{site}/page:2"}
-    for each in printed["answers"]:
-        assert each["score"] == each["probability"]
+    assert sum(each["score"] for each in printed["answers"]) < 1  # among all documents
+    assert all(each["probability"] > each["score"] for each in printed["answers"])
     assert run_ask("--model=x", f"--context={site}/page", "--question=Ada") == 0
     shown = capfd.readouterr().out
     assert "Ada designed it in 1907" in shown and f"{site}/page:2" in shown
