@@ -245,25 +245,22 @@ def measure(scored: Scored, counts: list[int], threshold: float) -> list[dict[st
                 total = np.array([np.logaddexp.reduce(totals[some]) for some in read])
                 shown = squad_utils.span_scores(value[chosen], total, temperature)
                 told = -lacking > np.log(threshold), -value[chosen] > np.log(threshold)
-            else:  # bare logits are no score: nothing is shown for them
+            else:
                 shown, told = np.exp(np.minimum(value[chosen], 0)), (np.zeros(1), np.zeros(1))
             right, pairs = is_right(answers, chosen), zip(chosen, golds, strict=True)
             overlap = [max(f1(answers[pair], gold) for gold in some) for pair, some in pairs]
-            rows.append(
-                {
-                    "score": name,
-                    "paragraphs": count,
-                    "f1": 100 * float(np.mean(overlap)),
-                    "exact_match": 100 * float(right.mean()),
-                    "calibration_error": np.nan
-                    if name == "logits"
-                    else calibration_error(shown[~fit], right[~fit]),
-                    "separation": separation(value[chosen], lacking),
-                    "told_none": 100 * float(told[0].mean()),
-                    "wrongly_told_none": 100 * float(told[1].mean()),
-                    "temperature": temperature if name == "shared" else 1.0,
-                }
-            )
+            row: dict[str, float | str] = {
+                "score": name,
+                "paragraphs": count,
+                "f1": 100 * float(np.mean(overlap)),
+                "exact_match": 100 * float(right.mean()),
+                "separation": separation(value[chosen], lacking),
+                "told_none": 100 * float(told[0].mean()),
+                "wrongly_told_none": 100 * float(told[1].mean()),
+            }
+            if name != "logits":  # which are no probabilities
+                row["calibration_error"] = calibration_error(shown[~fit], right[~fit])
+            rows.append(row | ({"temperature": temperature} if name == "shared" else {}))
     return rows
 
 
@@ -273,7 +270,7 @@ def show(model: str, rows: list[dict[str, float | str]]) -> None:
     for row in rows:
         print(
             f"{row['score']:6}  {row['paragraphs']:10}  {row['f1']:5.2f}  {row['exact_match']:5.2f}"
-            f"  {row['calibration_error']:17.1f}  {row['separation']:10.1f}"
+            f"  {row.get('calibration_error', np.nan):17.1f}  {row['separation']:10.1f}"
             f"  {row['told_none']:9.1f}  {row['wrongly_told_none']:9.1f}"
         )
 
