@@ -229,10 +229,11 @@ def ask_texts(args: argparse.Namespace) -> Callable[[str], None]:
     embedder = load_embedder(args.model_emb, runtime)
     model = reader.load(args.model, runtime) if args.model else None
     signal.signal(signal.SIGINT, signal.default_int_handler)  # stopped, an index saves its vectors
-    index = build_index(embedder, args.context)
+    index = build_index(documents.read_paragraphs(args.context), embedder, "dense")
 
     def ask(question: str) -> None:
-        nearest = index.nearest(embedder.question(question), args.top_contexts)
+        found = index.nearest(question, args.top_contexts)
+        nearest = [(each.paragraph, each.distance or 0.0) for each in found]
         if model is not None:
             print_answers(args.json, question, model.answers_from(nearest, question, args.top_k))
         elif args.json:

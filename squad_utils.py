@@ -10,7 +10,7 @@ The way of the data, top to bottom:
     best_spans        -> the most probable answer span of each window
     Answers           -> the best span of each question, cut from the original text
 
-Scores are in tasks/squad_scores.py. Everything here is numpy, so that an exported model answers
+Scores are in deploy.squad_scores.py. Everything here is numpy, so that an exported model answers
 questions without torch.
 """
 

@@ -24,7 +24,7 @@ import numpy as np
 import squad_utils
 from cli import ArgumentParser, UserError, number, run_main
 from deploy import timing
-from tasks.squad_scores import exact_match, load_scorer
+from deploy.squad_scores import exact_match, load_scorer
 
 RUNS = 20  # per file and round
 MOVED = 1e-6  # relative change of LayerNorm's gains; FP32 resolves 1.2e-7

@@ -290,7 +290,7 @@ def take_in(job: Job, code: int, rows: dict[str, Any], path: Path) -> None:
 
 def scores(dev: str, folder: str | Path) -> np.ndarray | None:
     """F1 per dev question from the predictions.json in a folder; None if questions are missing."""
-    from tasks.squad_scores import f1
+    from deploy.squad_scores import f1
 
     path = Path(folder) / "predictions.json"
     if not path.exists():

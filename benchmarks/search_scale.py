@@ -14,8 +14,9 @@ import tempfile
 import time
 
 from cli import ArgumentParser, UserError, number, run_main
+from deploy.documents import read_paragraphs
 from deploy.runtime import PRECISIONS, Runtime
-from deploy.search import build_index, load_embedder
+from deploy.search import SEARCHES, build_index, load_embedder
 from squad_utils import load_squad
 
 
@@ -25,7 +26,8 @@ def peak_gb() -> float:
 
 
 def index_and_ask(folder: str, path: str, count: int, runtime: Runtime) -> None:
-    """Seconds to index `count` paragraphs, to open the index again, and to search it."""
+    """Seconds to index `count` paragraphs; for each way to search, those to open the index again
+    and, median, to search it."""
     data = load_squad(path, "--squad_data")
     contexts = [" ".join(text.split()) for text in dict.fromkeys(data.contexts)]
     for text in list(contexts):
@@ -39,19 +41,20 @@ def index_and_ask(folder: str, path: str, count: int, runtime: Runtime) -> None:
         with open(os.path.join(texts, "all.txt"), "w", encoding="utf-8") as file:
             file.write("\n\n".join(contexts[:count]))
         began = time.perf_counter()
-        index = build_index(embedder, [texts])
-        built = time.perf_counter()
-        index = build_index(embedder, [texts])
-        opened = time.perf_counter()
-    times = []
-    for question in data.questions[:100]:
-        start = time.perf_counter()
-        (vector,) = embedder.vectors([question], embedder.max_seq_length_q)
-        index.nearest(vector, 5)
-        times.append(time.perf_counter() - start)
-    print(f"{len(index.paragraphs):,} paragraphs indexed in {built - began:.0f} s")
-    print(f"opened again in         {opened - built:.2f} s")
-    print(f"a question, median      {statistics.median(times) * 1000:.0f} ms")
+        paragraphs = read_paragraphs([texts])
+        build_index(paragraphs, embedder, "dense")
+        print(f"{len(paragraphs):,} paragraphs indexed in {time.perf_counter() - began:.0f} s")
+        for method in SEARCHES:
+            began = time.perf_counter()
+            index = build_index(read_paragraphs([texts]), embedder, method)
+            opened = time.perf_counter() - began
+            times = []
+            for question in data.questions[:100]:
+                start = time.perf_counter()
+                index.nearest(question, 20)
+                times.append(time.perf_counter() - start)
+            asked = statistics.median(times) * 1000
+            print(f"{method:6}: opened again in {opened:.2f} s, a question in {asked:.1f} ms")
 
 
 def metrics_memory(questions: int, contexts: int, width: int) -> None:

@@ -150,8 +150,8 @@ class Reading:
     def __init__(self, folder: str, dev: str) -> None:
         import squad_utils
         from bert.model_folder import open_model
+        from deploy.squad_scores import load_scorer
         from tasks import qa
-        from tasks.squad_scores import load_scorer
 
         self.utils = squad_utils
         self.data = squad_utils.load_squad(dev, "--squad_dev_data")
@@ -186,7 +186,7 @@ class Reading:
 
     def same(self, found: dict[str, str], reference: dict[str, str]) -> float:
         """Share of questions, in percent."""
-        from tasks.squad_scores import exact_match
+        from deploy.squad_scores import exact_match
 
         return 100 * float(np.mean([exact_match(found[key], reference[key]) for key in reference]))
 

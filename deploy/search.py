@@ -1,7 +1,9 @@
 """An index of paragraphs, to find those nearest to a question. No torch is needed.
 
-Runs the model.onnx of a train_qcemb.py output folder. Vectors are saved beside the texts, so only
-new and changed paragraphs are embedded.
+Paragraphs are found by their vectors (from the model.onnx of a train_qcemb.py output folder), by
+the words that they share with the question (BM25), or by both. Vectors are saved beside the texts,
+so only new and changed paragraphs are embedded. Words are counted at each start, which takes less
+time than tokenising the texts.
 """
 
 from __future__ import annotations
@@ -9,12 +11,14 @@ from __future__ import annotations
 import contextlib
 import functools
 import hashlib
+import importlib.util
 import os
 import secrets
 import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 from tokenizers import Tokenizer
@@ -22,11 +26,18 @@ from tqdm import tqdm
 
 import squad_utils
 from cli import Interrupted, UserError, warn
-from deploy.documents import OPEN_FILE, SENTENCE_END, Paragraph, read_paragraphs
+from deploy.documents import OPEN_FILE, SENTENCE_END, Paragraph
 from deploy.runtime import Infer, Runtime, load_exported, question_tokens
 from deploy.settings import EMBEDDING
 from squad_utils import MAX_ANSWER_LENGTH, SpecialIds
 
+if TYPE_CHECKING:
+    from bm25s import BM25  # at run time, a search by vectors alone does without it
+
+SEARCHES = ("dense", "bm25", "hybrid")
+# The larger, the less the first ranks count. 60 is usual; of 60, 20, 10, 5 and 2, 10 is best on
+# questions of SQuAD's train file (docs/embeddings.md).
+RANK_OFFSET = 10
 INDEX_FILE = ".context_index.npz"
 SHAPES = (16, 32, 64, 128, 256, 384, 512)  # lengths that texts are padded to
 SAVE_SECONDS = 30  # between two saves of a growing index
@@ -56,6 +67,11 @@ class Embedder:
     max_seq_length_q: int
     max_seq_length_c: int
     key: str
+
+    @property
+    def room(self) -> int:
+        """The most tokens of a paragraph, without [CLS] and [SEP]."""
+        return self.max_seq_length_c - 2
 
     def question(self, text: str) -> np.ndarray:
         """The vector of a question, float32 [H]; a warning tells if the question is cut."""
@@ -126,11 +142,26 @@ def load_embedder(folder: str, runtime: Runtime) -> Embedder:
     )
 
 
+@dataclass(frozen=True)
+class Words:
+    """The tokenizer of a search by words alone.
+
+    Attributes:
+        room: the most tokens of a paragraph; longer ones are cut.
+    """
+
+    tokenizer: Tokenizer
+    room: int
+
+
 # ------------------------------------------------------------------------------------------------
 # Paragraphs that are too long for the model
 
 
-def cut_long(paragraphs: list[Paragraph], tokenizer: Tokenizer, room: int) -> list[Paragraph]:
+Part = tuple[Paragraph, np.ndarray]  # a paragraph or a part of one, and its token ids, int32
+
+
+def cut_long(paragraphs: list[Paragraph], tokenizer: Tokenizer, room: int) -> list[Part]:
     """The same paragraphs, those of more than `room` tokens cut into parts that overlap.
 
     Parts begin and end with sentences if possible, else with words. A word is cut only if it is
@@ -138,17 +169,19 @@ def cut_long(paragraphs: list[Paragraph], tokenizer: Tokenizer, room: int) -> li
     in one part. Paragraphs without tokens are left out.
     """
     texts = [each.text for each in paragraphs]
-    tokens = squad_utils.tokenize(tokenizer, texts, True, "reading paragraphs")
-    parts = []
+    tokens = squad_utils.tokenize(tokenizer, texts, False, "reading paragraphs")
+    parts: list[Part] = []
     for i, paragraph in enumerate(paragraphs):
-        if 0 < tokens.lengths[i] <= room:
-            parts.append(paragraph)
-        elif tokens.lengths[i]:
-            cuts = _cuts(paragraph.text, tokens.offsets_of(i)[:, 0], room)
+        ids = tokens.ids[tokens.of(i)]
+        if 0 < len(ids) <= room:
+            parts.append((paragraph, ids))
+        elif len(ids):
+            starts = squad_utils.tokenize(tokenizer, [paragraph.text], True, "").offsets_of(0)[:, 0]
+            cuts = _cuts(paragraph.text, starts, room)
             some = [paragraph.part(begin, end) for begin, end in cuts]
             # The part of a word may have more tokens than it had in the word.
             shorter = [each for each in some if len(each.text) < len(paragraph.text)]
-            parts += cut_long(shorter, tokenizer, room) if shorter else [paragraph]
+            parts += cut_long(shorter, tokenizer, room) if shorter else [(paragraph, ids)]
     return parts
 
 
@@ -181,44 +214,152 @@ def _cuts(text: str, starts: np.ndarray, room: int) -> Iterator[tuple[int, int]]
 # The index
 
 
+class Found(NamedTuple):
+    """A paragraph that a search has found.
+
+    Attributes:
+        score: the mean of its reciprocal ranks by vectors and by words, as the index searches; 1 if
+            it is the first by each.
+        distance: the distance (L2) of its vector from the question's; None for a search by words.
+    """
+
+    paragraph: Paragraph
+    score: float
+    distance: float | None
+
+
 @dataclass(frozen=True)
 class ContextIndex:
-    """Paragraphs and their vectors [paragraphs, H]."""
+    """Paragraphs, with their vectors, their words, or both. Nothing in it changes, so several
+    threads may search it.
+
+    Attributes:
+        model: the embedder, or the tokenizer of a search by words alone.
+        vectors: [paragraphs, H]; None for a search by words alone.
+        words: scores of all tokens in all paragraphs; None for a search by vectors alone.
+    """
 
     paragraphs: list[Paragraph]
-    vectors: np.ndarray
+    model: Embedder | Words
+    vectors: np.ndarray | None
+    words: BM25 | None
 
-    def nearest(self, vector: np.ndarray, count: int) -> list[tuple[Paragraph, float]]:
-        """The `count` paragraphs nearest (L2) to a vector [H], and their distances."""
-        # |c|^2 - 2 q c would lose the digits of distances that are small compared to the norms.
-        squares = np.empty(len(self.vectors))
-        for begin in range(0, len(squares), ROWS):
-            gaps = self.vectors[begin : begin + ROWS].astype(np.float64) - vector
-            squares[begin : begin + ROWS] = np.einsum("ij,ij->i", gaps, gaps)
-        chosen = np.argsort(squares, kind="stable")[:count]
-        return [(self.paragraphs[i], float(np.sqrt(squares[i]))) for i in chosen]
+    def nearest(self, question: str, count: int) -> list[Found]:
+        """The best `count` paragraphs, best first; equal ones keep their order.
+
+        By BM25 alone, only paragraphs with a token of the question are found.
+        """
+        distances, scores = None, []
+        if isinstance(self.model, Embedder) and self.vectors is not None:
+            distances = _distances(self.vectors, self.model.question(question))
+            scores.append(_reciprocal_ranks(-distances))
+        if self.words is not None:
+            ids = _known_ids(self.model.tokenizer, question)
+            overlaps = self.words.get_scores_from_ids(ids)
+            scores.append(np.where(overlaps > 0, _reciprocal_ranks(overlaps), 0))
+        score = np.mean(scores, axis=0)
+        chosen = np.argsort(-score, kind="stable")[:count]
+        return [
+            Found(
+                self.paragraphs[i],
+                float(score[i]),
+                None if distances is None else float(distances[i]),
+            )
+            for i in chosen
+            if score[i] > 0
+        ]
 
 
-def build_index(embedder: Embedder, paths: Sequence[str]) -> ContextIndex:
-    """The index of the paragraphs of files and folders; saved vectors are used again.
+def _distances(vectors: np.ndarray, vector: np.ndarray) -> np.ndarray:
+    """The distance (L2) of each of `vectors` [N, H] from one [H]: float64 [N]."""
+    # By differences: the squares of norms and products would cancel most digits of distances that
+    # are small compared to the norms.
+    squares = np.empty(len(vectors))
+    for begin in range(0, len(squares), ROWS):
+        gaps = vectors[begin : begin + ROWS].astype(np.float64) - vector
+        squares[begin : begin + ROWS] = np.einsum("ij,ij->i", gaps, gaps)
+    return np.sqrt(squares)
 
-    Paragraphs that differ only in white space count once. Each folder keeps the vectors of its own
-    files, so neither other files nor their order matter.
+
+def _reciprocal_ranks(scores: np.ndarray) -> np.ndarray:
+    """(RANK_OFFSET + 1) / (RANK_OFFSET + rank) of each score [N], float64; the highest score has
+    rank 1."""
+    ranks = np.empty(len(scores))
+    ranks[np.argsort(-scores, kind="stable")] = np.arange(1, len(scores) + 1)
+    return (RANK_OFFSET + 1) / (RANK_OFFSET + ranks)
+
+
+def _known_ids(tokenizer: Tokenizer, text: str) -> list[int]:
+    """The ids of a text's tokens, without unknown ones: these say nothing about a match."""
+    unknown = tokenizer.token_to_id(getattr(tokenizer.model, "unk_token", None) or "")
+    return [i for i in tokenizer.encode(text, add_special_tokens=False).ids if i != unknown]
+
+
+def check_method(method: str | None, has_embedder: bool) -> str:
+    """The way to search: `method`, or, if that is None, the best with the models there are.
+
+    Raises:
+        UserError: the method is unknown, needs an embedder, or needs bm25s, which is not installed.
     """
-    room = embedder.max_seq_length_c - 2
-    paragraphs = cut_long(read_paragraphs(paths), embedder.tokenizer, room)
-    first: dict[str, Paragraph] = {}
-    for each in paragraphs:
-        first.setdefault(" ".join(each.text.split()), each)
+    method = method or ("hybrid" if has_embedder else "bm25")
+    if method not in SEARCHES:
+        raise UserError(f"--search={method} is not one of {', '.join(SEARCHES)}")
+    if method != "bm25" and not has_embedder:
+        raise UserError(f"--search={method} needs --model_emb; --search=bm25 needs none")
+    if method != "dense" and importlib.util.find_spec("bm25s") is None:
+        raise UserError(
+            f"--search={method} needs bm25s: pip install bm25s"
+            + (", or --search=dense" if has_embedder else "")
+        )
+    return method
+
+
+def build_index(
+    paragraphs: list[Paragraph], model: Embedder | Words, method: str | None = None
+) -> ContextIndex:
+    """The index of paragraphs; saved vectors are used again.
+
+    Paragraphs that are too long for the model are cut into parts. Those that differ only in white
+    space count once. Each folder keeps the vectors of its own files, so neither other files nor
+    their order matter.
+
+    Args:
+        model: an embedder, or `Words` to search by BM25 alone.
+        method: one of SEARCHES; None is the best with this model.
+
+    Raises:
+        UserError: as `check_method`; no paragraph has a token.
+    """
+    method = check_method(method, isinstance(model, Embedder))
+    parts = cut_long(paragraphs, model.tokenizer, model.room)
+    first: dict[str, Part] = {}
+    for each in parts:
+        first.setdefault(" ".join(each[0].text.split()), each)
     if not first:
-        raise UserError(f"--context: {', '.join(paths)} has no text")
-    stores = _stores(paragraphs)
+        files = ", ".join(dict.fromkeys(each.path for each in paragraphs))
+        raise UserError(f"--context: {files} has no text")
+    unique = [paragraph for paragraph, _ in first.values()]
+    vectors = words = None
+    if isinstance(model, Embedder) and method != "bm25":
+        vectors = _vectors(unique, model, _stores([paragraph for paragraph, _ in parts]))
+    if method != "dense":
+        import bm25s  # need not be installed for a search by vectors alone
+
+        words = bm25s.BM25()
+        ids = [ids.tolist() for _, ids in first.values()]
+        words.index((ids, model.tokenizer.get_vocab()), show_progress=False)
+    return ContextIndex(unique, model, vectors, words)
+
+
+def _vectors(unique: list[Paragraph], embedder: Embedder, stores: Stores) -> np.ndarray:
+    """The vectors of paragraphs, float32 [paragraphs, H]: saved ones, and those made and saved
+    now."""
     known = {
         digest: vector
         for folder in stores
         for (_, digest), vector in _read_saved(folder, embedder.key).items()
     }
-    missing = [each for each in first.values() if _digest(each) not in known]
+    missing = [each for each in unique if _digest(each) not in known]
     texts = [each.text for each in missing]
     done, saved_at = 0, time.monotonic()
     try:
@@ -238,8 +379,7 @@ def build_index(embedder: Embedder, paths: Sequence[str]) -> ContextIndex:
         ) from None
     finally:
         _save_all(stores, embedder.key, known)
-    unique = list(first.values())
-    return ContextIndex(unique, np.stack([known[_digest(each)] for each in unique]))
+    return np.stack([known[_digest(each)] for each in unique])
 
 
 Stores = dict[str, set[tuple[str, str]]]  # folder -> file in it and digest of each paragraph

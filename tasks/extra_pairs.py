@@ -17,7 +17,7 @@ from torch import Tensor
 
 import squad_utils
 from cli import UserError, tell
-from deploy.search import read_paragraphs
+from deploy.documents import read_paragraphs
 from squad_utils import SquadData, Tokens, Windows
 from training.passes import Batches, as_tensors
 

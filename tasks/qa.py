@@ -27,10 +27,10 @@ import squad_utils
 from bert.model_folder import AutoClass, special_ids
 from cli import UserError, warn
 from deploy import onnx_file
+from deploy.squad_scores import Scorer, load_scorer
 from squad_utils import SquadData, Windows
 from tasks.extra_pairs import ExtraBatches, Pool, check_articles, read_texts
 from tasks.hidden_states import OutputLoss, summed_errors
-from tasks.squad_scores import Scorer, load_scorer
 from tasks.task import Rows, Task
 from training.passes import Batches, BatchesByLength, LossFunction, as_tensors, to_device
 from training.results import TaskCard

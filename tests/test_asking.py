@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import os
 import re
 import shlex
@@ -12,6 +13,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -881,7 +883,7 @@ def test_parts_hold_every_answer_and_are_short_enough(
 ) -> None:
     text = " ".join(" ".join(words).capitalize() + "." for words in sentences)
     tokenizer = make_tokenizer()
-    parts = search.cut_long([Paragraph(text, "f", 1, 0)], tokenizer, room)
+    parts = [each for each, _ in search.cut_long([Paragraph(text, "f", 1, 0)], tokenizer, room)]
     for each in parts:
         assert text[each.start : each.start + len(each.text)] == each.text
         assert len(tokenizer.encode(each.text, add_special_tokens=False).ids) <= room
@@ -916,7 +918,8 @@ PARTS: dict[str, tuple[str, int, list[str] | None]] = {
 @pytest.mark.parametrize("name", PARTS)
 def test_a_long_paragraph_is_cut_at_sentences_or_at_words(name: str) -> None:
     text, room, expected = PARTS[name]
-    parts = search.cut_long([Paragraph(text, "f", 3, 7)], make_tokenizer(), room)
+    cut = search.cut_long([Paragraph(text, "f", 3, 7)], make_tokenizer(), room)
+    parts = [each for each, _ in cut]
     assert [each.text for each in parts] == expected
     for each in parts:
         assert text[each.start - 7 :].startswith(each.text)
@@ -940,10 +943,14 @@ def docs(tmp_path: Path) -> Path:
     return tmp_path / "docs"
 
 
+def indexed(embedder: Embedder, *paths: str) -> search.ContextIndex:
+    return search.build_index(documents.read_paragraphs(paths), embedder, "dense")
+
+
 def embedded(docs: Path, *paths: str, key: str = "key") -> list[str]:
     """Build an index; the texts that were embedded for it."""
     model = CountingEmbedder()
-    search.build_index(make_embedder(model, key), [str(docs / path) for path in paths])
+    indexed(make_embedder(model, key), *(str(docs / path) for path in paths))
     return sorted(model.texts)
 
 
@@ -1008,7 +1015,7 @@ def test_ctrl_c_keeps_what_is_embedded(at: int, docs: Path) -> None:
     model = CountingEmbedder()
     model.stops_at = at
     with pytest.raises(Interrupted) as stop:
-        search.build_index(make_embedder(model), [str(docs)])
+        indexed(make_embedder(model), str(docs))
     assert stop.value.signal_number == signal.SIGINT
     assert str(stop.value) == (
         f"stopped: {at} of 10 new paragraphs are indexed; the same command goes on from there"
@@ -1068,9 +1075,9 @@ def test_equal_paragraphs_count_once(texts: list[str], count: int, tmp_path: Pat
     for i, text in enumerate(texts):
         (tmp_path / f"{i}.txt").write_bytes(f"{text}\n\nother".encode())
     embedder = make_embedder(CountingEmbedder())
-    index = search.build_index(embedder, [str(tmp_path)])
+    index = indexed(embedder, str(tmp_path))
     assert len(index.paragraphs) == count + 1
-    nearest = index.nearest(embedder.question("ada"), 5)
+    nearest = index.nearest("ada", 5)
     assert len(nearest) == count + 1
     assert nearest[0][0].path.endswith("0.txt")
 
@@ -1082,7 +1089,7 @@ def test_a_pipe_is_indexed_and_leaves_nothing(
     read_end, write_end = os.pipe()
     os.write(write_end, b"ada\n\nb")
     os.close(write_end)
-    index = search.build_index(make_embedder(CountingEmbedder()), [f"/dev/fd/{read_end}"])
+    index = indexed(make_embedder(CountingEmbedder()), f"/dev/fd/{read_end}")
     os.close(read_end)
     assert [each.text for each in index.paragraphs] == ["ada", "b"]
     assert list(tmp_path.iterdir()) == []
@@ -1102,7 +1109,7 @@ def test_vectors_that_are_not_finite_are_a_line(value: float, docs: Path) -> Non
         np.errstate(invalid="ignore"),
         pytest.raises(UserError, match="--model_emb: models/emb gives numbers that are not fini"),
     ):
-        search.build_index(make_embedder(model), [str(docs)])
+        indexed(make_embedder(model), str(docs))
     assert not list(docs.rglob(".*"))
 
 
@@ -1114,6 +1121,119 @@ def test_distances_keep_their_digits_whatever_the_norms(norm: float) -> None:
     query = (middle + 0.1 * rng.standard_normal(64)).astype(np.float32)
     exact = np.linalg.norm(vectors.astype(np.float64) - query.astype(np.float64), axis=1)
     paragraphs = [Paragraph("", "f", i, 0) for i in range(5000)]
-    found = search.ContextIndex(paragraphs, vectors).nearest(query, 5)
-    assert [each.line for each, _ in found] == np.argsort(exact, kind="stable")[:5].tolist()
-    assert [distance for _, distance in found] == pytest.approx(np.sort(exact)[:5], rel=1e-9)
+    embedder = make_embedder(lambda _: (query[None],))
+    found = search.ContextIndex(paragraphs, embedder, vectors, None).nearest("ada", 5)
+    assert [each.paragraph.line for each in found] == np.argsort(exact, kind="stable")[:5].tolist()
+    assert [each.distance for each in found] == pytest.approx(np.sort(exact)[:5], rel=1e-9)
+
+
+# ------------------------------------------------------------------------------------------------
+# Search by vectors, by words, by both
+
+SEARCHED = ["ada b c d", "velmora b c", "ada velmora b b c d e f g", "h i j", "ada", "東京 e"]
+WITHOUT_EMBEDDER = search.Words(make_tokenizer(), 62)
+
+
+def paragraphs_of(texts: list[str]) -> list[Paragraph]:
+    return [Paragraph(text, "f", i, 100 * i) for i, text in enumerate(texts)]
+
+
+def bm25(texts: list[str], question: str) -> np.ndarray:
+    """Lucene's BM25 with k1 = 1.5, b = 0.75, by its formula: float64 [texts]."""
+    rows = [text.split() for text in texts]
+    mean = sum(map(len, rows)) / len(rows)
+    scores = np.zeros(len(rows))
+    for token in question.split():
+        frequency = sum(token in row for row in rows)
+        idf = math.log(1 + (len(rows) - frequency + 0.5) / (frequency + 0.5))
+        for i, row in enumerate(rows):
+            count = row.count(token)
+            scores[i] += idf * count / (count + 1.5 * (0.25 + 0.75 * len(row) / mean))
+    return scores
+
+
+@pytest.mark.parametrize("question", ["ada", "velmora d", "ada ada b", "of i j", "g"])
+def test_a_search_by_words_ranks_by_bm25(question: str) -> None:
+    texts = SEARCHED[:5]
+    expected = bm25(texts, question)
+    index = search.build_index(paragraphs_of(texts), WITHOUT_EMBEDDER)
+    found = index.nearest(question, 9)
+    order = [i for i in np.argsort(-expected, kind="stable") if expected[i] > 0]
+    assert [each.paragraph.text for each in found] == [texts[i] for i in order]
+    assert [each.score for each in found] == [11 / (11 + place) for place in range(len(order))]
+    assert {each.distance for each in found} == {None}
+
+
+@pytest.mark.parametrize("question", ["k", "", "☃", "☃ k"])
+def test_a_search_by_words_finds_nothing_if_no_word_is_shared(question: str) -> None:
+    paragraphs = paragraphs_of([*SEARCHED[:5], "☃ ada"])  # an unknown word in both is no match
+    assert search.build_index(paragraphs, WITHOUT_EMBEDDER).nearest(question, 9) == []
+
+
+@pytest.mark.parametrize("question", ["ada", "velmora d", "b h", "k"])
+def test_a_hybrid_search_adds_the_reciprocal_ranks(question: str) -> None:
+    embedder = make_embedder(CountingEmbedder())
+    paragraphs = paragraphs_of(SEARCHED)
+    indexes = {
+        method: search.build_index(paragraphs, embedder, method) for method in search.SEARCHES
+    }
+    expected = dict.fromkeys(SEARCHED, 0.0)
+    for method in ("dense", "bm25"):
+        for rank, each in enumerate(indexes[method].nearest(question, 9), 1):
+            expected[each.paragraph.text] += 11 / (10 + rank) / 2
+    found = indexes["hybrid"].nearest(question, 9)
+    assert {each.paragraph.text: each.score for each in found} == pytest.approx(expected)
+    assert [each.score for each in found] == sorted(expected.values(), reverse=True)
+    distances = {each.paragraph: each.distance for each in indexes["dense"].nearest(question, 9)}
+    assert {each.paragraph: each.distance for each in found} == distances
+    assert indexes["hybrid"].nearest(question, 2) == found[:2]
+
+
+def test_without_a_method_the_search_is_the_best_there_is() -> None:
+    assert search.check_method(None, True) == "hybrid"
+    assert search.check_method(None, False) == "bm25"
+
+
+@pytest.mark.parametrize(
+    "method,has_embedder,message",
+    [
+        ("dense", False, "--search=dense needs --model_emb; --search=bm25 needs none"),
+        ("hybrid", False, "--search=hybrid needs --model_emb"),
+        ("best", True, "--search=best is not one of dense, bm25, hybrid"),
+    ],
+)
+def test_a_search_without_what_it_needs_is_a_line(
+    method: str, has_embedder: bool, message: str
+) -> None:
+    with pytest.raises(UserError, match=message):
+        search.check_method(method, has_embedder)
+
+
+def test_without_bm25s_a_line_names_it_and_vectors_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "bm25s", None)
+    monkeypatch.setattr(search.importlib.util, "find_spec", lambda _: None)
+    model, paragraphs = make_embedder(CountingEmbedder()), paragraphs_of(SEARCHED)
+    with pytest.raises(UserError, match="needs bm25s: pip install bm25s, or --search=dense"):
+        search.build_index(paragraphs, model)
+    with pytest.raises(UserError, match=r"needs bm25s: pip install bm25s$"):
+        search.build_index(paragraphs, WITHOUT_EMBEDDER)
+    assert search.build_index(paragraphs, model, "dense").nearest("ada", 1)[0].distance == 0
+
+
+def test_a_search_by_words_makes_no_vectors_and_saves_nothing(docs: Path) -> None:
+    model = CountingEmbedder()
+    paragraphs = documents.read_paragraphs([str(docs)])
+    found = search.build_index(paragraphs, make_embedder(model), "bm25").nearest("ada", 9)
+    assert [each.paragraph.text for each in found] == ["ada"]
+    assert not model.texts
+    assert not list(docs.rglob(".*"))
+
+
+def test_twenty_threads_find_what_one_finds() -> None:
+    rng = np.random.default_rng(0)
+    texts = [" ".join(rng.choice(list("abcdefghij"), 6)) for _ in range(300)]
+    index = search.build_index(paragraphs_of(texts), WITHOUT_EMBEDDER)
+    questions = texts[:200]
+    expected = [index.nearest(each, 5) for each in questions]
+    with ThreadPoolExecutor(20) as threads:
+        assert list(threads.map(lambda each: index.nearest(each, 5), questions)) == expected

@@ -37,6 +37,7 @@ WITHOUT_TORCH = (
     "deploy.settings",
     "deploy.runtime",
     "deploy.search",
+    "deploy.squad_scores",
     "deploy.reader",
     "deploy.int8_file",
     "deploy.timing",

@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 
 from cli import UserError
+from deploy import squad_scores
 from squad_utils import SquadData, load_squad
-from tasks import squad_scores
 
 COMMON = """
 import re

@@ -13,9 +13,9 @@ from calls import call, error_line
 from conftest import ROOT, command_of
 
 from cli import UserError
-from deploy import search
+from deploy import documents, search
 from deploy.runtime import Runtime
-from deploy.search import ContextIndex, Embedder, Paragraph, build_index, load_embedder
+from deploy.search import ContextIndex, Embedder, load_embedder
 
 TEXTS = {
     "harbour.txt": "The harbour was built by Ada Brook in 1907.\n\nIt is of stone.\n \nIt is deep.",
@@ -53,12 +53,16 @@ def embedder(models: tuple[Path, Path]) -> Embedder:
     return load_embedder(str(models[1]), Runtime("openvino"))
 
 
+def indexed(embedder: Embedder, paths: list[str]) -> ContextIndex:
+    return search.build_index(documents.read_paragraphs(paths), embedder)
+
+
 # ------------------------------------------------------------------------------------------------
 # Paragraphs and vectors
 
 
 def test_paragraphs_and_where_they_are(folder: Path) -> None:
-    found = search.read_paragraphs([str(folder)])
+    found = documents.read_paragraphs([str(folder)])
     names = [(Path(each.path).name, each.line, each.text) for each in found]
     assert names == [
         ("harbour.txt", 1, "The harbour was built by Ada Brook in 1907."),
@@ -67,29 +71,17 @@ def test_paragraphs_and_where_they_are(folder: Path) -> None:
         ("bridge.md", 3, "The bridge was opened in 1931.\nIt is painted red."),
     ]
     file = str(folder / "harbour.txt")
-    assert len(search.read_paragraphs([file, str(folder), file])) == 4
+    assert len(documents.read_paragraphs([file, str(folder), file])) == 4
 
 
 def test_nothing_to_index(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"the folder .* has no \.txt or \.md file"):
-        search.read_paragraphs([str(tmp_path)])
+        documents.read_paragraphs([str(tmp_path)])
     (tmp_path / "empty.txt").write_text(" \n\n ")
     with pytest.raises(UserError, match="has no text"):
-        search.read_paragraphs([str(tmp_path)])
+        documents.read_paragraphs([str(tmp_path)])
     with pytest.raises(UserError, match="no such file"):
-        search.read_paragraphs([str(tmp_path / "nowhere.txt")])
-
-
-def test_nearest_against_brute_force() -> None:
-    rng = np.random.default_rng(0)
-    vectors = rng.standard_normal((50, 6)).astype(np.float32)
-    paragraphs = [Paragraph(str(i), "file", i, 0) for i in range(50)]
-    query = rng.standard_normal(6).astype(np.float32)
-    found = ContextIndex(paragraphs, vectors).nearest(query, 7)
-    distances = np.linalg.norm(vectors - query, axis=1)
-    assert [each.line for each, _ in found] == np.argsort(distances)[:7].tolist()
-    assert [d for _, d in found] == pytest.approx(np.sort(distances)[:7], rel=1e-5)
-    assert len(ContextIndex(paragraphs, vectors).nearest(query, 99)) == 50
+        documents.read_paragraphs([str(tmp_path / "nowhere.txt")])
 
 
 def test_both_runtimes_give_the_same_vectors(models: tuple[Path, Path], embedder: Embedder) -> None:
@@ -105,7 +97,7 @@ def test_long_paragraph_is_cut_into_parts(tmp_path: Path, embedder: Embedder) ->
     file = tmp_path / "long.txt"
     lines = [f"the harbour {i} of the town is deep and wide" for i in range(60)]
     file.write_text("short\n\n" + "\n".join(lines))
-    found = build_index(embedder, [str(file)]).paragraphs
+    found = indexed(embedder, [str(file)]).paragraphs
     assert len(found) > 3
     assert found[0].text == "short"
     parts = [each.text.split("\n") for each in found[1:]]
@@ -131,23 +123,23 @@ def test_only_what_changed_is_embedded(
         return original(self, texts, *args)
 
     monkeypatch.setattr(Embedder, "one_by_one", counted)
-    first = build_index(embedder, [str(folder)])
+    first = indexed(embedder, [str(folder)])
     assert len(embedded) == 4
     embedded.clear()
-    again = build_index(embedder, [str(folder)])
+    again = indexed(embedder, [str(folder)])
     assert not embedded
     assert np.array_equal(first.vectors, again.vectors)
     (folder / "harbour.txt").write_text(TEXTS["harbour.txt"].replace("stone", "iron"))
-    changed = build_index(embedder, [str(folder)])
+    changed = indexed(embedder, [str(folder)])
     assert embedded == ["It is of iron."]
     assert len(changed.paragraphs) == 4
     embedded.clear()
     (folder / "more" / "bridge.md").unlink()
-    assert len(build_index(embedder, [str(folder)]).paragraphs) == 3
+    assert len(indexed(embedder, [str(folder)]).paragraphs) == 3
     assert not embedded
     # A file that is damaged, or of another model, is as none.
     (folder / search.INDEX_FILE).write_bytes(b"PK damaged")
-    build_index(embedder, [str(folder)])
+    indexed(embedder, [str(folder)])
     assert len(embedded) == 3
 
 
@@ -163,12 +155,12 @@ def test_vectors_in_bf16_and_in_f32_are_not_mixed(
     assert other.key != embedder.key
     ones = np.ones((4, 32), np.float32)
     monkeypatch.setattr(Embedder, "one_by_one", lambda _, texts, *__: enumerate(ones[: len(texts)]))
-    build_index(other, [str(folder)])
+    indexed(other, [str(folder)])
     monkeypatch.setattr(
         Embedder, "one_by_one", lambda _, texts, *__: enumerate(2 * ones[: len(texts)])
     )
-    assert np.array_equal(build_index(other, [str(folder)]).vectors, ones)
-    assert np.array_equal(build_index(embedder, [str(folder)]).vectors, 2 * ones)
+    assert np.array_equal(indexed(other, [str(folder)]).vectors, ones)
+    assert np.array_equal(indexed(embedder, [str(folder)]).vectors, 2 * ones)
 
 
 def test_folder_that_cannot_be_written(
@@ -178,7 +170,7 @@ def test_folder_that_cannot_be_written(
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(np, "savez", full)
-    assert len(build_index(embedder, [str(folder)]).paragraphs) == 4
+    assert len(indexed(embedder, [str(folder)]).paragraphs) == 4
     assert "the index cannot be saved" in capfd.readouterr().err
 
 
