@@ -1,9 +1,9 @@
 """Ask an exported QA model about a text of any length, or about many texts.
 
 Runs the model.onnx of a train_qa.py output folder in ONNX Runtime or OpenVINO, without torch.
-Tokenisation, windows and span search are those of the evaluation. With an embedding model as well,
-it first finds the paragraphs nearest to a question and reads only those. With an embedding model
-alone, it shows these paragraphs.
+Tokenisation, windows and span search are those of the evaluation. Of many texts it first finds the
+paragraphs nearest to a question, by an embedding model, by their words or by both, and reads only
+those. With an embedding model alone, it shows these paragraphs. --evaluate measures all of it.
 """
 
 from __future__ import annotations
@@ -43,11 +43,11 @@ from cli import (
     number,
     run_main,
 )
-from deploy import documents, reader
+from deploy import documents, evaluate, reader, search
 from deploy.documents import Paragraph
-from deploy.reader import Answer
+from deploy.reader import Answer, Reader
 from deploy.runtime import PRECISIONS, RUNTIMES, Runtime
-from deploy.search import build_index, load_embedder
+from deploy.search import Embedder, Found, Words
 
 HIGHLIGHT, PLAIN = "\033[1;30;43m", "\033[0m"
 
@@ -61,16 +61,26 @@ def parse_arguments() -> argparse.Namespace:
         " --model_emb finds)")  # fmt: skip
     add("--model_emb", metavar="FOLDER",
         help="embedding model that finds the paragraphs to read: an output folder, or the"
-        " model.onnx in it (default: none, read all of one text)")  # fmt: skip
+        " model.onnx in it (default: none; one text is read as a whole, several are searched by"
+        " BM25)")  # fmt: skip
     add = parser.group("texts and questions").add_argument
-    add("--context", required=True, nargs="+", metavar="FILE",
-        help="UTF-8 text with the answers; --model_emb allows several files, and folders, of"
-        " which the .txt and .md files are read")  # fmt: skip
+    add("--context", nargs="+", metavar="FILE",
+        help="UTF-8 texts with the answers: files, and folders, of which the .txt and .md files"
+        " are read (needed without --evaluate)")  # fmt: skip
+    add("--search", choices=search.SEARCHES,
+        help="how paragraphs are found: dense by the vectors of --model_emb, bm25 by the words that"
+        " they share with the question, hybrid by the ranks of both (default: hybrid with"
+        " --model_emb; without it bm25, but all of one file is read)")  # fmt: skip
     add("--top_contexts", type=number(int, 1, 1000), default=5, metavar="N",
-        help="paragraphs to read per question, with --model_emb")  # fmt: skip
+        help="paragraphs to read per question, where they are searched")  # fmt: skip
     add("--question", action="append", metavar="TEXT",
         help="a question; may be given several times (default: type questions at a prompt, or pipe"
         " them in, one per line, in UTF-8)")  # fmt: skip
+    add("--evaluate", metavar="FILE",
+        help="SQuAD file whose questions are asked of all its contexts, for the scores of search"
+        " and answers; vectors are kept beside the file (default: none)")  # fmt: skip
+    add("--eval_extra_contexts", metavar="FILE",
+        help="SQuAD file whose contexts --evaluate searches too (default: none)")  # fmt: skip
     add = parser.group("answers").add_argument
     add("--top_k", type=number(int, 1, 50), default=3, metavar="N",
         help="answers to show per question")  # fmt: skip
@@ -95,6 +105,8 @@ def parse_arguments() -> argparse.Namespace:
 def show(answers: list[Answer]) -> None:
     """Print answers to read: probability, answer, its sentence, and its source."""
     colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ
+    if not answers:
+        print("  no paragraph has a word of the question")
     if answers and answers[0].no_answer and answers[0].source is None:
         print("  no answer in this text; the nearest there is:")
     for rank, each in enumerate(answers, 1):
@@ -105,7 +117,7 @@ def show(answers: list[Answer]) -> None:
         print(f"  {rank}. {each.probability:6.1%}  {' '.join(each.text.split())}{unsure}")
         print(f"             {' '.join(sentence.split())}")
         if each.source is not None:
-            print(f"             {each.source.source}, distance {each.distance:.3f}")
+            print(f"             {place(each.source, each.distance)}")
     print(flush=True)
 
 
@@ -120,17 +132,23 @@ def as_record(answer: Answer) -> dict[str, Any]:
     }
     if answer.source is not None:
         record |= {"source": answer.source.source, "paragraph": answer.source.text}
-        record["distance"] = answer.distance
+        if answer.distance is not None:
+            record["distance"] = answer.distance
         if answer.no_answer is not None:
             record["no_answer"] = answer.no_answer
     return record
 
 
-def show_paragraphs(nearest: list[tuple[Paragraph, float]]) -> None:
+def place(paragraph: Paragraph, distance: float | None) -> str:
+    """File and line of a paragraph and, if it was found by its vector, the distance."""
+    return paragraph.source + ("" if distance is None else f", distance {distance:.3f}")
+
+
+def show_paragraphs(found: list[Found]) -> None:
     """Print the paragraphs nearest to a question, to read."""
-    for rank, (paragraph, distance) in enumerate(nearest, 1):
-        print(f"  {rank}. {paragraph.source}, distance {distance:.3f}")
-        print(f"     {' '.join(paragraph.text.split())}")
+    for rank, each in enumerate(found, 1):
+        print(f"  {rank}. {place(each.paragraph, each.distance)}")
+        print(f"     {' '.join(each.paragraph.text.split())}")
     print(flush=True)
 
 
@@ -193,7 +211,7 @@ def check_streams(args: argparse.Namespace) -> None:
             raise UserError("--question is not UTF-8 text") from None
         if not each.strip():
             raise UserError("--question is empty")
-    if args.question:
+    if args.question or args.evaluate:
         return
     if sys.stdin is None:
         raise UserError("stdin is closed, and there is no --question")
@@ -203,8 +221,6 @@ def check_streams(args: argparse.Namespace) -> None:
 
 def ask_text(args: argparse.Namespace) -> Callable[[str], None]:
     """The function that prints the answers to a question from one text."""
-    if len(args.context) > 1:
-        raise UserError("--context: several files need --model_emb, which finds paragraphs to read")
     file = documents.read_file(args.context[0])
     model = reader.load(args.model, Runtime(args.runtime, args.runtime_precision))
     if not len(model.tokens(file.text).ids):
@@ -222,47 +238,88 @@ def ask_text(args: argparse.Namespace) -> Callable[[str], None]:
     return ask
 
 
+def load_models(args: argparse.Namespace) -> tuple[Reader | None, Embedder | Words]:
+    """The models that read and search; the reader's tokenizer searches without --model_emb."""
+    search.check_method(args.search, bool(args.model_emb))
+    runtime = Runtime(args.runtime, args.runtime_precision)
+    embedder = search.load_embedder(args.model_emb, runtime) if args.model_emb else None
+    model = reader.load(args.model, runtime) if args.model else None
+    if embedder is None:
+        assert model is not None  # `main` checks that there is one of them
+        return model, Words(model.tokenizer, model.room)
+    return model, embedder
+
+
 def ask_texts(args: argparse.Namespace) -> Callable[[str], None]:
     """The function that prints the answers to a question from many texts, or, without --model, the
     nearest paragraphs."""
-    runtime = Runtime(args.runtime, args.runtime_precision)
-    embedder = load_embedder(args.model_emb, runtime)
-    model = reader.load(args.model, runtime) if args.model else None
+    model, finder = load_models(args)
     signal.signal(signal.SIGINT, signal.default_int_handler)  # stopped, an index saves its vectors
-    index = build_index(documents.read_paragraphs(args.context), embedder, "dense")
+    index = search.build_index(documents.read_paragraphs(args.context), finder, args.search)
 
     def ask(question: str) -> None:
         found = index.nearest(question, args.top_contexts)
-        nearest = [(each.paragraph, each.distance or 0.0) for each in found]
         if model is not None:
-            print_answers(args.json, question, model.answers_from(nearest, question, args.top_k))
+            print_answers(args.json, question, model.answers_from(found, question, args.top_k))
         elif args.json:
             paragraphs = [
                 {
-                    "source": each.source,
-                    "paragraph": each.text,
-                    "start": each.start,
-                    "end": each.start + len(each.text),
-                    "distance": distance,
+                    "source": each.paragraph.source,
+                    "paragraph": each.paragraph.text,
+                    "start": each.paragraph.start,
+                    "end": each.paragraph.start + len(each.paragraph.text),
+                    **({} if each.distance is None else {"distance": each.distance}),
                 }
-                for each, distance in nearest
+                for each in found
             ]
             print_json(question, paragraphs=paragraphs)
         else:
-            show_paragraphs(nearest)
+            show_paragraphs(found)
 
     return ask
+
+
+def evaluate_file(args: argparse.Namespace) -> None:
+    """Print the figures of --evaluate, as a table or as a line of JSON."""
+    model, finder = load_models(args)
+    asked = evaluate.load(args.evaluate, args.eval_extra_contexts)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # stopped, an index saves its vectors
+    figures = evaluate.evaluate(asked, model, finder, args.search)
+    print(json.dumps(figures.record()) if args.json else evaluate.table(figures), flush=True)
+
+
+def check_arguments(args: argparse.Namespace) -> None:
+    """Check that the flags fit together.
+
+    Raises:
+        UserError: a flag that is needed is missing, or has nothing to do.
+    """
+    if not args.model and not args.model_emb:
+        raise UserError("give --model, which reads a text, --model_emb, which finds texts, or both")
+    if args.evaluate and (args.context or args.question):
+        raise UserError(
+            f"--{'context' if args.context else 'question'}: --evaluate asks the questions of its"
+            " file, of the file's contexts"
+        )
+    if args.eval_extra_contexts and not args.evaluate:
+        raise UserError("--eval_extra_contexts needs --evaluate")
+    if not args.context and not args.evaluate:
+        raise UserError("give --context, the texts with the answers")
 
 
 def main() -> None:
     signal.signal(signal.SIGINT, stop)  # again, for the imports of runtimes as models load
     args = parse_arguments()
+    check_arguments(args)
     check_streams(args)
-    if not args.model and not args.model_emb:
-        raise UserError("give --model, which reads a text, --model_emb, which finds texts, or both")
-    args.context = [os.path.expanduser(path) for path in args.context]
     try:
-        ask = ask_texts(args) if args.model_emb else ask_text(args)
+        if args.evaluate:
+            evaluate_file(args)
+            return
+        args.context = [os.path.expanduser(path) for path in args.context]
+        (first, *more) = args.context
+        whole = not (args.model_emb or args.search or more or os.path.isdir(first))
+        ask = ask_text(args) if whole else ask_texts(args)
         for question in args.question or questions_from_input():
             if not args.json and (args.question or not sys.stdin.isatty()):
                 print(question)

@@ -234,12 +234,14 @@ class ContextIndex:
     threads may search it.
 
     Attributes:
+        method: one of SEARCHES.
         model: the embedder, or the tokenizer of a search by words alone.
         vectors: [paragraphs, H]; None for a search by words alone.
         words: scores of all tokens in all paragraphs; None for a search by vectors alone.
     """
 
     paragraphs: list[Paragraph]
+    method: str
     model: Embedder | Words
     vectors: np.ndarray | None
     words: BM25 | None
@@ -348,7 +350,7 @@ def build_index(
         words = bm25s.BM25()
         ids = [ids.tolist() for _, ids in first.values()]
         words.index((ids, model.tokenizer.get_vocab()), show_progress=False)
-    return ContextIndex(unique, model, vectors, words)
+    return ContextIndex(unique, method, model, vectors, words)
 
 
 def _vectors(unique: list[Paragraph], embedder: Embedder, stores: Stores) -> np.ndarray:

@@ -864,7 +864,7 @@ def test_logits_that_are_not_finite_are_a_line(value: float) -> None:
 def test_one_answer_of_two_parts_that_share_it_counts_once() -> None:
     text = "a b Ada c d"
     parts = [Paragraph(text[:7], "f", 1, 0), Paragraph(text[4:], "f", 1, 4)]
-    found = make_reader().answers_from([(each, 1.0) for each in parts], "who", 9)
+    found = make_reader().answers_from([search.Found(each, 1.0, 1.0) for each in parts], "who", 9)
     assert [each.text for each in found if "Ada" in each.text] == ["Ada"]
     assert all(text[each.start : each.end] == each.text for each in found)
 
@@ -1122,7 +1122,7 @@ def test_distances_keep_their_digits_whatever_the_norms(norm: float) -> None:
     exact = np.linalg.norm(vectors.astype(np.float64) - query.astype(np.float64), axis=1)
     paragraphs = [Paragraph("", "f", i, 0) for i in range(5000)]
     embedder = make_embedder(lambda _: (query[None],))
-    found = search.ContextIndex(paragraphs, embedder, vectors, None).nearest("ada", 5)
+    found = search.ContextIndex(paragraphs, "dense", embedder, vectors, None).nearest("ada", 5)
     assert [each.paragraph.line for each in found] == np.argsort(exact, kind="stable")[:5].tolist()
     assert [each.distance for each in found] == pytest.approx(np.sort(exact)[:5], rel=1e-9)
 
