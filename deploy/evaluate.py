@@ -136,7 +136,8 @@ def evaluate(
     """
     index = search.build_index(asked.contexts, model, method)
     starts = [each.start for each in asked.contexts]
-    ranks, seconds = [], []
+    ranks: list[float] = []
+    seconds: list[float] = []
     read: dict[int, list[Read]] = {count: [] for count in READ}
     given: list[Read] = []
     rows = zip(asked.questions, asked.answers, asked.own, strict=True)
@@ -148,7 +149,7 @@ def evaluate(
         seconds.append(time.perf_counter() - began)
         # Parts of a long context count as that context.
         places = list(dict.fromkeys(bisect_right(starts, e.paragraph.start) - 1 for e in found))
-        ranks.append(places.index(own) if own in places else len(starts))
+        ranks.append(places.index(own) if own in places else np.inf)
         if reader is None:
             continue
         once = _reading_once(reader)

@@ -74,7 +74,7 @@ def test_contexts_of_another_file_are_searched_too(tmp_path: Path) -> None:
     ]
     figures = evaluate.evaluate(asked, None, words(), "bm25")
     assert (figures.contexts, figures.read, figures.f1_given_right) == (6, {}, None)
-    assert figures.top == {1: 75.0, 5: 75.0, 20: 75.0}  # "i" finds the other file's context
+    assert figures.top == {1: 75.0, 5: 75.0, 20: 75.0}  # "i" finds only the other file's context
 
 
 def test_a_search_by_vectors_ranks_the_contexts(tmp_path: Path) -> None:
@@ -125,9 +125,9 @@ def test_a_file_without_questions_is_a_line(
 def test_files_that_are_no_squad_are_a_line(tmp_path: Path) -> None:
     good, bad = squad(tmp_path / "dev.json", CONTEXTS), tmp_path / "bad.json"
     bad.write_text("{")
-    with pytest.raises(UserError, match=r"--evaluate: .*bad.json is not JSON"):
+    with pytest.raises(UserError, match=r"--evaluate: .*bad.json line 1 column 2 is not"):
         evaluate.load(str(bad), None)
-    with pytest.raises(UserError, match=r"--eval_extra_contexts: .*bad.json is not JSON"):
+    with pytest.raises(UserError, match=r"--eval_extra_contexts: .*bad.json line 1 column 2 is"):
         evaluate.load(good, str(bad))
     with pytest.raises(UserError, match="--evaluate: no such file"):
         evaluate.load(str(tmp_path / "none.json"), None)

@@ -38,6 +38,7 @@ WITHOUT_TORCH = (
     "deploy.runtime",
     "deploy.search",
     "deploy.squad_scores",
+    "deploy.evaluate",
     "deploy.reader",
     "deploy.int8_file",
     "deploy.timing",
