@@ -205,12 +205,13 @@ def table(figures: Figures) -> str:
         f"search {figures.search}: {top} of {figures.questions:,} questions, among"
         f" {figures.contexts:,} contexts; {figures.search_ms:.1f} ms a question"
     ]
-    if figures.f1_given_right:
+    if figures.f1_given_right is not None:
         lines.append(f"given the right context, the reader's F1 is {figures.f1_given_right:.2f}")
         lines.append(f"{'paragraphs read':>15}{'F1':>8}{'EM':>8}{'of that F1':>12}{'ms':>8}")
         for count, each in figures.read.items():
-            share = each.f1 / figures.f1_given_right
+            given = figures.f1_given_right
+            share = f"{each.f1 / given:.1%}" if given else "-"
             lines.append(
-                f"{count:15}{each.f1:8.2f}{each.exact_match:8.2f}{share:12.1%}{each.ms:8.0f}"
+                f"{count:15}{each.f1:8.2f}{each.exact_match:8.2f}{share:>12}{each.ms:8.0f}"
             )
     return "\n".join(lines)

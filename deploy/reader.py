@@ -23,9 +23,9 @@ from deploy.search import Found
 from deploy.settings import QA
 from squad_utils import SpecialIds, SquadData, Tokens, Windows
 
-# The log odds of a paragraph with a search score of 1 against one with 0. Of 8 to 24, 12 has the
-# highest F1 on questions of SQuAD's train file with 5 and 20 paragraphs read (docs/embeddings.md).
-SEARCH_WEIGHT = 12.0
+# The log odds of a paragraph against one whose search score is lower by 1. On questions of SQuAD's
+# train file F1 is about the same for 1.5 to 3, and lower for less (docs/embeddings.md).
+SEARCH_WEIGHT = 2.0
 
 
 @dataclass(frozen=True)
@@ -112,7 +112,7 @@ class Reader:
         asked = self._question(question)
         answers = [
             (
-                odds + SEARCH_WEIGHT * (score - found[0].score),
+                odds + SEARCH_WEIGHT * score,
                 replace(
                     answer,
                     start=answer.start + paragraph.start,

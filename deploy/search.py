@@ -218,8 +218,8 @@ class Found(NamedTuple):
     """A paragraph that a search has found.
 
     Attributes:
-        score: the mean of its reciprocal ranks by vectors and by words, as the index searches; 1 if
-            it is the first by each.
+        score: how far it is above the mean of all paragraphs, in standard deviations: the mean of
+            this by vectors and by words, or by the one that the index searches.
         distance: the distance (L2) of its vector from the question's; None for a search by words.
     """
 
@@ -251,16 +251,18 @@ class ContextIndex:
 
         By BM25 alone, only paragraphs with a token of the question are found.
         """
-        distances, scores = None, []
+        distances, ranks, scores = None, [], []
         if isinstance(self.model, Embedder) and self.vectors is not None:
             distances = _distances(self.vectors, self.model.question(question))
-            scores.append(_reciprocal_ranks(-distances))
+            ranks.append(_reciprocal_ranks(-distances))
+            scores.append(_standardised(-distances))
         if self.words is not None:
             ids = _known_ids(self.model.tokenizer, question)
-            overlaps = self.words.get_scores_from_ids(ids)
-            scores.append(np.where(overlaps > 0, _reciprocal_ranks(overlaps), 0))
-        score = np.mean(scores, axis=0)
-        chosen = np.argsort(-score, kind="stable")[:count]
+            overlaps = self.words.get_scores_from_ids(ids).astype(np.float64)
+            ranks.append(np.where(overlaps > 0, _reciprocal_ranks(overlaps), 0))
+            scores.append(_standardised(overlaps))
+        fused, score = np.sum(ranks, axis=0), np.mean(scores, axis=0)
+        chosen = np.argsort(-fused, kind="stable")[:count]
         return [
             Found(
                 self.paragraphs[i],
@@ -268,7 +270,7 @@ class ContextIndex:
                 None if distances is None else float(distances[i]),
             )
             for i in chosen
-            if score[i] > 0
+            if fused[i] > 0
         ]
 
 
@@ -283,12 +285,16 @@ def _distances(vectors: np.ndarray, vector: np.ndarray) -> np.ndarray:
     return np.sqrt(squares)
 
 
-def _reciprocal_ranks(scores: np.ndarray) -> np.ndarray:
-    """(RANK_OFFSET + 1) / (RANK_OFFSET + rank) of each score [N], float64; the highest score has
-    rank 1."""
-    ranks = np.empty(len(scores))
-    ranks[np.argsort(-scores, kind="stable")] = np.arange(1, len(scores) + 1)
-    return (RANK_OFFSET + 1) / (RANK_OFFSET + ranks)
+def _reciprocal_ranks(values: np.ndarray) -> np.ndarray:
+    """1 / (RANK_OFFSET + rank) of each value [N], float64; the highest value has rank 1."""
+    ranks = np.empty(len(values))
+    ranks[np.argsort(-values, kind="stable")] = np.arange(1, len(values) + 1)
+    return 1 / (RANK_OFFSET + ranks)
+
+
+def _standardised(values: np.ndarray) -> np.ndarray:
+    """Values [N] with mean 0 and standard deviation 1; all 0 if they are equal."""
+    return (values - values.mean()) / (values.std() or 1.0)
 
 
 def _known_ids(tokenizer: Tokenizer, text: str) -> list[int]:

@@ -55,9 +55,10 @@ def test_figures_are_those_computed_by_hand(tmp_path: Path) -> None:
     assert figures.top == {1: 75.0, 5: 75.0, 20: 75.0}
     # ada, oster, nothing, velmora in place of tindale
     assert figures.read[1][:2] == (50.0, 50.0)
-    # Of "a b c", the third paragraph's oster has log odds of 14 - 12 (1 - 11 / 13), over ada's 12.
+    # Of "a b c", "a d e f oster" has log odds of 14, "a b c ada" has 12; but that leads the search by
+    # over one standard deviation, which is SEARCH_WEIGHT = 2.
     for count in (5, 20):
-        assert figures.read[count][:2] == (25.0, 25.0)
+        assert figures.read[count][:2] == (50.0, 50.0)
     assert figures.f1_given_right == 75.0
     assert figures.read[1].ms <= figures.read[5].ms <= figures.read[20].ms
 
@@ -141,8 +142,8 @@ def test_the_table_has_the_figures(tmp_path: Path) -> None:
     assert shown[1] == "given the right context, the reader's F1 is 75.00"
     assert [line.split()[:4] for line in shown[3:]] == [
         ["1", "50.00", "50.00", "66.7%"],
-        ["5", "25.00", "25.00", "33.3%"],
-        ["20", "25.00", "25.00", "33.3%"],
+        ["5", "50.00", "50.00", "66.7%"],
+        ["20", "50.00", "50.00", "66.7%"],
     ]
     record = json.loads(json.dumps(figures.record()))
-    assert record["read_5"]["f1"] == 25.0
+    assert record["read_5"]["f1"] == 50.0
