@@ -66,7 +66,7 @@ def parse_arguments() -> argparse.Namespace:
     add = parser.group("texts and questions").add_argument
     add("--context", nargs="+", metavar="FILE",
         help="UTF-8 texts with the answers: files, and folders, of which the .txt and .md files"
-        " are read (needed without --evaluate)")  # fmt: skip
+        " are read (default: none, which --evaluate alone allows)")  # fmt: skip
     add("--search", choices=search.SEARCHES,
         help="how paragraphs are found: dense by the vectors of --model_emb, bm25 by the words that"
         " they share with the question, hybrid by the ranks of both (default: hybrid with"

@@ -55,8 +55,8 @@ def test_figures_are_those_computed_by_hand(tmp_path: Path) -> None:
     assert figures.top == {1: 75.0, 5: 75.0, 20: 75.0}
     # ada, oster, nothing, velmora in place of tindale
     assert figures.read[1][:2] == (50.0, 50.0)
-    # Of "a b c", "a d e f oster" has log odds of 14, "a b c ada" has 12; but that leads the search by
-    # over one standard deviation, which is SEARCH_WEIGHT = 2.
+    # Of "a b c", oster has log odds of 14, ada 12; but ada's context leads the search by over one
+    # standard deviation, which is SEARCH_WEIGHT = 2.
     for count in (5, 20):
         assert figures.read[count][:2] == (50.0, 50.0)
     assert figures.f1_given_right == 75.0
