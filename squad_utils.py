@@ -365,8 +365,10 @@ def tokenize(
         with_offsets: keep character offsets too.
         description: the text beside the progress bar.
     """
-    tokenizer.no_truncation()
-    tokenizer.no_padding()
+    if tokenizer.truncation:  # a change while another thread tokenises is an error of the library
+        tokenizer.no_truncation()
+    if tokenizer.padding:
+        tokenizer.no_padding()
     encode = tokenizer.encode_batch if with_offsets else tokenizer.encode_batch_fast
     ids, offsets, lengths = [np.zeros(0, np.int32)], [np.zeros((0, 2), np.int32)], [0]
     with tqdm(

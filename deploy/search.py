@@ -15,9 +15,10 @@ import importlib.util
 import os
 import secrets
 import signal
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -35,8 +36,8 @@ if TYPE_CHECKING:
     from bm25s import BM25  # at run time, a search by vectors alone does without it
 
 SEARCHES = ("dense", "bm25", "hybrid")
-# The larger, the less the first ranks count. 60 is usual; of 60, 20, 10, 5 and 2, 10 is best on
-# questions of SQuAD's train file (docs/embeddings.md).
+# The larger, the less the first ranks count. 60 is usual; on questions of the train file 10 finds
+# more among the first 5, and hardly less among the first 20 (docs/embeddings.md).
 RANK_OFFSET = 10
 INDEX_FILE = ".context_index.npz"
 SHAPES = (16, 32, 64, 128, 256, 384, 512)  # lengths that texts are padded to
@@ -67,6 +68,7 @@ class Embedder:
     max_seq_length_q: int
     max_seq_length_c: int
     key: str
+    _lock: threading.Lock = field(default_factory=threading.Lock, repr=False, compare=False)
 
     @property
     def room(self) -> int:
@@ -107,10 +109,12 @@ class Embedder:
         at = -1
         for i in tqdm(order, desc=description, unit=" texts", disable=hidden):
             length = shapes[needed[i]]
-            if run is None or at != length:
-                run, at = self.compile(length), length
             ids = tokens.ids[tokens.of(i)]
-            (vector,) = run(squad_utils.token_rows([(ids,)], self.special, length))
+            row = squad_utils.token_rows([(ids,)], self.special, length)
+            with self._lock:  # a compiled model runs one row at a time
+                if run is None or at != length:
+                    run, at = self.compile(length), length
+                (vector,) = run(row)
             if not np.isfinite(vector).all():
                 raise UserError(
                     f"--model_emb: {self.folder} gives numbers that are not finite, of"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -108,6 +109,14 @@ def test_long_paragraph_is_cut_into_parts(tmp_path: Path, embedder: Embedder) ->
     for each in found[1:]:
         assert each.text.startswith(file.read_text().splitlines()[each.line - 1])
         assert len(embedder.tokenizer.encode(each.text).ids) <= embedder.max_seq_length_c
+
+
+def test_twenty_threads_find_what_one_finds(folder: Path, embedder: Embedder) -> None:
+    index = indexed(embedder, [str(folder)])
+    questions = [f"Is the {'very ' * (i % 9)}harbour {i} deep?" for i in range(200)]
+    expected = [index.nearest(each, 3) for each in questions]
+    with ThreadPoolExecutor(20) as threads:
+        assert list(threads.map(lambda each: index.nearest(each, 3), questions)) == expected
 
 
 # ------------------------------------------------------------------------------------------------
