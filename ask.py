@@ -40,10 +40,11 @@ from cli import (
     number,
     run_main,
 )
+from deploy import evaluate
 from deploy.feedback import Feedback
 from deploy.reader import TOP_CONTEXTS, TOP_K, WHOLE, Answer, Reader
 from deploy.runtime import PRECISIONS, RUNTIMES
-from deploy.search import Found
+from deploy.search import SEARCHES, Found
 
 HIGHLIGHT, PLAIN = "\033[1;30;43m", "\033[0m"
 
@@ -62,13 +63,21 @@ def parse_arguments() -> argparse.Namespace:
     add = parser.group("texts and questions").add_argument
     add("--context", nargs="+", default=[], metavar="FILE",
         help="documents with the answers: files (.txt, .md, .html, .pdf, .docx), folders of them,"
-        " and addresses of web pages (required without --serve)")  # fmt: skip
+        " and addresses of web pages (required without --serve or --evaluate)")  # fmt: skip
+    add("--search", choices=SEARCHES,
+        help="how paragraphs are found: dense by the vectors of --model_emb, bm25 by the words that"
+        " they share with the question, hybrid by the ranks of both (default: hybrid with"
+        " --model_emb; without it bm25, but all of one file is read)")  # fmt: skip
     add("--top_contexts", type=number(int, 1, 1000), default=TOP_CONTEXTS, metavar="N",
-        help="paragraphs to read per question; without --model_emb, one file is read as a"
-        " whole")  # fmt: skip
+        help="paragraphs to read per question, where they are searched")  # fmt: skip
     add("--question", action="append", metavar="TEXT",
         help="a question; may be given several times (default: type questions at a prompt, or pipe"
         " them in, one per line, in UTF-8)")  # fmt: skip
+    add("--evaluate", metavar="FILE",
+        help="SQuAD file whose questions are asked of all its contexts, for the scores of search"
+        " and answers; vectors are kept beside the file (default: none)")  # fmt: skip
+    add("--eval_extra_contexts", metavar="FILE",
+        help="SQuAD file whose contexts --evaluate searches too (default: none)")  # fmt: skip
     add = parser.group("answers").add_argument
     add("--top_k", type=number(int, 1, 50), default=TOP_K, metavar="N",
         help="answers to show per question")  # fmt: skip
@@ -104,7 +113,9 @@ def parse_arguments() -> argparse.Namespace:
 def show(answers: list[Answer]) -> None:
     """Print answers to read: score, answer, its sentence, and its source."""
     colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ
-    if answers and answers[0].no_answer:
+    if not answers:
+        print("  no paragraph has a word of the question")
+    elif answers[0].no_answer:
         print("  no answer in what was read; the nearest there is:")
     for rank, each in enumerate(answers, 1):
         marked = f"{HIGHLIGHT}{each.text}{PLAIN}" if colour else each.text
@@ -197,6 +208,12 @@ def ask(reader: Reader, question: str, args: argparse.Namespace) -> None:
         show(answers)
 
 
+def evaluate_file(reader: Reader, args: argparse.Namespace) -> None:
+    """Print the figures of --evaluate, as a table or as a line of JSON."""
+    figures = evaluate.evaluate(evaluate.load(args.evaluate, args.eval_extra_contexts), reader)
+    print(json.dumps(figures.record()) if args.json else evaluate.table(figures), flush=True)
+
+
 def serve(reader: Reader, args: argparse.Namespace) -> None:
     """Show the page until Ctrl-C."""
     from deploy import server  # its packages are optional
@@ -221,22 +238,42 @@ def check_page(args: argparse.Namespace) -> None:
             )
 
 
-def main() -> None:
-    signal.signal(signal.SIGINT, stop)  # again, for the imports of runtimes as models load
-    args = parse_arguments()
+def check_arguments(args: argparse.Namespace) -> None:
+    """Check that the flags fit together.
+
+    Raises:
+        UserError: a flag that is needed is missing, or one has nothing to do.
+    """
     if args.serve:
         check_page(args)
-    elif not args.context:
-        raise UserError("give --context, the texts with the answers, or --serve, a page to ask on")
-    else:
+    if args.evaluate:
+        for flag in ("context", "question", "serve"):
+            if getattr(args, flag):
+                raise UserError(
+                    f"--{flag}: --evaluate asks the questions of its file, of the file's contexts"
+                )
+    elif args.eval_extra_contexts:
+        raise UserError("--eval_extra_contexts needs --evaluate")
+    elif not args.serve:
+        if not args.context:
+            raise UserError(
+                "give --context, the texts with the answers, or --serve, a page to ask on"
+            )
         check_streams(args)
     if not args.model and not args.model_emb:
         raise UserError("give --model, which reads a text, --model_emb, which finds texts, or both")
+
+
+def main() -> None:
+    signal.signal(signal.SIGINT, stop)  # again, for the imports of runtimes as models load
+    args = parse_arguments()
+    check_arguments(args)
     one_file = len(args.context) == 1 and not os.path.isdir(os.path.expanduser(args.context[0]))
+    searches = args.search or args.model_emb or args.serve or not one_file
     reader = Reader(
         args.model,
         args.model_emb,
-        search=WHOLE if one_file and not args.model_emb and not args.serve else None,
+        search=args.search if searches else WHOLE,
         runtime=args.runtime,
         runtime_precision=args.runtime_precision,
     )
@@ -244,6 +281,8 @@ def main() -> None:
         signal.signal(signal.SIGINT, signal.default_int_handler)  # an index saves its vectors
         if args.context:
             reader.add(args.context, "--context")
+        if args.evaluate:
+            return evaluate_file(reader, args)
         if args.serve:
             return serve(reader, args)
         for question in args.question or questions_from_input():

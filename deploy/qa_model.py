@@ -78,11 +78,21 @@ class QaModel:
         """The tokens of a text that fit a window beside any question."""
         return self.length - self.max_query_length - 3
 
-    def spans(self, texts: Sequence[str], question: str, top_k: int) -> list[Span]:
+    def spans(
+        self,
+        texts: Sequence[str],
+        question: str,
+        top_k: int,
+        log_odds: Sequence[float] | None = None,
+    ) -> list[Span]:
         """The most probable spans of texts of any length, best first.
 
         They are the `top_k` best spans of each text that do not overlap. A text without tokens has
         none.
+
+        Args:
+            log_odds: what is known of each text beforehand, added to the log odds of its spans;
+                None adds nothing.
 
         Raises:
             UserError: the model's logits are not finite.
@@ -94,8 +104,9 @@ class QaModel:
             tokens = self.tokens(text)
             if len(tokens.ids):
                 spans, of_text = self._spans(tokens, asked, top_k)
-                found += [(*span, i) for span in spans]
-                total = float(np.logaddexp(total, of_text))
+                more = log_odds[i] if log_odds is not None else 0.0
+                found += [(odds + more, p, begin, end, i) for odds, p, begin, end in spans]
+                total = float(np.logaddexp(total, of_text + more / self.temperature))
         found.sort(key=lambda span: -span[0])
         no_answer = None
         if found and self.threshold is not None:  # by the best span

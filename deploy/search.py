@@ -15,9 +15,10 @@ import importlib.util
 import os
 import secrets
 import signal
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -35,8 +36,8 @@ if TYPE_CHECKING:
     from bm25s import BM25  # at run time, a search by vectors alone does without it
 
 SEARCHES = ("dense", "bm25", "hybrid")
-# The larger, the less the first ranks count. 60 is usual; of 60, 20, 10, 5 and 2, 10 is best on
-# questions of SQuAD's train file (docs/embeddings.md).
+# The larger, the less the first ranks count. 60 is usual; on questions of the train file 10 finds
+# more among the first 5, and hardly less among the first 20 (docs/embeddings.md).
 RANK_OFFSET = 10
 INDEX_FILE = ".context_index.npz"
 SHAPES = (16, 32, 64, 128, 256, 384, 512)  # lengths that texts are padded to
@@ -67,6 +68,7 @@ class Embedder:
     max_seq_length_q: int
     max_seq_length_c: int
     key: str
+    _lock: threading.Lock = field(default_factory=threading.Lock, repr=False, compare=False)
 
     @property
     def room(self) -> int:
@@ -107,10 +109,12 @@ class Embedder:
         at = -1
         for i in tqdm(order, desc=description, unit=" texts", disable=hidden):
             length = shapes[needed[i]]
-            if run is None or at != length:
-                run, at = self.compile(length), length
             ids = tokens.ids[tokens.of(i)]
-            (vector,) = run(squad_utils.token_rows([(ids,)], self.special, length))
+            row = squad_utils.token_rows([(ids,)], self.special, length)
+            with self._lock:  # a compiled model runs one row at a time
+                if run is None or at != length:
+                    run, at = self.compile(length), length
+                (vector,) = run(row)
             if not np.isfinite(vector).all():
                 raise UserError(
                     f"--model_emb: {self.folder} gives numbers that are not finite, of"
@@ -218,8 +222,8 @@ class Found(NamedTuple):
     """A paragraph that a search has found.
 
     Attributes:
-        score: the mean of its reciprocal ranks by vectors and by words, as the index searches; 1 if
-            it is the first by each.
+        score: how far it is above the mean of all paragraphs, in standard deviations: the mean of
+            this by vectors and by words, or by the one that the index searches.
         distance: the distance (L2) of its vector from the question's; None for a search by words.
     """
 
@@ -244,12 +248,14 @@ class ContextIndex:
     threads may search it.
 
     Attributes:
+        method: one of SEARCHES.
         model: the embedder, or the tokenizer of a search by words alone.
         vectors: [paragraphs, H]; None for a search by words alone.
         words: scores of all tokens in all paragraphs; None for a search by vectors alone.
     """
 
     paragraphs: list[Paragraph]
+    method: str
     model: Embedder | Words
     vectors: np.ndarray | None
     words: BM25 | None
@@ -259,16 +265,18 @@ class ContextIndex:
 
         By BM25 alone, only paragraphs with a token of the question are found.
         """
-        distances, scores = None, []
+        distances, ranks, scores = None, [], []
         if isinstance(self.model, Embedder) and self.vectors is not None:
             distances = _distances(self.vectors, self.model.question(question))
-            scores.append(_reciprocal_ranks(-distances))
+            ranks.append(_reciprocal_ranks(-distances))
+            scores.append(_standardised(-distances))
         if self.words is not None:
             ids = _known_ids(self.model.tokenizer, question)
-            overlaps = self.words.get_scores_from_ids(ids)
-            scores.append(np.where(overlaps > 0, _reciprocal_ranks(overlaps), 0))
-        score = np.mean(scores, axis=0)
-        chosen = np.argsort(-score, kind="stable")[:count]
+            overlaps = self.words.get_scores_from_ids(ids).astype(np.float64)
+            ranks.append(np.where(overlaps > 0, _reciprocal_ranks(overlaps), 0))
+            scores.append(_standardised(overlaps))
+        fused, score = np.sum(ranks, axis=0), np.mean(scores, axis=0)
+        chosen = np.argsort(-fused, kind="stable")[:count]
         return [
             Found(
                 self.paragraphs[i],
@@ -276,7 +284,7 @@ class ContextIndex:
                 None if distances is None else float(distances[i]),
             )
             for i in chosen
-            if score[i] > 0
+            if fused[i] > 0
         ]
 
 
@@ -291,12 +299,16 @@ def _distances(vectors: np.ndarray, vector: np.ndarray) -> np.ndarray:
     return np.sqrt(squares)
 
 
-def _reciprocal_ranks(scores: np.ndarray) -> np.ndarray:
-    """(RANK_OFFSET + 1) / (RANK_OFFSET + rank) of each score [N], float64; the highest score has
-    rank 1."""
-    ranks = np.empty(len(scores))
-    ranks[np.argsort(-scores, kind="stable")] = np.arange(1, len(scores) + 1)
-    return (RANK_OFFSET + 1) / (RANK_OFFSET + ranks)
+def _reciprocal_ranks(values: np.ndarray) -> np.ndarray:
+    """1 / (RANK_OFFSET + rank) of each value [N], float64; the highest value has rank 1."""
+    ranks = np.empty(len(values))
+    ranks[np.argsort(-values, kind="stable")] = np.arange(1, len(values) + 1)
+    return 1 / (RANK_OFFSET + ranks)
+
+
+def _standardised(values: np.ndarray) -> np.ndarray:
+    """Values [N] with mean 0 and standard deviation 1; all 0 if they are equal."""
+    return (values - values.mean()) / (values.std() or 1.0)
 
 
 def _known_ids(tokenizer: Tokenizer, text: str) -> list[int]:
@@ -366,7 +378,7 @@ def build_index(
         words = bm25s.BM25()
         ids = [ids.tolist() for _, ids in first.values()]
         words.index((ids, model.tokenizer.get_vocab()), show_progress=False)
-    return ContextIndex(unique, model, vectors, words)
+    return ContextIndex(unique, method, model, vectors, words)
 
 
 def _vectors(

@@ -904,6 +904,19 @@ def test_one_answer_of_two_parts_that_share_it_counts_once() -> None:
     assert all(text[each.start : each.end] == each.text for each in found)
 
 
+@pytest.mark.parametrize("lead,first", [(2.9, "velmora"), (3.1, "ada")])
+def test_the_search_counts_beside_the_reader(lead: float, first: str) -> None:
+    """velmora leads ada by 6 in log odds, and each standard deviation of the search counts 2."""
+    found = [
+        search.Found(Paragraph("a ada", "f", 1, 0), 1.0 + lead, None),
+        search.Found(Paragraph("a velmora", "f", 3, 9), 1.0, 0.5),
+    ]
+    spans = reader.read(make_model(), found, "who", 9)
+    best = found[spans[0].text].paragraph.text[spans[0].start : spans[0].end]
+    assert best == first
+    assert sum(each.score for each in spans) <= 1
+
+
 # ------------------------------------------------------------------------------------------------
 # Long paragraphs
 
@@ -1157,7 +1170,7 @@ def test_distances_keep_their_digits_whatever_the_norms(norm: float) -> None:
     exact = np.linalg.norm(vectors.astype(np.float64) - query.astype(np.float64), axis=1)
     paragraphs = [Paragraph("", "f", i, 0) for i in range(5000)]
     embedder = make_embedder(lambda _: (query[None],))
-    found = search.ContextIndex(paragraphs, embedder, vectors, None).nearest("ada", 5)
+    found = search.ContextIndex(paragraphs, "dense", embedder, vectors, None).nearest("ada", 5)
     assert [each.paragraph.line for each in found] == np.argsort(exact, kind="stable")[:5].tolist()
     assert [each.distance for each in found] == pytest.approx(np.sort(exact)[:5], rel=1e-9)
 
@@ -1195,7 +1208,8 @@ def test_a_search_by_words_ranks_by_bm25(question: str) -> None:
     found = index.nearest(question, 9)
     order = [i for i in np.argsort(-expected, kind="stable") if expected[i] > 0]
     assert [each.paragraph.text for each in found] == [texts[i] for i in order]
-    assert [each.score for each in found] == [11 / (11 + place) for place in range(len(order))]
+    standardised = (expected - expected.mean()) / (expected.std() or 1)
+    assert [each.score for each in found] == pytest.approx(standardised[order], rel=1e-5)
     assert {each.distance for each in found} == {None}
 
 
@@ -1209,19 +1223,30 @@ def test_a_search_by_words_finds_nothing_if_no_word_is_shared(question: str) -> 
 def test_a_hybrid_search_adds_the_reciprocal_ranks(question: str) -> None:
     embedder = make_embedder(CountingEmbedder())
     paragraphs = paragraphs_of(SEARCHED)
-    indexes = {
-        method: search.build_index(paragraphs, embedder, method) for method in search.SEARCHES
+    found = {
+        method: search.build_index(paragraphs, embedder, method).nearest(question, 9)
+        for method in search.SEARCHES
     }
-    expected = dict.fromkeys(SEARCHED, 0.0)
+    ranks = dict.fromkeys(paragraphs, 0.0)
     for method in ("dense", "bm25"):
-        for rank, each in enumerate(indexes[method].nearest(question, 9), 1):
-            expected[each.paragraph.text] += 11 / (10 + rank) / 2
-    found = indexes["hybrid"].nearest(question, 9)
-    assert {each.paragraph.text: each.score for each in found} == pytest.approx(expected)
-    assert [each.score for each in found] == sorted(expected.values(), reverse=True)
-    distances = {each.paragraph: each.distance for each in indexes["dense"].nearest(question, 9)}
-    assert {each.paragraph: each.distance for each in found} == distances
-    assert indexes["hybrid"].nearest(question, 2) == found[:2]
+        for rank, each in enumerate(found[method], 1):
+            ranks[each.paragraph] += 1 / (search.RANK_OFFSET + rank)
+    order = [each.paragraph for each in found["hybrid"]]
+    assert order == sorted(paragraphs, key=lambda each: -ranks[each])
+    by_vector = {each.paragraph: each for each in found["dense"]}
+    by_words = {each.paragraph: each.score for each in found["bm25"]}
+    for each in found["hybrid"]:
+        assert each.distance == by_vector[each.paragraph].distance
+        if each.paragraph in by_words:
+            both = (by_vector[each.paragraph].score + by_words[each.paragraph]) / 2
+            assert each.score == pytest.approx(both)
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_paragraphs_that_match_alike_have_the_score_0(count: int) -> None:
+    paragraphs = paragraphs_of([f"ada{' ' * i} b" for i in range(1)] + ["b ada"] * (count - 1))
+    index = search.build_index(paragraphs, make_embedder(CountingEmbedder()))
+    assert {each.score for each in index.nearest("ada", 9)} == {0.0}
 
 
 def test_without_a_method_the_search_is_the_best_there_is() -> None:

@@ -41,6 +41,7 @@ WITHOUT_TORCH = (
     "deploy.search",
     "deploy.squad_scores",
     "deploy.qa_model",
+    "deploy.evaluate",
     "deploy.reader",
     "deploy.feedback",
     "deploy.server",
