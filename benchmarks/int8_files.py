@@ -24,6 +24,7 @@ import numpy as np
 import squad_utils
 from cli import ArgumentParser, UserError, number, run_main
 from deploy import timing
+from deploy.runtime import for_onnxruntime
 from tasks.squad_scores import exact_match, load_scorer
 
 RUNS = 20  # per file and round
@@ -54,9 +55,10 @@ def in_openvino(path: str, precision: str | None, length: int) -> Infer:
 
 
 def in_onnxruntime(path: str) -> Infer:
-    """The file in ONNX Runtime."""
+    """The file in ONNX Runtime, in the form made for it where there is one."""
     import onnxruntime
 
+    path = for_onnxruntime(path)
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
     names = {each.name for each in session.get_inputs()}
     return lambda feed: tuple(session.run(None, {n: feed[n] for n in names})[:2])

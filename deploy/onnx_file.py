@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from cli import UserError, warn
-from deploy import int8_file, onnx_check
+from deploy import int8_file, onnx_check, ort_file, runtime
 from deploy.cpu import this_cpu
 from deploy.onnx_check import Check
 from squad_utils import INPUTS
@@ -87,7 +87,8 @@ def export_onnx(
 ) -> Check:
     """Write `graph` to `path`, declared [1, max_seq_length], and compare it with PyTorch.
 
-    If the file does not pass the check, it is kept as `failed_path` instead.
+    If the file does not pass the check, it is kept as `failed_path` instead. Beside an INT8 file,
+    its form for ONNX Runtime alone is written as `runtime.ort_path`, if that passes too.
 
     Args:
         graph: the graph of a model in FP32 on the CPU.
@@ -110,8 +111,11 @@ def export_onnx(
         check = onnx_check.check_file(temporary, graph, feeds, int8)
         kept, other = (path, failed_path(path))[:: 1 if check.passed else -1]
         os.replace(temporary, kept)
-        with contextlib.suppress(FileNotFoundError):  # of an earlier export
-            os.remove(other)
+        for old in (other, runtime.ort_path(path)):  # of an earlier export
+            with contextlib.suppress(FileNotFoundError):
+                os.remove(old)
+        if int8 and check.passed:
+            _write_for_onnxruntime(path, graph, feeds)
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror or error}") from None
     finally:
@@ -123,6 +127,18 @@ def export_onnx(
             off = "does not run the file, or gives no numbers"
         warn(f"{name} on this machine ({check.cpu}) {off}: {_remedy(name, check)}")
     return check
+
+
+def _write_for_onnxruntime(path: str, graph: nn.Module, feeds: Sequence[onnx_check.Feed]) -> None:
+    """Write `ort_file.converted` beside `path`, unless it computes something else."""
+    model = ort_file.converted(onnx.load(path))
+    if onnx_check.rounds_alike(model, graph, feeds):
+        onnx.save(model, runtime.ort_path(path))
+    else:
+        warn(
+            f"no {os.path.basename(runtime.ort_path(path))}: ONNX Runtime on this machine"
+            f" ({this_cpu()}) computes it wrongly; it runs {os.path.basename(path)}"
+        )
 
 
 def failed_path(path: str) -> str:
@@ -283,7 +299,7 @@ def _keep_biases_apart(graph: onnx.GraphProto) -> None:
     ONNX Runtime joins a product and a bias of shape [N] to a Gemm before it looks for products to
     compute in INT8. It then finds none, and the file runs at half its speed.
     """
-    tensors = {tensor.name: tensor for tensor in graph.initializer}
+    tensors = int8_file.constants(graph)  # of equal biases all but one are an Identity
     products = {name for node in graph.node if node.op_type == "MatMul" for name in node.output}
     for node in graph.node:
         if node.op_type == "Add" and products.intersection(node.input):
