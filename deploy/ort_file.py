@@ -41,13 +41,7 @@ def converted(model: onnx.ModelProto) -> onnx.ModelProto:
                     last, bias = readers[0], f"{name}.flat"
                     graph.initializer.append(numpy_helper.from_array(flat, bias))
             replaced[last.output[0]] = [_product(makers, node, bias, last.output[0])]
-    nodes = [new for node in graph.node for new in replaced.get(node.output[0], [node])]
-    del graph.node[:]
-    graph.node.extend(_needed(nodes, {output.name for output in graph.output}))
-    used = {name for node in graph.node for name in node.input}
-    kept = [tensor for tensor in graph.initializer if tensor.name in used]
-    del graph.initializer[:]
-    graph.initializer.extend(kept)
+    int8_file.replace(graph, replaced)
     result.opset_import.append(helper.make_opsetid(DOMAIN, 1))
     return result
 
@@ -85,13 +79,3 @@ def _normalization(node: onnx.NodeProto) -> list[onnx.NodeProto]:
         helper.make_node("Mul", [normal, gain], [scaled], scaled),
         helper.make_node("Add", [scaled, bias], [result], f"{result}.shifted"),
     ]
-
-
-def _needed(nodes: list[onnx.NodeProto], names: set[str]) -> list[onnx.NodeProto]:
-    """The nodes on which the values of these names depend, in their order."""
-    needed = []
-    for node in reversed(nodes):
-        if names.intersection(node.output):
-            needed.append(node)
-            names |= set(node.input)
-    return needed[::-1]
