@@ -305,7 +305,7 @@ def _split_products(graph: onnx.GraphProto) -> None:
         product = next((makers[n] for n in add.input if n in makers and n not in tensors), None)
         weight = makers.get(product.input[1]) if product and product.op_type == "MatMul" else None
         biases = [name for name in add.input if name in tensors]
-        if add.op_type != "Add" or weight is None or len(biases) != 1:
+        if product is None or weight is None or add.op_type != "Add" or len(biases) != 1:
             continue
         if weight.op_type != "DequantizeLinear" or weight.input[0] not in tensors:
             continue
