@@ -118,6 +118,25 @@ def constants(graph: onnx.GraphProto) -> dict[str, onnx.TensorProto]:
     return found
 
 
+def replace(graph: onnx.GraphProto, replaced: dict[str, list[onnx.NodeProto]]) -> None:
+    """Put nodes in the place of others, and drop all that no output depends on.
+
+    Args:
+        replaced: the first output of a node -> nodes in its place.
+    """
+    nodes = [new for node in graph.node for new in replaced.get(node.output[0], [node])]
+    needed, names = [], {output.name for output in graph.output}
+    for node in reversed(nodes):
+        if names.intersection(node.output):
+            needed.append(node)
+            names.update(node.input)
+    del graph.node[:]
+    graph.node.extend(reversed(needed))
+    kept = [tensor for tensor in graph.initializer if tensor.name in names]
+    del graph.initializer[:]
+    graph.initializer.extend(kept)
+
+
 @dataclass(frozen=True)
 class _Factor:
     """A factor in INT8.

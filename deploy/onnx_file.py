@@ -18,11 +18,12 @@ from typing import Any
 import numpy as np
 import onnx
 import torch
+from onnx import numpy_helper
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from cli import UserError, warn
-from deploy import int8_file, onnx_check
+from deploy import int8_file, onnx_check, ort_file, runtime
 from deploy.cpu import this_cpu
 from deploy.onnx_check import Check
 from squad_utils import INPUTS
@@ -87,7 +88,8 @@ def export_onnx(
 ) -> Check:
     """Write `graph` to `path`, declared [1, max_seq_length], and compare it with PyTorch.
 
-    If the file does not pass the check, it is kept as `failed_path` instead.
+    If the file does not pass the check, it is kept as `failed_path` instead. Beside an INT8 file,
+    its form for ONNX Runtime alone is written as `runtime.ort_path`, if that passes too.
 
     Args:
         graph: the graph of a model in FP32 on the CPU.
@@ -110,8 +112,11 @@ def export_onnx(
         check = onnx_check.check_file(temporary, graph, feeds, int8)
         kept, other = (path, failed_path(path))[:: 1 if check.passed else -1]
         os.replace(temporary, kept)
-        with contextlib.suppress(FileNotFoundError):  # of an earlier export
-            os.remove(other)
+        for old in (other, runtime.ort_path(path)):  # of an earlier export
+            with contextlib.suppress(FileNotFoundError):
+                os.remove(old)
+        if int8 and check.passed:
+            _write_for_onnxruntime(path, graph, feeds)
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror or error}") from None
     finally:
@@ -123,6 +128,18 @@ def export_onnx(
             off = "does not run the file, or gives no numbers"
         warn(f"{name} on this machine ({check.cpu}) {off}: {_remedy(name, check)}")
     return check
+
+
+def _write_for_onnxruntime(path: str, graph: nn.Module, feeds: Sequence[onnx_check.Feed]) -> None:
+    """Write `ort_file.converted` beside `path`, unless it computes something else."""
+    model = ort_file.converted(onnx.load(path))
+    if onnx_check.rounds_alike(model, graph, feeds):
+        onnx.save(model, runtime.ort_path(path))
+    else:
+        warn(
+            f"no {os.path.basename(runtime.ort_path(path))}: ONNX Runtime on this machine"
+            f" ({this_cpu()}) computes it wrongly; it runs {os.path.basename(path)}"
+        )
 
 
 def failed_path(path: str) -> str:
@@ -196,6 +213,7 @@ def _trace(graph: ExportedGraph, path: str, example: dict[str, np.ndarray]) -> N
     model = onnx.load(path)
     if any(node.op_type == "QuantizeLinear" for node in model.graph.node):
         _store_int8(model.graph)
+        _split_products(model.graph)
         _keep_biases_apart(model.graph)
     for value in [*model.graph.input, *model.graph.output]:
         for dim, size in zip(value.type.tensor_type.shape.dim, shapes[value.name], strict=True):
@@ -221,13 +239,10 @@ def _store_int8(graph: onnx.GraphProto) -> None:
         if quantize.op_type == "QuantizeLinear" and quantize.input[0] in constants:
             (dequantize,) = consumers[quantize.output[0]]
             replaced |= {quantize.output[0]: [], dequantize.output[0]: []}
-            tensors = [onnx.numpy_helper.to_array(constants[name]) for name in quantize.input]
+            tensors = [numpy_helper.to_array(constants[name]) for name in quantize.input]
             users = consumers[dequantize.output[0]]
             replaced |= _stored(graph, quantize, tensors, dequantize, users)
-    nodes = [new for node in graph.node for new in replaced.get(node.output[0], [node])]
-    del graph.node[:]
-    graph.node.extend(nodes)
-    _drop_unused(graph)
+    int8_file.replace(graph, replaced)
 
 
 def _stored(
@@ -277,33 +292,70 @@ def _stored(
     return nodes
 
 
+def _split_products(graph: onnx.GraphProto) -> None:
+    """Make of an INT8 product that is cut into equal slices a product for each slice.
+
+    Such is the product of query, key and value. Copying slices of its result takes runtimes longer
+    than reading its integer inputs three times.
+    """
+    tensors = int8_file.constants(graph)
+    makers = {name: node for node in graph.node for name in node.output}
+    replaced: dict[str, list[onnx.NodeProto]] = {}  # the output of a slice -> nodes in its place
+    for add in graph.node:
+        product = next((makers[n] for n in add.input if n in makers and n not in tensors), None)
+        weight = makers.get(product.input[1]) if product and product.op_type == "MatMul" else None
+        biases = [name for name in add.input if name in tensors]
+        if product is None or weight is None or add.op_type != "Add" or len(biases) != 1:
+            continue
+        if weight.op_type != "DequantizeLinear" or weight.input[0] not in tensors:
+            continue
+        readers = [node for node in graph.node if add.output[0] in node.input]
+        slices = [node for node in readers if node.op_type == "Slice"]
+        others = {node.op_type for node in readers} - {"Slice"}
+        if len(slices) < 2 or others - {"Shape"}:
+            continue
+        shares = [
+            np.split(array, len(slices), -1) if array.ndim else [array] * len(slices)
+            for array in (numpy_helper.to_array(tensors[n]) for n in (*weight.input, *biases))
+        ]
+        for node, *arrays in zip(slices, *shares, strict=True):
+            base = node.output[0]
+            kinds = ("int8", "scale", "zero_point", "bias")
+            names = [_add(graph, f"{base}.{k}", a) for k, a in zip(kinds, arrays, strict=True)]
+            replaced[base] = [
+                onnx.helper.make_node(kind, inputs, [output], output, **attributes)
+                for kind, inputs, output, attributes in (
+                    (weight.op_type, names[:3], f"{base}.dequantize", _attributes(weight)),
+                    ("MatMul", [product.input[0], f"{base}.dequantize"], f"{base}.product", {}),
+                    ("Add", [f"{base}.product", names[3]], base, {}),
+                )
+            ]
+    int8_file.replace(graph, replaced)
+
+
+def _attributes(node: onnx.NodeProto) -> dict[str, Any]:
+    return {each.name: onnx.helper.get_attribute_value(each) for each in node.attribute}
+
+
 def _keep_biases_apart(graph: onnx.GraphProto) -> None:
     """Give the biases of linear layers the shape [1, 1, N].
 
     ONNX Runtime joins a product and a bias of shape [N] to a Gemm before it looks for products to
     compute in INT8. It then finds none, and the file runs at half its speed.
     """
-    tensors = {tensor.name: tensor for tensor in graph.initializer}
+    tensors = int8_file.constants(graph)  # of equal biases all but one are an Identity
     products = {name for node in graph.node if node.op_type == "MatMul" for name in node.output}
     for node in graph.node:
         if node.op_type == "Add" and products.intersection(node.input):
             for i, name in enumerate(node.input):
                 if name in tensors and len(tensors[name].dims) == 1:
-                    bias = onnx.numpy_helper.to_array(tensors[name])[None, None]
+                    bias = numpy_helper.to_array(tensors[name])[None, None]
                     node.input[i] = _add(graph, f"{name}.apart", bias)
-    _drop_unused(graph)
-
-
-def _drop_unused(graph: onnx.GraphProto) -> None:
-    """Remove initializers that no node reads."""
-    used = {name for node in graph.node for name in node.input}
-    kept = [tensor for tensor in graph.initializer if tensor.name in used]
-    del graph.initializer[:]
-    graph.initializer.extend(kept)
+    int8_file.replace(graph, {})
 
 
 def _add(graph: onnx.GraphProto, name: str, array: np.ndarray) -> str:
-    graph.initializer.append(onnx.numpy_helper.from_array(array, name))
+    graph.initializer.append(numpy_helper.from_array(array, name))
     return name
 
 

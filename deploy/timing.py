@@ -35,7 +35,8 @@ def compiled(path: str, way: str, length: int) -> Run:
     """A function that runs a file once, at 1 x `length` tokens without padding.
 
     Args:
-        path: an exported model.onnx, of any declared length.
+        path: an exported model.onnx, of any declared length; ONNX Runtime runs the file made for
+            it, where there is one.
         way: a key of WAYS.
     """
     row = np.arange(length, dtype=np.int64)[None]
@@ -46,6 +47,7 @@ def compiled(path: str, way: str, length: int) -> Run:
         precision = way.removeprefix("OpenVINO ")
         run = runtime.in_openvino(path, precision, overflows=False).compile(length)
         return lambda: run(feed)
+    path = runtime.for_onnxruntime(path)
     content, declared = runtime.with_any_length(path)
     # Spinning threads would take time from the runtime that has the next turn.
     session = runtime.onnxruntime_session(

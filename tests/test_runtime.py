@@ -17,7 +17,8 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 
-from deploy import int8_file, runtime
+from cli import UserError
+from deploy import int8_file, ort_file, runtime
 from deploy.cpu import Cpu, this_cpu
 from deploy.settings import QA
 from squad_utils import SpecialIds
@@ -284,6 +285,22 @@ def test_a_file_that_cannot_overflow_runs_in_openvino_in_f32_on_every_cpu(
     note = f"note: --model {tmp_path / 'qa'} runs in f32; --runtime_precision=default is faster"
     assert capfd.readouterr().err == (f"{note} and less exact\n" if cpu.has_bf16 else "")
     assert logits(model).tolist() == (STATES @ weight[:, 0].astype(np.float32)).tolist()
+
+
+def test_onnx_runtime_takes_the_file_made_for_it(tmp_path: Path) -> None:
+    """In the file beside, the first answer has other logits, which tells which file has run."""
+    folder = qa_folder(tmp_path / "qa", PAIRS_WEIGHT)
+    other = Path(qa_folder(tmp_path / "other", -PAIRS_WEIGHT)) / "model.onnx"
+    beside = Path(folder) / "model.ort.onnx"
+    onnx.save(ort_file.converted(onnx.load(other)), beside)
+    expected = STATES @ PAIRS_WEIGHT[:, 0].astype(np.float32)
+    by_openvino, by_onnxruntime = load(folder), load(folder, "onnxruntime")
+    assert logits(by_openvino).tolist() == expected.tolist()
+    assert logits(by_onnxruntime).tolist() == (-expected).tolist()
+    assert by_onnxruntime.arithmetic != by_openvino.arithmetic
+    beside.write_bytes(beside.read_bytes()[:-9])
+    with pytest.raises(UserError, match=r"model\.ort\.onnx is cut or damaged"):
+        load(folder, "onnxruntime")
 
 
 @pytest.mark.parametrize("asked", ["auto", "onnxruntime"])

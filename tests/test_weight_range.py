@@ -258,6 +258,10 @@ def test_products_of_two_activations_hold_the_rule(settings: Made, tmp_path: Pat
         with torch.no_grad():
             rounded = (quantizer(1000 * torch.randn(4, 32)) / (quantizer.scale / 63)).numpy()
         assert rounded.min() == pytest.approx(-64) and rounded.max() == pytest.approx(63)
+        integers = np.rint(rounded).T.astype(int)
+        queries = np.full((1, len(integers)), 255)  # the largest that there are
+        for worst in (integers, -np.abs(integers), np.full_like(integers, -64)):
+            assert np.array_equal(saturating_product(queries, worst), queries @ worst)
     file, check = file_of(model, tmp_path / "model.onnx")
     assert check.passed and not int8_file.overflow_causes(file)
     full, _ = file_of(quantized(small_bert(), settings(weight_range="full")), tmp_path / "f.onnx")

@@ -56,6 +56,7 @@ RUN_FILES = (
     "model.safetensors",
     "model.onnx",
     "model.failed.onnx",
+    "model.ort.onnx",
     "quantizers.json",
     "quantizers.safetensors",
     "state_maps.safetensors",
