@@ -19,7 +19,7 @@ import torch
 from nncf.common.graph import NNCFGraph, NNCFNode
 from nncf.torch.function_hook.hook_storage import decode_hook_name
 from nncf.torch.function_hook.nncf_graph.nncf_graph_builder import build_nncf_graph
-from nncf.torch.function_hook.wrapper import get_hook_storage, wrap_model
+from nncf.torch.function_hook.wrapper import ATR_HOOK_STORAGE, get_hook_storage, wrap_model
 from nncf.torch.quantization.layers import BaseQuantizer, SQMultiply, SymmetricQuantizer
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -117,7 +117,9 @@ def _graph(model: nn.Module) -> NNCFGraph:
 
 
 def quantizers(model: nn.Module) -> Iterator[tuple[str, BaseQuantizer]]:
-    """NNCF's name and module of each quantizer."""
+    """NNCF's name and module of each quantizer; none of a model that is not quantized."""
+    if not hasattr(model, ATR_HOOK_STORAGE):
+        return
     for name, module in get_hook_storage(model).named_hooks():
         if isinstance(module, BaseQuantizer):
             yield name, module

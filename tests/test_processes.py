@@ -455,7 +455,7 @@ from training.run import Run
 
 torch.distributed.init_process_group("gloo", timeout=datetime.timedelta(seconds=2))
 os.makedirs(sys.argv[1], exist_ok=True)
-flags = SimpleNamespace(output_dir=sys.argv[1], report_to="none")
+flags = SimpleNamespace(output_dir=sys.argv[1], report_to="none", max_drop=100.0)
 run = Run(machine.make_accelerator("fp32", True, 7), flags, {{}}, "new")
 model = torch.nn.Linear(1, 1)
 run.evaluate_once = lambda stage, evaluate: None
@@ -470,14 +470,14 @@ def save_quantized(model, folder):
     os.makedirs(folder)
 
 class Task:
-    auto_class, best_by = None, "f1"
+    auto_class, best_by, drop_by, score_names = None, "f1", "f1", {{"f1": "F1"}}
     calibration = staticmethod(lambda count: [])
 
 for name in ("fuse_attention", "load_model", "hold_weight_range", "replace"):
     setattr(fine_tuning, name, lambda *_, **__: model)
 fine_tuning.calibrate, fine_tuning.save_quantized = calibrate, save_quantized
 config = argparse.Namespace(subset_size=1, weight_range=None)
-fine_tuning.quantize(run, model, config, argparse.Namespace(task=Task, student=None))
+fine_tuning.quantize(run, model, config, argparse.Namespace(task=Task, student=None, args=flags))
 """
 
 

@@ -629,6 +629,7 @@ def test_help_groups_flags_by_subject(capfd: pytest.CaptureFixture) -> None:
         "models and folder",
         "data",
         "training",
+        "hard negatives",
         "quantization",
         "the machine",
         "results and logs",

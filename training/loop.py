@@ -88,8 +88,7 @@ class Training:
             self.trained, lr=stage.learning_rate, eps=1e-8, weight_decay=0.0, fused=True
         )
         self.own_forward = vars(model).get("forward")  # only a model with quantizers has one
-        if self.own_forward is not None:
-            quantizers.take_relative_steps(self.adamw, model)
+        quantizers.take_relative_steps(self.adamw, model)
         # No wrapper for several processes: each step sums its gradient over them once, at its end.
         accelerator.prepare_model(model, evaluation_mode=True)
         self.optimizer = accelerator.prepare_optimizer(self.adamw)
