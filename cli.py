@@ -109,7 +109,11 @@ class ArgumentParser(argparse.ArgumentParser):
 
     def format_usage(self) -> str:
         """The required flags alone: the list of all flags follows in --help."""
-        required = [f"{a.option_strings[-1]} ..." for a in self._actions if a.required]
+        required = [
+            f"{a.option_strings[-1]} ..." if a.option_strings else f"{a.metavar} ..."
+            for a in self._actions
+            if a.required
+        ]
         words = f"usage: {self.prog} {' '.join(required)} [--flag=value ...]"
         return textwrap.fill(
             " ".join(words.split()), 80, subsequent_indent=" " * 7, break_on_hyphens=False

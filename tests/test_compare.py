@@ -271,6 +271,16 @@ def test_a_folder_that_cannot_be_compared_is_one_line(
     assert "\n" not in str(error.value)
 
 
+def test_help_names_the_folders(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture
+) -> None:
+    monkeypatch.setattr("sys.argv", ["compare", "--help"])
+    with pytest.raises(SystemExit) as ended:
+        compare.main()
+    assert ended.value.code == 0
+    assert capfd.readouterr().out.startswith("usage: python -m deploy.compare FOLDER ... [--flag")
+
+
 def test_files_that_cannot_be_written_are_told_before_anything_is_timed(
     tuned: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture
 ) -> None:
