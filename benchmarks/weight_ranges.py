@@ -59,7 +59,8 @@ def quantize(args: Any, script: str, weight_range: str) -> dict[str, str]:
     ]
     if script == "train_qcemb.py":
         shared += ["--loss_cfg=triplet_num:0,in_batch:1", "--hnm_num=32", "--hnm_batch_size=32"]
-    calibrate = ["--quantizer_epochs=0", "--num_train_epochs=0", f"--nncf_config={path}"]
+    calibrate = ["--quantizer_epochs=0", "--num_train_epochs=0", "--max_drop=100"]
+    calibrate.append(f"--nncf_config={path}")
     train = [f"--num_train_epochs={args.epochs}", f"--learning_rate={args.learning_rate}"]
     for model, kind, flags in (
         (args.model, "calibrated", calibrate),

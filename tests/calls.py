@@ -111,9 +111,10 @@ def wait_for(process: Process, condition: Callable[[], bool], timeout: float = 1
 
 
 def records(output_dir: Path) -> list[dict[str, Any]]:
-    """What metrics.jsonl holds; each line must be whole."""
+    """What metrics.jsonl holds so far: a running process may be writing the last line."""
     path = output_dir / "metrics.jsonl"
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    written = path.read_text() if path.exists() else ""
+    return [json.loads(line) for line in written.splitlines(True) if line.endswith("\n")]
 
 
 def last_step(output_dir: Path) -> int:

@@ -202,16 +202,8 @@ def test_a_killed_run_goes_on_with_the_same_windows(
 
 
 def step_of(out: Path) -> int:
-    trained = [r["step"] for r in records_so_far(out) if r["stage"] == "final"]
+    trained = [r["step"] for r in records(out) if r["stage"] == "final"]
     return max(trained, default=0)
-
-
-def records_so_far(out: Path) -> list[dict]:
-    """`records`, without a last line that is still being written."""
-    try:
-        return records(out)
-    except ValueError:
-        return []
 
 
 @pytest.mark.parametrize(
