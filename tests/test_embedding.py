@@ -598,6 +598,7 @@ def test_curves_show_every_loss_that_was_logged(packed: Path, quantized: Path) -
     assert set(curves(quantized, EmbeddingTask.score_names)) == pairs | scores
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("which", ["tuned", "packed", "quantized"])
 @pytest.mark.parametrize("length", [32, 384])
 def test_file_reshapes_and_is_as_pytorch(

@@ -142,6 +142,19 @@ def test_without_documents_the_page_says_how_to_begin(page: Page) -> None:
         page.locator("#note button").click()
 
 
+def test_a_document_may_come_before_the_page_knows_its_limits(page: Page, address: str) -> None:
+    held: list[sync_api.Route] = []
+    page.route("**/api/documents", lambda route: held.append(route))  # the list of documents
+    page.goto(address)
+    upload(page, "notes.txt", NOTES.encode())
+    sync_api.expect(page.locator("#documents")).to_contain_text("Reading")
+    sync_api.expect(page.locator(".failed")).to_have_count(0)
+    for route in held:
+        route.continue_()
+    page.unroute("**/api/documents")
+    sync_api.expect(page.locator("#documents .open")).to_contain_text("notes.txt")
+
+
 def test_a_document_is_dropped_and_asked_and_the_answer_is_marked(page: Page) -> None:
     files = page.evaluate_handle(FILES, ["notes.txt", NOTES])
     page.dispatch_event("body", "dragover", {"dataTransfer": files})

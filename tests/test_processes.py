@@ -326,6 +326,7 @@ def launched(script: str, folder: Path) -> list[str]:
     return [sys.executable, machine.LAUNCH, "--standalone", "--nproc_per_node=2", "--", str(path)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("script", [MISTAKE, ALONE], ids=["of all", "of one"])
 def test_a_mistake_is_one_line_and_code_2(script: str, tmp_path: Path) -> None:
     done = run(launched(script, tmp_path))
@@ -481,6 +482,7 @@ fine_tuning.quantize(run, model, config, argparse.Namespace(task=Task, student=N
 """
 
 
+@pytest.mark.slow
 def test_a_calibration_may_outlast_the_time_limit_of_process_groups(tmp_path: Path) -> None:
     script = tmp_path / "script.py"
     script.write_text(CALIBRATION.format(root=str(ROOT)))
