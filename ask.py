@@ -123,16 +123,19 @@ def show(answers: list[Answer]) -> None:
         sentence = each.sentence[: each.offset] + marked + each.sentence[after:]
         print(f"  {rank}. {each.score:6.1%}  {' '.join(each.text.split())}")
         print(f"             {' '.join(sentence.split())}")
-        near = "" if each.distance is None else f", distance {each.distance:.3f}"
-        print(f"             {each.source}{near}")
+        print(f"             {each.source}{near(each.distance)}")
     print(flush=True)
+
+
+def near(distance: float | None) -> str:
+    """A paragraph's distance from the question, to show behind its source."""
+    return "" if distance is None else f", distance {distance:.3f}"
 
 
 def show_paragraphs(found: list[Found]) -> None:
     """Print the paragraphs that a question found, to read."""
     for rank, (paragraph, _, distance) in enumerate(found, 1):
-        near = "" if distance is None else f", distance {distance:.3f}"
-        print(f"  {rank}. {paragraph.source}{near}")
+        print(f"  {rank}. {paragraph.source}{near(distance)}")
         print(f"     {' '.join(paragraph.text.split())}")
     print(flush=True)
 

@@ -22,7 +22,6 @@ from deploy.documents import Paragraph
 from deploy.qa_model import QaModel
 from deploy.reader import Reader, read
 from deploy.search import Found, build_index
-from squad_utils import SquadData
 
 FOUND = (1, 5, 20)  # the numbers of paragraphs that figures of the search are about
 READ = (1, 5, 20)  # the numbers of paragraphs that the reader reads
@@ -104,7 +103,7 @@ def load(path: str, extra_path: str | None) -> Asked:
             if place.setdefault(" ".join(text.split()), len(contexts)) == len(contexts):
                 contexts.append(Paragraph(text, each.path, 1, start))
                 start += len(text) + 1
-    answers = _answers(data)
+    answers = data.all_answers
     kept = [i for i, texts in enumerate(answers) if texts]
     if not kept:
         raise UserError(f"--evaluate: {path} has no question with an answer")
@@ -115,16 +114,6 @@ def load(path: str, extra_path: str | None) -> Asked:
         )
     own = [place[" ".join(data.contexts[data.context_of[i]].split())] for i in kept]
     return Asked([data.questions[i] for i in kept], [answers[i] for i in kept], own, contexts)
-
-
-def _answers(data: SquadData) -> list[list[str]]:
-    """The texts of the right answers to each question."""
-    return [
-        [answer["text"] for answer in qa["answers"]]
-        for article in data.articles
-        for paragraph in article["paragraphs"]
-        for qa in paragraph["qas"]
-    ]
 
 
 def evaluate(asked: Asked, reader: Reader) -> Figures:

@@ -15,10 +15,9 @@ import importlib.util
 import os
 import secrets
 import signal
-import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -68,7 +67,6 @@ class Embedder:
     max_seq_length_q: int
     max_seq_length_c: int
     key: str
-    _lock: threading.Lock = field(default_factory=threading.Lock, repr=False, compare=False)
 
     @property
     def room(self) -> int:
@@ -110,11 +108,9 @@ class Embedder:
         for i in tqdm(order, desc=description, unit=" texts", disable=hidden):
             length = shapes[needed[i]]
             ids = tokens.ids[tokens.of(i)]
-            row = squad_utils.token_rows([(ids,)], self.special, length)
-            with self._lock:  # a compiled model runs one row at a time
-                if run is None or at != length:
-                    run, at = self.compile(length), length
-                (vector,) = run(row)
+            if run is None or at != length:
+                run, at = self.compile(length), length
+            (vector,) = run(squad_utils.token_rows([(ids,)], self.special, length))
             if not np.isfinite(vector).all():
                 raise UserError(
                     f"--model_emb: {self.folder} gives numbers that are not finite, of"
