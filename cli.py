@@ -181,6 +181,17 @@ def _main_process_first() -> Iterator[None]:
         raise
 
 
+def memory_is_full(error: RuntimeError) -> bool:
+    """Whether torch says that a GPU's memory is full.
+
+    Its allocator has an error of its own, known by its name since this module does not import
+    torch. CUDA and cuBLAS only say so in their texts.
+    """
+    if type(error).__name__ == "OutOfMemoryError":
+        return True
+    return any(part in str(error) for part in ("CUDA error: out of memory", "STATUS_ALLOC_FAILED"))
+
+
 def run_main(main: Callable[[], None]) -> NoReturn:
     """Run a script's ``main``; turn mistakes and interruptions into one line and an exit code.
 
@@ -201,9 +212,7 @@ def run_main(main: Callable[[], None]) -> NoReturn:
         where = f"{error.filename}: " if error.filename else ""
         code, message = 2, f"error: {where}{error.strerror or error}"
     except RuntimeError as error:
-        # torch's error, known by its name: this module does not import torch. Training handles its
-        # own.
-        if type(error).__name__ != "OutOfMemoryError":
+        if not memory_is_full(error):  # training handles its own
             raise
         code, message = (
             2,

@@ -104,7 +104,13 @@ CONFIGURATIONS: dict[str, Configuration] = {
         HEADS,
     ),
     "heads and 2e-3": Configuration("--learning_rate_for_tune=2e-3 --logits_weight=0.01", HEADS),
-    "passes 5": Configuration("--passes=5", None),
+    "the plan of --passes": Configuration("", None),
+    **{
+        f"the plan of --passes with {weight:g} and T {t}": Configuration(
+            f"--logits_weight={weight} --logits_temperature={t}", None
+        )
+        for weight, t in ((0.001, 1), (0.01, 1), (0.1, 4))
+    },
 }
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import dataclasses
 import difflib
 import functools
@@ -106,6 +107,7 @@ def calibrate(
 
     def inputs(sample: dict[str, Tensor]) -> dict[str, Tensor]:
         before_each()
+        _return_free_memory()
         return sample
 
     arguments = {**config.arguments, "subset_size": len(samples)}
@@ -115,6 +117,16 @@ def calibrate(
         hold_weight_range(model, config.weight_range)
         fix_scales(model)
     return model
+
+
+def _return_free_memory() -> None:
+    """Give the memory that is free in the heap back to the system, where the C library can.
+
+    NNCF keeps some small tensors per sample. The heap places them where large activations were, so
+    the next sample's do not fit there: the process would grow by all activations of each sample.
+    """
+    with contextlib.suppress(OSError, TypeError, AttributeError):  # no glibc
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 @contextlib.contextmanager

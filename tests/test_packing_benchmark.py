@@ -27,11 +27,11 @@ def arguments(folder: Path, **others: Any) -> argparse.Namespace:
 def test_names_are_found_by_their_parts() -> None:
     assert packing.chosen(None) == list(CONFIGURATIONS)
     assert packing.chosen("logits 0.1") == ["logits 0.1"]  # not those at a temperature
-    assert packing.chosen("passes 5,at T 4") == [
-        "passes 5",
+    assert packing.chosen("the plan of --passes,logits 0.1 at T 4") == [
+        "the plan of --passes",
         "logits 0.1 at T 4",
-        "logits 0.3 at T 4",
     ]
+    assert packing.chosen("0.3 at T") == ["logits 0.3 at T 2", "logits 0.3 at T 4"]
     with pytest.raises(UserError, match="'logit 5' is in no name"):
         packing.chosen("logit 5")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -15,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from cli import UserError
+from cli import UserError, run_main
 from training import loop, passes
 from training.passes import Batches, StepGradient
 from training.run import Run
@@ -73,8 +74,16 @@ def test_every_batch_size_is_shared_out_whole(
     assert sorted(found) == list(range(count))
 
 
+NO_ROOM = (
+    torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
+    torch.AcceleratorError("CUDA error: out of memory"),  # the driver's, for its own needs
+    RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+)
+
+
+@pytest.mark.parametrize("no_room", NO_ROOM, ids=["allocator", "driver", "cuBLAS"])
 def test_a_pass_without_room_is_halved_and_the_step_is_whole(
-    accelerator: Accelerator, capfd: pytest.CaptureFixture
+    accelerator: Accelerator, capfd: pytest.CaptureFixture, no_room: RuntimeError
 ) -> None:
     """A card that holds five rows: the gradient is that of a card that holds all."""
     torch.manual_seed(0)
@@ -87,7 +96,7 @@ def test_a_pass_without_room_is_halved_and_the_step_is_whole(
     def small(model: nn.Module, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         result = square(model, batch)
         if small.calls and len(batch["x"]) > 5:  # in the middle of a step
-            raise torch.OutOfMemoryError("out of memory")
+            raise no_room
         small.calls += 1
         return result
 
@@ -101,11 +110,32 @@ def test_a_pass_without_room_is_halved_and_the_step_is_whole(
     step.pass_tokens = 1
 
     def never(model: nn.Module, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        raise torch.OutOfMemoryError("out of memory")
+        raise no_room
 
     step.loss_function = never
     with pytest.raises(UserError, match="does not hold the training of one example"):
         step(0, chosen)
+
+
+@pytest.mark.parametrize("no_room", NO_ROOM, ids=["allocator", "driver", "cuBLAS"])
+def test_no_room_outside_a_pass_is_one_line(
+    capfd: pytest.CaptureFixture, no_room: RuntimeError
+) -> None:
+    def main() -> None:
+        raise no_room
+
+    with pytest.raises(SystemExit) as stopped:
+        run_main(main)
+    assert stopped.value.code == 2
+    assert re.fullmatch("error: the GPU's memory is full[^\n]*\n", capfd.readouterr().err)
+
+
+def test_another_error_of_the_driver_is_not_taken_for_it() -> None:
+    def main() -> None:
+        raise torch.AcceleratorError("CUDA error: device-side assert triggered")
+
+    with pytest.raises(torch.AcceleratorError):
+        run_main(main)
 
 
 @pytest.mark.parametrize("what", ["loss", "gradient"])

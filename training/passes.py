@@ -17,7 +17,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 import squad_utils
-from cli import UserError, first_line, warn
+from cli import UserError, first_line, memory_is_full, warn
 from training.machine import Compiled, compiled_layers, linear_weights, running
 
 PROBE_TOKENS = 2048  # tokens of the first of two passes that measure the memory per token
@@ -120,8 +120,10 @@ class StepGradient:
             try:
                 figures = self._share_of_step(epoch, chosen)
                 break
-            except torch.OutOfMemoryError:
-                pass  # leave the handler first: its traceback keeps the pass's tensors alive
+            except RuntimeError as error:
+                if not memory_is_full(error):
+                    raise
+                # leave the handler first: its traceback keeps the pass's tensors alive
             self._halve(chosen)
         if self.accelerator.num_processes > 1:
             make_gradients(self.trained)
