@@ -790,9 +790,11 @@ def span_scores(
 
 
 def fit_temperature(scores: Callable[[float], np.ndarray], right: np.ndarray) -> float:
-    """The temperature with the least log loss: a score is to be the share of right answers.
+    """The temperature with the least squared error: a score is to be the share of right answers.
 
-    It is searched for by golden sections, between TEMPERATURES.
+    This is the Brier score (Brier, 1950). The log loss would depend on a few right answers that
+    score near 0, such as those that a model hides behind no answer. The temperature is searched
+    for by golden sections, between TEMPERATURES.
 
     Args:
         scores: from a temperature to the scores of answers, [N].
@@ -800,8 +802,7 @@ def fit_temperature(scores: Callable[[float], np.ndarray], right: np.ndarray) ->
     """
 
     def loss(log_temperature: float) -> float:
-        found = scores(math.exp(log_temperature)).clip(1e-12, 1 - 1e-12)
-        return -float(np.log(np.where(right, found, 1 - found)).mean())
+        return float(((scores(math.exp(log_temperature)) - right) ** 2).mean())
 
     low, high = map(math.log, TEMPERATURES)
     golden = (math.sqrt(5) - 1) / 2
