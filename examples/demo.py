@@ -86,7 +86,7 @@ def answer(model: str, name: str) -> None:
         *batches(16),
         "--freeze_list=embedding",
         "--learning_rate=3e-4",
-        "--num_train_epochs=2.7",
+        "--num_train_epochs=2.5",
     )
     ask(f"--model={tuned}", "--context=examples/article.txt")
     step(
@@ -156,11 +156,11 @@ def search(model: str, name: str) -> None:
         f"--pack_cfg={pack_cfg(tuned)}",
         "--stages=final",
         "--embedding_weight=30",
-        "--num_train_epochs=3",
+        "--num_train_epochs=1.5",
         "--learning_rate_for_tune=5e-4",
         "--warm_up_steps=10",
-        "--total_train_batch_size_for_tune=16",
-        "--per_gpu_train_batch_size=16",
+        "--total_train_batch_size_for_tune=8",
+        "--per_gpu_train_batch_size=8",
     )
     step(
         "train_qcemb.py",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -166,6 +167,31 @@ def test_a_step_that_is_not_finite_is_skipped_before_it_is_read(
     assert torch.equal(weights[4], weights[5]) and not torch.equal(weights[3], weights[4])
     assert not torch.equal(model.weight, weights[5])  # the step after it is taken
     assert state_step(tmp_path) == 3 and [r["step"] for r in records(tmp_path)] == [1, 2, 3, 4]
+
+
+def test_steps_that_are_read_together_share_their_time(
+    accelerator: Accelerator, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each step here takes 20 ms, and three are read at once."""
+    monkeypatch.setattr(loop.Training, "reads_now", lambda training: training.ends_epoch)
+    run = Run(accelerator, run_flags(tmp_path), {}, "new")
+
+    def loss(model: nn.Module, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        time.sleep(0.02)
+        return square(model, batch)
+
+    stage = loop.Stage("test", 3, 1e-3, 16, 16)
+    loop.train(run, nn.Linear(3, 1), stage, Rows(), loss)
+    run._lock_file.close()
+    found = records(tmp_path)
+    assert [r["step"] for r in found] == list(range(1, 10))
+    for record in found:  # 16 examples in 20 ms, or more on a busy machine
+        assert record["examples_per_second"] < 16 / 0.02
+    times = [record["seconds"] for record in found]
+    assert times == sorted(times) and times[0] >= 0.02 and times[-1] >= 9 * 0.02
+    for record in found:
+        expected = record["seconds"] / record["step"] * (9 - record["step"])
+        assert record["seconds_left"] == pytest.approx(expected)
 
 
 def test_pass_tokens_are_those_of_the_processes_they_were_saved_by(

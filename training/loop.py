@@ -213,7 +213,8 @@ class Training:
                 self._go_back(first + i, sums["loss"], norm)
                 return False
             epoch = (first + i + 1) / self.steps_per_epoch
-            self.progress.advance(sums, epoch, unread[i].learning_rate)
+            later = len(unread) - i - 1
+            self.progress.advance(sums, epoch, unread[i].learning_rate, later)
         return True
 
     def _go_back(self, failed: int, loss: float, norm: float) -> None:

@@ -35,7 +35,7 @@ class Progress:
 
     def _continue(self, step: int, earlier: ProgressState) -> None:
         self.step = self._resumed_at_step = step
-        self._began = time.monotonic()
+        self._began = self._step_ended = time.monotonic()
         self._paused_at: float | None = None
         self._earlier_seconds = earlier["seconds"]
         self._window: list[dict[str, float]] = earlier["window"]  # steps since the last record
@@ -58,7 +58,10 @@ class Progress:
 
     def seconds(self) -> float:
         """Seconds of training so far, with earlier parts of the run, without pauses."""
-        return self._earlier_seconds + (self._paused_at or time.monotonic()) - self._began
+        return self._seconds_until(self._paused_at or time.monotonic())
+
+    def _seconds_until(self, moment: float) -> float:
+        return self._earlier_seconds + moment - self._began
 
     def pause(self) -> None:
         self._paused_at = time.monotonic()
@@ -67,25 +70,33 @@ class Progress:
         away = time.monotonic() - (self._paused_at or time.monotonic())
         self._began += away
         self._window_began += away
+        self._step_ended += away
         self._paused_at = None
 
-    def advance(self, sums: dict[str, float], epoch: float, learning_rate: float) -> None:
-        """Count a step; after every log_steps steps and the last, write and show a record."""
+    def advance(
+        self, sums: dict[str, float], epoch: float, learning_rate: float, later: int = 0
+    ) -> None:
+        """Count a step; after every log_steps steps and the last, write and show a record.
+
+        Args:
+            later: the number of steps after this one that have ended by now too. When each ended
+                is not known: they share the time since the last step before them equally.
+        """
+        now = time.monotonic()
+        ended = self._step_ended = self._step_ended + (now - self._step_ended) / (later + 1)
         self.step += 1
         self._bar.update()
         self._window.append(sums)
         if self.step % self.run.args.log_steps and self.step != self.total:
             return
-        now = time.monotonic()
-        spent = max(now - self._window_began, 1e-9)
+        spent = max(ended - self._window_began, 1e-9)
         total = {key: sum(each[key] for each in self._window) for key in sums}
         losses = [key for key in sums if key not in ("tokens", "positions", "examples")]
         mean = {
             key: sum(each[key] * each["examples"] for each in self._window) / total["examples"]
             for key in losses
         }
-        here = self.seconds() - self._earlier_seconds
-        pace = here / (self.step - self._resumed_at_step)
+        pace = (ended - self._began) / (self.step - self._resumed_at_step)
         left = pace * (self.total - self.step)
         left_all = left + pace * self.stage.work_after
         record = {
@@ -97,7 +108,7 @@ class Progress:
             "examples_per_second": total["examples"] / spent,
             "tokens_per_second": total["tokens"] / spent,
             "padding": 1 - total["tokens"] / total["positions"],
-            "seconds": self.seconds(),
+            "seconds": self._seconds_until(ended),
             "seconds_left": left,
             "seconds_left_all": left_all,
         }
@@ -115,7 +126,7 @@ class Progress:
         if self._lines and (now - self._line_at >= PLAIN_LINE_SECONDS or self.step == self.total):
             self._line_at = now
             print(f"{self._name} step {self.step}/{self.total}: {text}, {until}", flush=True)
-        self._window, self._window_began = [], now
+        self._window, self._window_began = [], ended
 
     def close(self) -> None:
         self._bar.close()
