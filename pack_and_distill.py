@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import copy
 import functools
+import math
 import signal
 from dataclasses import dataclass, replace
 from typing import Any, cast
@@ -503,7 +504,8 @@ def distill(
         heads: heads per layer that stay after pruning.
 
     Returns:
-        the pruned student; by --keep its last weights or the best on dev.
+        the pruned student; by --keep its last weights or the best on dev, of which the start
+            is one if no head is pruned.
     """
     best_by = task.best_by if task.args.keep == "best" else None
     accelerator, num_layers = run.accelerator, student.config.num_hidden_layers
@@ -511,6 +513,11 @@ def distill(
     position = run.states.position()
     first = names.index(position["stage"]) if position else -1
     pruned_at = names.index("heads") if "heads" in names else 0
+    start = run.evaluated("packed")
+    if best_by and start and not position and student.config.num_attention_heads == heads:
+        # The fitted start has the final shape. Trained weights that are as good come before it.
+        score = math.nextafter(start[best_by], -math.inf)
+        run.states.keep_if_best(student, "packed", 0, score)
     importance = bert_pack.HeadImportance(student, accelerator.device)
     accelerator.register_for_checkpointing(importance)
     for i, part in enumerate(plan):

@@ -38,6 +38,7 @@ import pack_and_distill
 from bert.attention import fuse_attention
 from bert_pack import PackCfg, pack
 from tasks import hidden_states
+from tasks.qa import QaEvaluation
 from training import loop
 from training.passes import Batches
 from training.run import Run
@@ -210,6 +211,34 @@ def test_distillation_goes_on(
     assert packed["f1"] == pytest.approx(metrics(reference)["f1"])
     assert len(trained(out, "final")) == 2
     assert metrics(out)["sizes"]["student"]["parameters"] == metrics(reference)["parameters"]
+
+
+@pytest.mark.parametrize("after", [70.0, 80.0])
+def test_the_start_is_kept_if_training_only_harms(
+    after: float,
+    reference: Path,
+    teacher: Path,
+    few: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture,
+) -> None:
+    """The scores are made up: a model of two layers has none to lose."""
+    scores = iter([90.0, 80.0, *[after] * 9])  # of the teacher, the start, and what follows
+    evaluate = QaEvaluation.__call__
+
+    def scored(self: QaEvaluation, *given: Any, **named: Any) -> dict[str, float]:
+        return {**evaluate(self, *given, **named), "f1": next(scores)}
+
+    monkeypatch.setattr(QaEvaluation, "__call__", scored)
+    out, start = tmp_path / "out", reference / "unmerged"
+    flags = (f"--model_student={start}", "--stages=final", "--max_steps_per_stage=2")
+    command = command_of("pack_and_distill", teacher, few, out, *flags)
+    assert call(command) == 0, capfd.readouterr().err
+    stage = "packed, step 0" if after < 80 else "final, step 2"  # as good is good enough
+    assert f"kept: {stage}, the best on dev" in capfd.readouterr().out
+    kept, given = (load_file(f / "model.safetensors") for f in (out / "unmerged", start))
+    assert all(torch.equal(kept[name], given[name]) for name in given) == (after < 80)
 
 
 @pytest.mark.slow
