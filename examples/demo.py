@@ -86,7 +86,7 @@ def answer(model: str, name: str) -> None:
         *batches(16),
         "--freeze_list=embedding",
         "--learning_rate=3e-4",
-        "--num_train_epochs=2.5",
+        "--num_train_epochs=2.7",
     )
     ask(f"--model={tuned}", "--context=examples/article.txt")
     step(
