@@ -7,6 +7,7 @@ import ctypes
 import dataclasses
 import difflib
 import functools
+import itertools
 import re
 from collections.abc import Callable, Iterator, Sequence
 from unittest import mock
@@ -33,6 +34,7 @@ REFUSALS = (
     nncf.ParameterNotSupportedError,
     nncf.ValidationError,
 )
+SAMPLES_IN_MEMORY = 8  # between two calls of `_return_free_memory`, each some 30 ms
 
 
 def check_scope(config: NncfConfig, model: nn.Module) -> None:
@@ -105,9 +107,12 @@ def calibrate(
         UserError: NNCF does not support these settings for PyTorch models.
     """
 
+    number = itertools.count()
+
     def inputs(sample: dict[str, Tensor]) -> dict[str, Tensor]:
         before_each()
-        _return_free_memory()
+        if next(number) % SAMPLES_IN_MEMORY == 0:
+            _return_free_memory()
         return sample
 
     arguments = {**config.arguments, "subset_size": len(samples)}

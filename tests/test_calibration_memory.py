@@ -32,8 +32,8 @@ def note():
         pages.append(int(file.read().split()[1]))
 
 
-calibrate(model, config, [sample] * 24, note)
-passes = pages[:24], pages[24:48]  # for SmoothQuant, then for the ranges and the biases
+calibrate(model, config, [sample] * 48, note)
+passes = pages[:48], pages[48:96]  # for SmoothQuant, then for the ranges and the biases
 print(max(4096 * (each[-1] - each[4]) / 1e6 for each in passes))
 """
 
@@ -45,4 +45,4 @@ def test_windows_do_not_stay_in_memory() -> None:
     done = subprocess.run([sys.executable, "-c", CODE], cwd=root, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     megabytes = float(done.stdout.splitlines()[-1])
-    assert megabytes < 40  # 230 for these 20 windows if they stay
+    assert megabytes < 170  # over 450 for these 44 windows if they stay
