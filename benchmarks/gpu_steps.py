@@ -33,6 +33,7 @@ from benchmarks.gpu_timing import (
 from bert import attention
 from bert.attention import fuse_attention
 from bert.embedding import BertForEmbedding
+from cli import memory_is_full
 from int8 import calibration, settings
 from tasks.embedding_loss import EmbeddingLoss, HardNegatives, Mining, PairBatches, parse_loss_cfg
 from tasks.hidden_states import StateLoss
@@ -169,8 +170,8 @@ def measure_trainer(bench: Bench, compiled: bool = False) -> dict[str, Any]:
             try:
                 their_seconds += trainer_seconds(bench, theirs, features, size, compiled)
                 break
-            except torch.cuda.OutOfMemoryError:
-                if size == 1:
+            except RuntimeError as error:
+                if size == 1 or not memory_is_full(error):
                     raise
             size //= 2 if size % 2 == 0 else size  # 48, 24, 12, 6, 3, 1
             gc.collect()
