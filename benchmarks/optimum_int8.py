@@ -12,8 +12,33 @@ The result, openvino_model.xml, goes to benchmarks/int8_files.py as --other.
 from __future__ import annotations
 
 import argparse
+from collections.abc import Iterator
+from typing import Any
 
 from cli import ArgumentParser, number, run_main
+
+
+def calibration_windows(model: str, data: str, count: int) -> Iterator[dict[str, Any]]:
+    """The windows on which train_qa.py --nncf_config calibrates a model, as tensors [1, 384]."""
+    from transformers import AutoTokenizer
+
+    from tasks.qa import QaTask
+
+    settings = argparse.Namespace(
+        squad_train_data=data,
+        squad_dev_data=data,
+        squad_eval_script=None,
+        max_seq_length_q=64,
+        max_seq_length_c=384,
+        max_answer_length=30,
+        doc_stride=128,
+        negative_windows=0,
+        per_gpu_eval_batch_size=1,
+        seed=42,
+    )
+    task = QaTask(settings)
+    task.tokenize(AutoTokenizer.from_pretrained(model))
+    return task.calibration(count)
 
 
 def main() -> None:
@@ -32,27 +57,12 @@ def main() -> None:
         OVQuantizationConfig,
         OVQuantizer,
     )
-    from transformers import AutoTokenizer
 
-    from tasks.qa import QaTask
-
-    settings = argparse.Namespace(
-        squad_train_data=args.squad_train_data,
-        squad_dev_data=args.squad_train_data,
-        squad_eval_script=None,
-        max_seq_length_q=64,
-        max_seq_length_c=384,
-        doc_stride=128,
-        per_gpu_eval_batch_size=1,
-        seed=42,
-    )
-    task = QaTask(settings)
-    task.tokenize(AutoTokenizer.from_pretrained(args.model))
     model = OVModelForQuestionAnswering.from_pretrained(args.model, export=True)
     names = {each.any_name for each in model.model.inputs}
     windows = [
         {name: tensor.numpy() for name, tensor in window.items() if name in names}
-        for window in task.calibration(args.subset_size)
+        for window in calibration_windows(args.model, args.squad_train_data, args.subset_size)
     ]
     config = OVConfig(quantization_config=OVQuantizationConfig(num_samples=len(windows)))
     OVQuantizer.from_pretrained(model).quantize(
