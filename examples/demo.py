@@ -47,6 +47,7 @@ def quick_nncf_config() -> str:
     with open(os.path.join(ROOT, "nncf_config.json"), encoding="utf-8") as file:
         config = json.load(file)
     path = f"{DATA}/nncf_config.json"
+    os.makedirs(os.path.join(ROOT, DATA), exist_ok=True)
     with open(os.path.join(ROOT, path), "w", encoding="utf-8") as file:
         json.dump(config | {"subset_size": 100}, file, indent=2)
     return path

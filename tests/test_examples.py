@@ -218,12 +218,33 @@ def test_make_demo_starts_where_the_user_stands(tmp_path: Path) -> None:
     assert told == [str(user), str(ROOT / "examples" / "demo.py"), "--model=my bert"]
 
 
+@pytest.mark.parametrize("task", ["answer", "search"])
+def test_int8_stages_calibrate_on_less(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, task: str
+) -> None:
+    """From a clone in which nothing was made yet."""
+    shutil.copy(ROOT / "nncf_config.json", tmp_path)
+    monkeypatch.setattr(demo, "ROOT", str(tmp_path))
+    commands: list[tuple[str, ...]] = []
+    monkeypatch.setattr(demo, "step", lambda *command, **_: commands.append(command))
+    for name in ("show", "write_texts"):
+        monkeypatch.setattr(demo, name, lambda *_: "texts")
+    monkeypatch.setattr(demo, "pack_cfg", lambda _: "")
+    getattr(demo, task)("bert", "-name")
+    flag = "--nncf_config="
+    (path,) = {each for command in commands for each in command if each.startswith(flag)}
+    quick = json.loads((tmp_path / path.removeprefix(flag)).read_text())
+    given = json.loads((ROOT / "nncf_config.json").read_text())
+    assert quick == given | {"subset_size": 100}
+
+
 def test_the_demo_ends_with_the_command_of_the_page(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     for name in ("step", "show"):
         monkeypatch.setattr(demo, name, lambda *_, **__: None)
-    monkeypatch.setattr(demo, "pack_cfg", lambda _: "")
+    for name in ("pack_cfg", "quick_nncf_config"):
+        monkeypatch.setattr(demo, name, lambda *_: "")
     demo.answer("bert", "-name")
     _, script, *flags = shlex.split(capsys.readouterr().out.splitlines()[-1])
     monkeypatch.setattr(sys, "argv", [script, *flags])
