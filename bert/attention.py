@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, cast
 
 import torch
@@ -193,3 +193,52 @@ def fuse_attention(model: PreTrainedModel, separate_products: bool = False) -> P
         for packed in layers:
             packed.separate_products |= separate_products
     return model
+
+
+@torch.no_grad()
+def center_keys(model: PreTrainedModel, samples: Iterable[dict[str, Tensor]]) -> None:
+    """Shift the biases of all keys so that the keys of the samples' tokens lie around 0.
+
+    A vector that is added to all keys adds one number to all scores of a query, which softmax
+    takes away: the outputs stay the same. Keys around 0 have the shortest symmetric range, so
+    that 8 bits resolve them best.
+
+    Args:
+        model: a BERT of `fuse_attention`, or a packed BERT.
+        samples: inputs [B, L] each.
+    """
+    parts = [each for module in model.modules() for each in _keys(module)]
+    lowest, highest = (
+        [bias.new_full(bias.shape, sign * torch.inf) for _, bias, _ in parts] for sign in (1, -1)
+    )
+    tokens: Tensor
+
+    def watch(i: int, _: nn.Module, __: object, outputs: Tensor) -> None:
+        keys = outputs[tokens][:, parts[i][2]]
+        lowest[i] = torch.minimum(lowest[i], keys.amin(dim=0))
+        highest[i] = torch.maximum(highest[i], keys.amax(dim=0))
+
+    hooks = [
+        linear.register_forward_hook(functools.partial(watch, i))
+        for i, (linear, _, _) in enumerate(parts)
+    ]
+    try:
+        for sample in samples:
+            tokens = sample["attention_mask"].bool()
+            model(**sample)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    for (_, bias, _), low, high in zip(parts, lowest, highest, strict=True):
+        bias -= (low + high) / 2
+
+
+def _keys(module: nn.Module) -> Iterator[tuple[nn.Linear, Tensor, slice]]:
+    """The linear layer that makes a module's keys, the bias of the keys, and their place among its
+    outputs."""
+    if isinstance(module, FusedSelfAttention):
+        yield module.key, module.key.bias.data, slice(None)
+    elif isinstance(linear := getattr(module, "qkv", None), nn.Linear):
+        third = linear.out_features // 3
+        place = slice(third, 2 * third)
+        yield linear, linear.bias.data[place], place

@@ -20,7 +20,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from bert.attention import fuse_attention
+from bert.attention import center_keys, fuse_attention
 from bert.model_folder import (
     UNMERGED,
     AutoClass,
@@ -342,6 +342,7 @@ def set_dropout(model: nn.Module, probability: float) -> None:
 # ------------------------------------------------------------------------------------------------
 # Quantization
 
+CENTERING = 32  # calibration windows whose keys are centred
 CALIBRATED = "calibrated"  # in CHECKPOINTS: the quantized model right after calibration
 
 
@@ -387,6 +388,8 @@ def quantize(run: Run, model: PreTrainedModel, config: NncfConfig, job: Job) -> 
     folder = os.path.join(run.output_dir, CHECKPOINTS, CALIBRATED)
     model = fuse_attention(model, separate_products=True).eval().to(device)
     run.evaluate_once("fp32", lambda: task.evaluation(model, fp32=True))
+    # Always, since layers that go back to floating point take this model's biases.
+    center_keys(model, (to_device(sample, device) for sample in task.calibration(CENTERING)))
     if run.main and not os.path.isdir(folder):
         samples = [to_device(sample, device) for sample in task.calibration(config.subset_size)]
         run.say(f"calibrating quantizers on {len(samples)} windows")
