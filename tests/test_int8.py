@@ -556,6 +556,7 @@ def reading(tmp_path: Path) -> Reading:
 def test_the_projects_own_file(reading: Reading) -> None:
     config = read_nncf_config(str(ROOT / "nncf_config.json"))
     assert config.subset_size == 300
+    assert "ignored_scope" not in config.arguments  # queries x keys are INT8
 
 
 @pytest.mark.parametrize(
