@@ -2,7 +2,7 @@
 
     python -m benchmarks.int8_ranges --models=DIR,DIR --squad_train_data=TRAIN \
         --squad_dev_data=DEV --output_dir=DIR [--settings=given,tensor] [--seeds=1,2] \
-        [--ranges=0.25 --weights=0.5] [--jobs=4 --minutes=10] [--flags="--precision=fp32"]
+        [--questions=3000] [--ranges=0.1 --weights=0.4] [--jobs=4 --minutes=10] [--flags="--precision=fp32"]
 
 Each row is a run of train_qa.py or train_qcemb.py with a variant of --nncf_config (SETTINGS). The
 main figures are F1 and MRR, by which the best weights are kept; a table of F1 and top 5 follows.
@@ -21,7 +21,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from benchmarks.packing import ROOT, Job, run_all
+from benchmarks.packing import ROOT, Job, run_all, subset
 from cli import ArgumentParser, Interrupted, UserError, number, run_main
 
 PHASES = ("fp32", "calibrated", "ranges", "weights")
@@ -58,6 +58,8 @@ def parse_arguments() -> argparse.Namespace:
     add("--nncf_config", default=str(ROOT / "nncf_config.json"))
     add("--settings", default="given", help=f"comma-separated, of {', '.join(SETTINGS)}")
     add("--seeds", default="1,2", help="comma-separated numbers")
+    add("--questions", type=number(int, 1),
+        help="train on random articles with about so many questions (default: all)")  # fmt: skip
     add("--ranges", type=number(float, 0), default=0.25, help="epochs on ranges alone")
     add("--weights", type=number(float, 0), default=0.5, help="epochs on all weights")
     add("--learning_rate", type=number(float, 0), default=1e-4)
@@ -82,6 +84,7 @@ def make_jobs(args: argparse.Namespace, folder: Path) -> list[Job]:
     from bert.model_folder import open_model
 
     jobs = []
+    train = subset(args.squad_train_data, args.questions, folder)
     given = json.loads(Path(args.nncf_config).read_text(encoding="utf-8"))
     for name in args.settings.split(","):
         if name not in SETTINGS:
@@ -96,7 +99,7 @@ def make_jobs(args: argparse.Namespace, folder: Path) -> list[Job]:
                 output_dir = folder / f"{title.replace(', ', '-')}-{seed}"
                 flags = [
                     f"--model_student={os.path.abspath(model)}",
-                    f"--squad_train_data={os.path.abspath(args.squad_train_data)}",
+                    f"--squad_train_data={train}",
                     f"--squad_dev_data={os.path.abspath(args.squad_dev_data)}",
                     f"--output_dir={output_dir}",
                     f"--nncf_config={folder / f'{name}.json'}",

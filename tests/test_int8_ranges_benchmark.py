@@ -20,7 +20,9 @@ def arguments(model: Path, **others: str) -> argparse.Namespace:
     values = {"models": str(model), "squad_train_data": "train.json", "squad_dev_data": "dev.json"}
     values |= {"settings": ",".join(int8_ranges.SETTINGS), "seeds": "1,2", "flags": "", **others}
     values["nncf_config"] = str(int8_ranges.ROOT / "nncf_config.json")
-    return argparse.Namespace(**values, ranges=0.25, weights=0.5, learning_rate=1e-4)
+    return argparse.Namespace(
+        **values, questions=None, ranges=0.25, weights=0.5, learning_rate=1e-4
+    )
 
 
 def test_each_variant_is_a_run_of_the_script_with_settings_that_there_are(
