@@ -2,7 +2,8 @@
 
     python -m benchmarks.int8_ranges --models=DIR,DIR --squad_train_data=TRAIN \
         --squad_dev_data=DEV --output_dir=DIR [--settings=given,tensor] [--seeds=1,2] \
-        [--questions=3000] [--ranges=0.1 --weights=0.4] [--jobs=4 --minutes=10] [--flags="--precision=fp32"]
+        [--questions=3000] [--ranges=0.1 --weights=0.4] [--jobs=4 --minutes=10] \
+        [--flags="--precision=fp32"]
 
 Each row is a run of train_qa.py or train_qcemb.py with a variant of --nncf_config (SETTINGS). The
 main figures are F1 and MRR, by which the best weights are kept; a table of F1 and top 5 follows.
