@@ -13,7 +13,6 @@ after three changes in the last digits of its embedding LayerNorm's gains.
 
 from __future__ import annotations
 
-import functools
 import json
 import os
 from collections.abc import Callable
@@ -27,7 +26,6 @@ from deploy import timing
 from deploy.runtime import for_onnxruntime
 from deploy.squad_scores import exact_match, load_scorer
 
-RUNS = 20  # per file and round
 MOVED = 1e-6  # relative change of LayerNorm's gains; FP32 resolves 1.2e-7
 
 Infer = Callable[[dict[str, np.ndarray]], tuple[np.ndarray, np.ndarray]]
@@ -149,15 +147,10 @@ def main() -> None:
         rows[f"{name}, {runtime}"] = row
         print(f"{name}, {runtime}: {row}", flush=True)
 
-    taken = timing.milliseconds(
-        {key: functools.partial(run, feeds[0]) for key, run in runs.items()},
-        args.rounds,
-        turn=float("inf"),
-        calls=RUNS,
-    )
-    for (name, runtime), each in taken.items():
+    taken = timing.time_files(files, lengths[1], args.rounds)
+    for name, runtime in runs:
         row = rows[f"{name}, {runtime}"]
-        row["milliseconds"] = each
+        row["milliseconds"] = taken[name][runtime]
         size = os.path.getsize(files[name])
         weights = os.path.splitext(files[name])[0] + ".bin"
         beside = os.path.getsize(weights) if files[name].endswith(".xml") else 0

@@ -120,17 +120,6 @@ def export_random(shapes: Sequence[str], folder: str) -> dict[str, str]:
     return paths
 
 
-def measure(paths: dict[str, str], rounds: int, seconds: float) -> dict[str, dict[str, float]]:
-    """Median milliseconds of each model in each way to run it."""
-    runs = {
-        (name, way): timing.compiled(path, way, LENGTH)
-        for name, path in paths.items()
-        for way in timing.WAYS
-    }
-    found = timing.milliseconds(runs, rounds, turn=seconds, calls=10**6)
-    return {name: {way: found[name, way] for way in timing.WAYS} for name in paths}
-
-
 def table(results: dict[str, dict[str, float]], sizes: dict[str, float]) -> str:
     """The figures as Markdown.
 
@@ -159,13 +148,7 @@ def main() -> None:
     add = parser.add_argument
     add("--model", action="append", default=[], help="name=folder with model.onnx; several times")
     add("--random", default="", help=f"random weights; comma-separated, of {', '.join(SHAPES)}")
-    add(
-        "--rounds",
-        type=number(int, 1, 1000),
-        default=5,
-        help="rounds, each with a turn for every file",
-    )
-    add("--seconds", type=number(float, 0, 60, True), default=2.0, help="per file and round")
+    add("--rounds", type=number(int, 1, 1000), default=10, help="with a turn for every file")
     add("--json", help="write the figures to this file")
     args = parser.parse_args()
     pairs: dict[str, str] = {}
@@ -183,7 +166,7 @@ def main() -> None:
         raise UserError("--model name=folder or --random is needed")
     with tempfile.TemporaryDirectory() as folder:
         paths = pairs | export_random(shapes, folder)
-        results = measure(paths, args.rounds, args.seconds)
+        results = timing.time_files(paths, LENGTH, args.rounds)
         sizes = {name: os.path.getsize(path) / 1e6 for name, path in paths.items()}
     print(f"\n{table(results, sizes)}")
     if args.json:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import statistics
 import time
@@ -25,9 +26,9 @@ WAYS = {  # to run a file -> the flags of ask.py
 SECONDS = 60.0  # for the timing at the end of a stage, with loading
 ROUNDS = 5
 TURN, CALLS = 0.2, 5  # a turn ends after so many seconds or calls, whichever come first
-REST = 0.1  # seconds before a turn: threads of the previous runtime may still spin
 
 Run = Callable[[], object]
+Load = Callable[[], Run]
 Key = TypeVar("Key", bound=Hashable)
 
 
@@ -49,10 +50,7 @@ def compiled(path: str, way: str, length: int) -> Run:
         return lambda: run(feed)
     path = runtime.for_onnxruntime(path)
     content, declared = runtime.with_any_length(path)
-    # Spinning threads would take time from the runtime that has the next turn.
-    session = runtime.onnxruntime_session(
-        path if declared == length else content, "force_spinning_stop"
-    )
+    session = runtime.onnxruntime_session(path if declared == length else content)
     return lambda: session.run(None, feed)
 
 
@@ -67,49 +65,51 @@ def time_files(
 
     Args:
         paths: the files by name.
-        seconds: as in `milliseconds`, with loading.
+        seconds: as in `milliseconds`.
         failed: called with name, way and error if a way cannot run a file; the result lacks it.
     """
-    end = time.monotonic() + seconds
-    runs: dict[tuple[str, str], Run] = {}
-    for name, path in paths.items():
-        for way in WAYS:
-            try:
-                run = compiled(path, way, length)
-                run()
-            except Exception as error:  # runtimes raise all kinds; or one is not installed
-                failed(name, way, error)
-            else:
-                runs[name, way] = run
-    found = milliseconds(runs, rounds, end - time.monotonic())
+    loads = {
+        (name, way): functools.partial(compiled, path, way, length)
+        for name, path in paths.items()
+        for way in WAYS
+    }
+    found = milliseconds(loads, rounds, seconds, lambda key, error: failed(*key, error))
     return {name: {way: found[name, way] for way in WAYS if (name, way) in found} for name in paths}
 
 
 def milliseconds(
-    runs: Mapping[Key, Run],
+    loads: Mapping[Key, Load],
     rounds: int = ROUNDS,
     seconds: float = float("inf"),
-    turn: float = TURN,
-    calls: int = CALLS,
+    failed: Callable[[Key, Exception], None] = lambda *_: None,
 ) -> dict[Key, float]:
-    """Median milliseconds per call of each run. They take turns, so that all see the same load.
+    """Median milliseconds per call of each file.
+
+    The files take turns, so that all see the same load of the machine. A turn loads its file and
+    lets it go again: where several stay loaded, each takes longer, by up to 60%.
 
     Args:
+        loads: each loads a file and returns a function that runs it once.
         seconds: no round begins that may end later than this, except the first.
-        turn, calls: most seconds and calls of a run per round, but at least one call.
+        failed: called with key and error if loading or the first call fails; the result lacks it.
     """
     end, longest = time.monotonic() + seconds, 0.0
-    times: dict[Key, list[float]] = {key: [] for key in runs}
+    times: dict[Key, list[float]] = {key: [] for key in loads}
     for i in range(rounds):
         began = time.monotonic()
         if i and began + longest > end:
             break
-        for key, run in runs.items():
-            last = times[key][-1] if times[key] else 0.0
-            time.sleep(min(REST, 5 * last))
-            warm = _seconds(run, 1)  # the other runs have replaced its memory in the caches
-            count = max(1, int(min(calls, turn / max(warm, 1e-9))))
+        for key in list(times):
+            try:
+                run = loads[key]()
+                warm = _seconds(run, 1)
+            except Exception as error:  # runtimes raise all kinds; or one is not installed
+                failed(key, error)
+                del times[key]
+                continue
+            count = max(1, int(min(CALLS, TURN / max(warm, 1e-9))))
             times[key].append(_seconds(run, count))
+            del run
         longest = max(longest, time.monotonic() - began)
     return {key: 1000 * statistics.median(each) for key, each in times.items()}
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import shutil
 from pathlib import Path
@@ -64,14 +65,13 @@ class Clock:
     """A clock that runs alone: `perf_counter` and `monotonic` tell it, sleeping moves it."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.now, self.slept = 0.0, 0.0
+        self.now = 0.0
         for name in ("perf_counter", "monotonic"):
             monkeypatch.setattr(timing.time, name, lambda: self.now)
         monkeypatch.setattr(timing.time, "sleep", self.sleep)
 
     def sleep(self, seconds: float) -> None:
         self.now += seconds
-        self.slept += seconds
 
     def run(self, *seconds: float) -> timing.Run:
         """A call takes the first of the times, then the next, and the last again and again."""
@@ -91,12 +91,10 @@ def test_the_median_is_over_rounds_and_leaves_the_first_call_out(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     clock = Clock(monkeypatch)
-    # Calls that warm up take 9 s; the timed ones 1, 5 and 2.
+    # Calls that warm up take 9 s; the timed ones 1, 5 and 2, and loading 20.
+    uneven, even = clock.run(9, 1, 9, 5, 9, 2), clock.run(3)
     found = timing.milliseconds(
-        {"uneven": clock.run(9, 1, 9, 5, 9, 2), "even": clock.run(3)},
-        rounds=3,
-        turn=float("inf"),
-        calls=1,
+        {"uneven": lambda: clock.sleep(20) or uneven, "even": lambda: even}, rounds=3
     )
     assert found == {"uneven": pytest.approx(2000), "even": pytest.approx(3000)}
 
@@ -107,22 +105,51 @@ def test_quick_files_get_several_calls_and_slow_ones_few_rounds(
     clock = Clock(monkeypatch)
     calls: list[str] = []
 
-    def counted(name: str, seconds: float) -> timing.Run:
+    def counted(name: str, seconds: float) -> timing.Load:
         run = clock.run(seconds)
-        return lambda: (calls.append(name), run())
+        return lambda: lambda: (calls.append(name), run())
 
     timing.milliseconds({"quick": counted("quick", 0.01)}, rounds=2, seconds=60)
     assert len(calls) == 2 * (1 + timing.CALLS)
     calls.clear()
     timing.milliseconds({"slow": counted("slow", 10.0)}, rounds=10, seconds=60)
-    assert len(calls) == 2 * 2  # a third round would end after 60 s
-    assert clock.now <= 60 + 2 * timing.REST
+    assert len(calls) == 3 * 2  # a fourth round would end after 60 s
+    assert clock.now <= 60 + 1
 
 
 def test_one_round_is_whole_though_no_time_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = Clock(monkeypatch)
-    found = timing.milliseconds({"a": clock.run(50), "b": clock.run(70)}, seconds=-5)
+    a, b = clock.run(50), clock.run(70)
+    found = timing.milliseconds({"a": lambda: a, "b": lambda: b}, seconds=-5)
     assert found == {"a": 50_000, "b": 70_000}
+
+
+def test_one_file_is_loaded_at_a_time_and_one_that_fails_is_left_out() -> None:
+    loaded: list[str] = []
+
+    class File:
+        def __init__(self, name: str) -> None:
+            self.name = name
+            loaded.append(name)
+            assert loaded == [name]
+            if name == "broken":
+                loaded.clear()
+                raise RuntimeError("no such operator")
+
+        def __call__(self) -> None:
+            pass
+
+        def __del__(self) -> None:
+            if self.name != "broken":
+                loaded.remove(self.name)
+
+    failed: list[str] = []
+    loads = {name: functools.partial(File, name) for name in ("a", "broken", "b")}
+    found = timing.milliseconds(
+        loads, 3, failed=lambda key, error: failed.append(f"{key}: {error}")
+    )
+    assert list(found) == ["a", "b"]
+    assert failed == ["broken: no such operator"]
 
 
 # ------------------------------------------------------------------------------------------------
