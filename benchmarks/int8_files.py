@@ -5,14 +5,16 @@
 
 --other adds a file from another tool, e.g. Optimum Intel's static quantization of the same FP32
 model. Its inputs must have the same names, and its outputs the order start, end. All files are
-timed in turns in one run. The table has the share of answers that equal those of the fake-quantized
-PyTorch model in FP32 arithmetic, by SQuAD's exact match. Some answers always differ, since no two
-programs add in the same order. To show how many, the PyTorch model is also compared with itself
-after three changes in the last digits of its embedding LayerNorm's gains.
+timed in turns in one run, each loaded anew for its turn. The table has the share of answers that
+equal those of the fake-quantized PyTorch model in FP32 arithmetic, by SQuAD's exact match. Some
+answers always differ, since no two programs add in the same order. To show how many, the PyTorch
+model is also compared with itself after three changes in the last digits of its embedding
+LayerNorm's gains.
 """
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 from collections.abc import Callable
@@ -124,22 +126,24 @@ def main() -> None:
         if not equals or not os.path.isfile(path):
             raise UserError(f"--other: {text} is not name=file")
         files[name] = path
-    runs: dict[tuple[str, str], Infer] = {}
+    loads: dict[tuple[str, str], Callable[[], Infer]] = {}
     for name, path in files.items():
-        runs[name, "OpenVINO f32"] = in_openvino(path, "f32", lengths[1])
-        runs[name, "OpenVINO default"] = in_openvino(path, None, lengths[1])
+        loads[name, "OpenVINO f32"] = functools.partial(in_openvino, path, "f32", lengths[1])
+        loads[name, "OpenVINO default"] = functools.partial(in_openvino, path, None, lengths[1])
         if path.endswith(".onnx"):
-            runs[name, "ONNX Runtime"] = in_onnxruntime(path)
+            loads[name, "ONNX Runtime"] = functools.partial(in_onnxruntime, path)
 
     rows: dict[str, dict[str, float]] = {}
     reference = answers_of(in_pytorch(args.int8), data, windows, feeds)
     rows["INT8, PyTorch"] = {"f1": scorer(data, reference, {})["f1"]}
     moved = {
-        ("INT8", f"PyTorch, {MOVED:.0e}, {seed}"): in_pytorch(args.int8, MOVED, seed)
+        ("INT8", f"PyTorch, {MOVED:.0e}, {seed}"): functools.partial(
+            in_pytorch, args.int8, MOVED, seed
+        )
         for seed in range(3)
     }
-    for (name, runtime), run in {**moved, **runs}.items():
-        found = answers_of(run, data, windows, feeds)
+    for (name, runtime), load in {**moved, **loads}.items():
+        found = answers_of(load(), data, windows, feeds)
         same = [exact_match(found[key], reference[key]) for key in reference]
         row = {"f1": scorer(data, found, {})["f1"]}
         if name == "INT8":
@@ -147,10 +151,15 @@ def main() -> None:
         rows[f"{name}, {runtime}"] = row
         print(f"{name}, {runtime}: {row}", flush=True)
 
-    taken = timing.time_files(files, lengths[1], args.rounds)
-    for name, runtime in runs:
+    def load_with_feed(load: Callable[[], Infer]) -> timing.Run:
+        return functools.partial(load(), feeds[0])
+
+    taken = timing.milliseconds(
+        {key: functools.partial(load_with_feed, load) for key, load in loads.items()}, args.rounds
+    )
+    for (name, runtime), each in taken.items():
         row = rows[f"{name}, {runtime}"]
-        row["milliseconds"] = taken[name][runtime]
+        row["milliseconds"] = each
         size = os.path.getsize(files[name])
         weights = os.path.splitext(files[name])[0] + ".bin"
         beside = os.path.getsize(weights) if files[name].endswith(".xml") else 0
