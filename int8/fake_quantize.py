@@ -31,6 +31,9 @@ from int8.weight_range import hold
 # The number of values to compute on a CPU before compiling. They take about a minute, and the
 # first compilation half a minute, so a short run does not wait for a compiler.
 PLAIN_VALUES = 10_000_000_000
+# Each kind of input (shape, dtype, training or not) has a compiled function of its own, up to so
+# many. Torch's limit is 8; beyond it, functions run as plain operations.
+KINDS = 64
 
 # A fused multiplication and addition, or an inexact division, would give other bits. Not every
 # version of torch has both options.
@@ -183,7 +186,9 @@ class _Compiled(Generic[Rest, Result]):
                 options: dict[str, str | int | bool | Callable[..., object]] = {
                     name: True for name in EXACT if name in known
                 }
-                self.compiled = torch.compile(self.function, dynamic=True, options=options)
+                self.compiled = torch.compile(
+                    self.function, dynamic=True, options=options, recompile_limit=KINDS
+                )
             return self.compiled(values, *args, **named)
         except Exception as error:  # compilers raise all kinds; the plain function is right
             _Compiled.failed = True

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import types
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -285,6 +287,28 @@ def test_without_a_working_compiler_the_plain_functions_run(
     lines = capfd.readouterr().err.splitlines()
     assert len([line for line in lines if "no such compiler" in line]) == 1
     assert not any("long story" in line for line in lines)
+
+
+def test_all_kinds_of_inputs_are_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Readers with queries x keys in INT8 have more kinds than torch compiles by default."""
+
+    def traced_alone(function: Callable[..., Tensor], **flags: Any) -> Callable[..., Tensor]:
+        flags = {name: each for name, each in flags.items() if name != "options"}
+        return compile_function(function, backend="eager", **flags)  # a second for all kinds
+
+    compile_function = torch.compile
+    monkeypatch.setattr(torch, "compile", traced_alone)
+    monkeypatch.setattr(fake_quantize, "PLAIN_VALUES", 0)
+    monkeypatch.setattr(fake_quantize, "_has_compiler", lambda: True)
+    compiled = fake_quantize._Compiled(fake_quantize.round_to)
+    kinds = itertools.product((1, 2, 3, 4), (torch.float32, torch.bfloat16), (False, True))
+    with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
+        for dims, dtype, inference in kinds:
+            with torch.inference_mode(inference):
+                values = torch.rand(*[3] * dims, dtype=dtype)
+                low, width, steps = (torch.rand(1) + 1 for _ in range(3))
+                compiled(values, low, width, steps, dtype)
+    assert not fake_quantize._Compiled.failed
 
 
 def test_no_short_run_and_no_machine_without_a_compiler_compiles(
