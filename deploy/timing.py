@@ -24,7 +24,7 @@ WAYS = {  # to run a file -> the flags of ask.py
     "ONNX Runtime": "--runtime=onnxruntime",
 }
 SECONDS = 60.0  # for the timing at the end of a stage, with loading
-ROUNDS = 5
+ROUNDS = 3
 TURN, CALLS = 0.2, 5  # a turn ends after so many seconds or calls, whichever come first
 
 Run = Callable[[], object]

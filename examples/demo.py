@@ -127,7 +127,7 @@ def answer(model: str, name: str) -> None:
         "--supervision_weight=0.02",
         "--learning_rate=1e-4",
         "--quantizer_epochs=0",
-        "--num_train_epochs=0.2",
+        "--num_train_epochs=0.1",
     )
     ask(f"--model={int8}", "--context=examples/article.txt")
     show({"fine-tuned": tuned, "packed": packed, "packed, INT8": int8}, "f1", "F1")
