@@ -186,7 +186,8 @@ class _Compiled(Generic[Rest, Result]):
                 options: dict[str, str | int | bool | Callable[..., object]] = {
                     name: True for name in EXACT if name in known
                 }
-                self.compiled = torch.compile(
+                compile_function: Any = torch.compile  # its types lack recompile_limit
+                self.compiled = compile_function(
                     self.function, dynamic=True, options=options, recompile_limit=KINDS
                 )
             return self.compiled(values, *args, **named)
