@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from cli import ArgumentParser, UserError, number, run_main
+from cli import ArgumentParser, UserError, first_line, number, run_main
 from deploy import timing
 
 if TYPE_CHECKING:
@@ -120,6 +120,11 @@ def export_random(shapes: Sequence[str], folder: str) -> dict[str, str]:
     return paths
 
 
+def refuse(name: str, way: str, error: Exception) -> None:
+    """End the run: a table with a gap would mislead."""
+    raise UserError(f"{name} does not run in {way}: {first_line(error)}")
+
+
 def table(results: dict[str, dict[str, float]], sizes: dict[str, float]) -> str:
     """The figures as Markdown.
 
@@ -166,7 +171,7 @@ def main() -> None:
         raise UserError("--model name=folder or --random is needed")
     with tempfile.TemporaryDirectory() as folder:
         paths = pairs | export_random(shapes, folder)
-        results = timing.time_files(paths, LENGTH, args.rounds)
+        results = timing.time_files(paths, LENGTH, args.rounds, failed=refuse)
         sizes = {name: os.path.getsize(path) / 1e6 for name, path in paths.items()}
     print(f"\n{table(results, sizes)}")
     if args.json:
