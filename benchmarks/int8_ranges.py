@@ -6,7 +6,9 @@
         [--flags="--precision=fp32"]
 
 Each row is a run of train_qa.py or train_qcemb.py with a variant of --nncf_config (SETTINGS). The
-main figures are F1 and MRR, by which the best weights are kept; a table of F1 and top 5 follows.
+main figures are F1 and MRR, by which the best weights are kept; a table of EM and top 5 follows.
+The last column is the standard error over draws of questions of the trained F1 minus FP32's, where
+the folder of the FP32 model has its predictions.json: less than twice that is chance.
 Rows that int8_ranges.json has are not run again, and a run that was stopped goes on.
 """
 
@@ -22,7 +24,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from benchmarks.packing import ROOT, Job, run_all, subset
+import numpy as np
+
+from benchmarks.packing import ROOT, Job, run_all, scores, subset
 from cli import ArgumentParser, Interrupted, UserError, number, run_main
 
 PHASES = ("fp32", "calibrated", "ranges", "weights")
@@ -80,6 +84,11 @@ def merged(settings: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
     return settings
 
 
+def run_folder(folder: Path, title: str, seed: str) -> Path:
+    """The folder of a run, which a row's title and a seed give."""
+    return folder / f"{title.replace(', ', '-')}-{seed}"
+
+
 def make_jobs(args: argparse.Namespace, folder: Path) -> list[Job]:
     """All runs: every model and variant with one seed, then with the next."""
     from bert.model_folder import open_model
@@ -97,7 +106,7 @@ def make_jobs(args: argparse.Namespace, folder: Path) -> list[Job]:
             embeds = "Embedding" in open_model(model, "--models").architecture
             for name in args.settings.split(","):
                 title = f"{os.path.basename(os.path.abspath(model))}, {name}"
-                output_dir = folder / f"{title.replace(', ', '-')}-{seed}"
+                output_dir = run_folder(folder, title, seed)
                 flags = [
                     f"--model_student={os.path.abspath(model)}",
                     f"--squad_train_data={train}",
@@ -132,29 +141,48 @@ def figures(folder: Path) -> dict[str, Any]:
     return {**phases[list(phases)[-1]], "phases": phases, "seconds": seconds}
 
 
-def table(rows: dict[str, Any], keys: tuple[str, str]) -> str:
-    """The rows as Markdown: the score of each phase by seed, and the least gain on calibration.
+def standard_error(folder: Path) -> float | None:
+    """Of the F1 that a run gained over its FP32 model, in points, over draws of questions.
+
+    Returns:
+        None if the folders of both models have no predictions for the same questions.
+    """
+    arguments = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))["arguments"]
+    dev = arguments["squad_dev_data"]
+    trained, before = scores(dev, folder), scores(dev, arguments["model_student"])
+    if trained is None or before is None:
+        return None
+    return 100 * float(np.std(trained - before)) / len(trained) ** 0.5
+
+
+def table(rows: dict[str, Any], keys: tuple[str, str], folder: Path) -> str:
+    """The rows as Markdown: the score of each phase by seed, the least gain on calibration, and
+    the standard error of the gain in F1.
 
     Args:
         keys: the score of readers, and of embedders.
+        folder: --output_dir.
     """
     lines = [
-        f"| {' / '.join(keys)} | FP32 | calibrated | ranges | weights | least gain |",
-        "|---|---|---|---|---|---|",
+        f"| {' / '.join(keys)} | FP32 | calibrated | ranges | weights | least gain | error |",
+        "|---|---|---|---|---|---|---|",
     ]
     for name, runs in rows.items():
         key = next(key for key in keys if key in next(iter(runs.values()))["phases"]["fp32"])
         cells = []
         for phase in PHASES:
-            scores = [run["phases"][phase][key] for run in runs.values() if phase in run["phases"]]
-            cells.append(
-                ", ".join(f"{score:.2f}" for score in scores[: 1 if phase == "fp32" else None])
-            )
+            reached = [run["phases"][phase][key] for run in runs.values() if phase in run["phases"]]
+            if phase == "fp32":
+                reached = reached[:1]
+            cells.append(", ".join(f"{score:.2f}" for score in reached))
         gains = [
             list(run["phases"].values())[-1][key] - run["phases"]["calibrated"][key]
             for run in runs.values()
         ]
-        lines.append(f"| {name} | {' | '.join(cells)} | {min(gains):+.2f} |")
+        errors = [standard_error(run_folder(folder, name, seed)) for seed in runs]
+        known = ", ".join(f"{each:.2f}" for each in errors if each is not None)
+        cells += [f"{min(gains):+.2f}", known if key == "f1" else ""]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
@@ -171,7 +199,8 @@ def main() -> None:
         raise Interrupted("stopped; the same command goes on", signal.SIGINT) from None
     finally:
         if rows:
-            print(f"\n{table(rows, ('f1', 'mrr'))}\n\n{table(rows, ('exact_match', 'top_5'))}")
+            print(f"\n{table(rows, ('f1', 'mrr'), folder)}")
+            print(f"\n{table(rows, ('exact_match', 'top_5'), folder)}")
 
 
 if __name__ == "__main__":
