@@ -145,9 +145,12 @@ def standard_error(folder: Path) -> float | None:
     """Of the F1 that a run gained over its FP32 model, in points, over draws of questions.
 
     Returns:
-        None if the folders of both models have no predictions for the same questions.
+        None if the folder is gone, or both models have no predictions for the same questions.
     """
-    arguments = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))["arguments"]
+    metrics = folder / "metrics.json"
+    if not metrics.exists():
+        return None
+    arguments = json.loads(metrics.read_text(encoding="utf-8"))["arguments"]
     dev = arguments["squad_dev_data"]
     trained, before = scores(dev, folder), scores(dev, arguments["model_student"])
     if trained is None or before is None:
