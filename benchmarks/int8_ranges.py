@@ -182,9 +182,10 @@ def table(rows: dict[str, Any], keys: tuple[str, str], folder: Path) -> str:
             list(run["phases"].values())[-1][key] - run["phases"]["calibrated"][key]
             for run in runs.values()
         ]
-        errors = [standard_error(run_folder(folder, name, seed)) for seed in runs]
-        known = ", ".join(f"{each:.2f}" for each in errors if each is not None)
-        cells += [f"{min(gains):+.2f}", known if key == "f1" else ""]
+        folders = [run_folder(folder, name, seed) for seed in runs] if key == "f1" else []
+        errors = [standard_error(each) for each in folders]
+        known = ", ".join(f"{error:.2f}" for error in errors if error is not None)
+        cells += [f"{min(gains):+.2f}", known]
         lines.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
