@@ -1,13 +1,14 @@
-"""Ways to spend a few passes of packing, side by side: F1 and EM on dev, over several seeds.
+"""Ways to spend a few passes of packing, side by side: scores on dev, over several seeds.
 
     python -m benchmarks.packing --model=DIR --squad_train_data=TRAIN --squad_dev_data=DEV \
         --output_dir=DIR [--questions=6000 --passes=2 --seeds=1,2 --jobs=4 --minutes=60] \
         [--only="states alone,logits 0.1"]
 
-Each run is one of `pack_and_distill.py`, with the flags and the constants of a configuration. What
-packing.json has is not run again, and a run that was stopped goes on. Where the folder of --model
-has its predictions.json on the same dev file, the table tells how much of its F1 is kept, with a
-bootstrap interval over questions.
+Each run is one of `pack_and_distill.py`, with the flags and the constants of a configuration. The
+model's task tells which configurations there are. What packing.json has is not run again, and a run
+that was stopped goes on. For embeddings, dev's questions are searched among the contexts of dev and
+of the whole train file. Where the folder of a QA model has its predictions.json on the same dev
+file, the table tells how much of its F1 is kept, with a bootstrap interval over questions.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,10 @@ PACK_CFG = (
     "hidden_act:orig"
 )
 SHARED = "--keep=last --max_seq_length_q=64 --per_gpu_eval_batch_size=64 --save_minutes=5"
+EMBEDDING = "--embedding_weight=30 --max_seq_length_q=32"
+# The scores of each task, the main one first, and their names.
+QA_SCORES = {"f1": "F1", "exact_match": "EM"}
+EMBEDDING_SCORES = {"top_5": "top 5", "top_1": "top 1", "mrr": "MRR"}
 BOOTSTRAP = 2000  # draws of questions
 POLL_SECONDS = 0.5
 
@@ -48,17 +53,19 @@ class Configuration:
         shares: of the passes, by stage; None for the script's own.
         outputs_in: the stages that learn the teacher's logits.
         states: whether those stages learn its states.
+        shape: keys of --pack_cfg that replace the given ones.
     """
 
     flags: str = ""
     shares: dict[str, float] | None = field(default_factory=lambda: {"final": 1.0})
     outputs_in: tuple[str, ...] = ("final",)
     states: bool = True
+    shape: str = ""
 
 
 HEADS = {"heads": 0.2, "final": 0.8}
 BOTH = ("heads", "final")
-CONFIGURATIONS: dict[str, Configuration] = {
+QA: dict[str, Configuration] = {
     "states alone": Configuration("--logits_weight=0"),
     **{
         f"logits {weight:g}": Configuration(f"--logits_weight={weight}")
@@ -111,7 +118,31 @@ CONFIGURATIONS: dict[str, Configuration] = {
         )
         for weight, t in ((0.001, 1), (0.01, 1), (0.1, 4))
     },
+    # With 2.04 of the 9.51 GOps that a BERT of 6 layers, 12 heads and hidden size 384 has.
+    **{
+        f"shape {layers} layers of {size} with {heads} heads and ff {ff}": Configuration(
+            "--logits_weight=0.01",
+            None,
+            shape=f"num_hidden_layers:{layers},ff_iter_num:{ff},num_attention_heads:{heads},"
+            f"hidden_size:{size}",
+        )
+        for layers, ff, heads, size in (
+            (6, 4, 6, 192),
+            (6, 4, 4, 236),
+            (6, 4, 8, 152),
+            (6, 2, 6, 240),
+            (6, 0, 4, 96),
+            (3, 4, 6, 342),
+        )
+    },
 }
+EMBEDDINGS = {
+    "embeddings by final alone": Configuration(
+        "--learning_rate_for_tune=5e-4 --total_train_batch_size_for_tune=32"
+    ),
+    "embeddings by the plan of --passes": Configuration("", None),
+}
+CONFIGURATIONS = {**QA, **EMBEDDINGS}
 
 
 def run(name: str) -> None:
@@ -145,7 +176,7 @@ def configure(script: Any, configuration: Configuration) -> None:
 def parse_arguments() -> argparse.Namespace:
     parser = ArgumentParser(description=__doc__.splitlines()[0])
     add = parser.add_argument
-    add("--model", required=True, help="fine-tuned QA model to pack, which is also the teacher")
+    add("--model", required=True, help="fine-tuned model to pack, which is also the teacher")
     add("--squad_train_data", required=True)
     add("--squad_dev_data", required=True)
     add("--output_dir", required=True, help="folder of all runs, packing.json and packing.md")
@@ -170,20 +201,18 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def chosen(only: str | None) -> list[str]:
-    """The configurations whose name contains one of the parts.
+def chosen(only: str | None, among: Collection[str]) -> list[str]:
+    """The names that contain one of the parts.
 
     Raises:
         UserError: a part is in no name.
     """
     found: list[str] = []
     for part in only.split(",") if only else [""]:
-        named = [name for name in CONFIGURATIONS if name == part]
-        named = named or [name for name in CONFIGURATIONS if part in name]
+        named = [name for name in among if name == part]
+        named = named or [name for name in among if part in name]
         if not named:
-            raise UserError(
-                f"--only: {part!r} is in no name; there are {', '.join(CONFIGURATIONS)}"
-            )
+            raise UserError(f"--only: {part!r} is in no name; there are {', '.join(among)}")
         found += [name for name in named if name not in found]
     return found
 
@@ -213,11 +242,19 @@ class Job:
     command: list[str]
 
 
-def make_jobs(args: argparse.Namespace, train: str) -> list[Job]:
-    """All runs: one seed of every configuration, then the next seed."""
+def reshaped(pack_cfg: str, shape: str) -> str:
+    """A --pack_cfg with some keys replaced."""
+    pairs = [pair.split(":") for text in (pack_cfg, shape) if text for pair in text.split(",")]
+    return ",".join(":".join(pair) for pair in dict(pairs).items())
+
+
+def make_jobs(args: argparse.Namespace, train: str, configurations: Collection[str]) -> list[Job]:
+    """All runs: one seed of every chosen configuration, then the next seed."""
     jobs = []
     for seed in args.seeds.split(","):
-        for name in chosen(args.only):
+        for name in chosen(args.only, configurations):
+            configuration = CONFIGURATIONS[name]
+            extra = f"--eval_extra_contexts={os.path.abspath(args.squad_train_data)}"
             folder = Path(args.output_dir).resolve() / f"{name.replace(' ', '-')}-{seed}"
             flags = [
                 f"--model_student={os.path.abspath(args.model)}",
@@ -225,11 +262,12 @@ def make_jobs(args: argparse.Namespace, train: str) -> list[Job]:
                 f"--squad_train_data={train}",
                 f"--squad_dev_data={os.path.abspath(args.squad_dev_data)}",
                 f"--output_dir={folder}",
-                f"--pack_cfg={args.pack_cfg}",
+                f"--pack_cfg={reshaped(args.pack_cfg, configuration.shape)}",
                 f"--passes={args.passes:g}",
                 f"--seed={seed}",
                 *SHARED.split(),
-                *CONFIGURATIONS[name].flags.split(),
+                *((extra, *EMBEDDING.split()) if name in EMBEDDINGS else ()),
+                *configuration.flags.split(),
                 *shlex.split(args.flags),
             ]
             child = f"from benchmarks import packing; packing.run({name!r})"
@@ -250,19 +288,20 @@ def figures(folder: Path) -> dict[str, Any]:
     """The results of a finished run.
 
     Returns:
-        f1, exact_match; `by_step`: F1 of each evaluation, by stage and step; those of the teacher
-        and of the start; seconds a step of the final stage.
+        the scores of its task; its main score of each evaluation, by stage and step, as
+        `by_step`; that of the teacher and of the start; seconds a step of the final stage.
     """
     metrics = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
     lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     log = [json.loads(line) for line in lines]
     stages = {row["stage"]: row for row in metrics["stages"]}
+    names = QA_SCORES if "f1" in metrics else EMBEDDING_SCORES
+    main_score = next(iter(names))
     return {
-        "f1": metrics["f1"],
-        "exact_match": metrics["exact_match"],
-        "teacher_f1": stages["teacher"]["f1"],
-        "start_f1": stages["packed"]["f1"],
-        "by_step": [(r["stage"], r["step"], r["f1"]) for r in log if r.get("evaluation")],
+        **{name: metrics[name] for name in names},
+        f"teacher_{main_score}": stages["teacher"][main_score],
+        f"start_{main_score}": stages["packed"][main_score],
+        "by_step": [(r["stage"], r["step"], r[main_score]) for r in log if r.get("evaluation")],
         "seconds_a_step": stages["final"]["seconds"] / stages["final"]["steps"],
         "train_seconds": metrics["train_seconds"],
         "gops": metrics["sizes"]["student"]["gops"],
@@ -361,42 +400,49 @@ def interval(student: np.ndarray, teacher: np.ndarray) -> tuple[float, float]:
 
 
 def table(rows: dict[str, Any], dev: str, model: str, output_dir: str) -> str:
-    """The rows as Markdown, one line per configuration."""
-    teacher = scores(dev, model)
-    lines = [
-        "| | F1 by seed | F1 | EM | of the teacher's F1 | s a step |",
-        "|---|---|---|---|---|---|",
-    ]
+    """The rows of one task as Markdown, one line per configuration."""
+    embeds = any(name in EMBEDDINGS for name in rows)
+    main_score, *others = EMBEDDING_SCORES if embeds else QA_SCORES
+    labels = {**QA_SCORES, **EMBEDDING_SCORES}
+    main_label = labels[main_score]
+    heads = ["", f"{main_label} by seed", main_label, *(labels[key] for key in others)]
+    heads += [f"of the teacher's {main_label}", "GOps", "s a step"]
+    lines = ["| " + " | ".join(heads).lstrip() + " |", "|---" * len(heads) + "|"]
+    teacher = None if embeds else scores(dev, model)
     for name in [name for name in CONFIGURATIONS if name in rows]:
         runs = list(rows[name].values())
         mean = {
             key: float(np.mean([run[key] for run in runs])) for key in runs[0] if key != "by_step"
         }
-        kept = f"{100 * mean['f1'] / mean['teacher_f1']:.1f}%" if mean["teacher_f1"] else ""
+        whole = mean[f"teacher_{main_score}"]
+        kept = f"{100 * mean[main_score] / whole:.1f}%" if whole else ""
         folders = [Path(output_dir) / f"{name.replace(' ', '-')}-{seed}" for seed in rows[name]]
         own = [scores(dev, folder) for folder in folders]
         if teacher is not None and all(each is not None for each in own):
             low, high = interval(np.mean(own, axis=0), teacher)
             kept += f" ({low:.1f} to {high:.1f})"
-        by_seed = ", ".join(f"{run['f1']:.2f}" for run in runs)
-        lines.append(
-            f"| {name} | {by_seed} | {mean['f1']:.2f} | {mean['exact_match']:.2f} | {kept} |"
-            f" {mean['seconds_a_step']:.3f} |"
-        )
+        cells = [name, ", ".join(f"{run[main_score]:.2f}" for run in runs)]
+        cells += [f"{mean[key]:.2f}" for key in (main_score, *others)]
+        cells += [kept, f"{mean['gops']:.2f}", f"{mean['seconds_a_step']:.3f}"]
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
 def main() -> None:
+    from bert.model_folder import open_model
+
     args = parse_arguments()
+    embeds = "Embedding" in open_model(args.model, "--model").architecture
+    configurations = EMBEDDINGS if embeds else QA
+    chosen(args.only, configurations)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: runs save their states
-    chosen(args.only)
     output_dir = Path(args.output_dir)
     output_dir.mkdir(parents=True, exist_ok=True)
     path = output_dir / "packing.json"
     rows = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     train = subset(args.squad_train_data, args.questions, output_dir.resolve())
     try:
-        run_all(args, make_jobs(args, train), rows, path)
+        run_all(args, make_jobs(args, train, configurations), rows, path)
     except KeyboardInterrupt:
         raise Interrupted("stopped; the same command goes on", signal.SIGINT) from None
     finally:
