@@ -60,11 +60,11 @@ signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends the imports silently
 STAGES = ("embeddings", "grow", "feed-forward", "heads", "final")
 QUARTER = 0.25  # epochs of `embeddings`, and of each k of `grow`: each has little to learn
 OUTPUTS_IN = ("final",)  # stages that also learn the teacher's outputs
-# --passes: the share of each stage, and the defaults that it gives other flags.
+# --passes: the share of each stage, and the defaults that it gives other flags. The rate of the
+# stage final is the task's packing_rate.
 PASSES = {"heads": 0.2, "final": 0.8}
 PASSES_FLAGS = {
     "warm_up_steps": 40,
-    "learning_rate_for_tune": 1e-3,
     "total_train_batch_size_for_tune": 16,
 }
 SAMPLE_WINDOWS = 256  # the sample on which a packed model is fitted to its teacher
@@ -96,7 +96,8 @@ def parse_arguments() -> argparse.Namespace:
     args = parser.parse_args()
     if args.passes is None:
         return args
-    parser.set_defaults(stages=None, num_train_epochs=None, **PASSES_FLAGS)
+    by_plan = dict.fromkeys(("stages", "num_train_epochs", "learning_rate_for_tune"))
+    parser.set_defaults(**by_plan, **PASSES_FLAGS)
     args = parser.parse_args()
     for flag in ("stages", "num_train_epochs"):
         if getattr(args, flag) is not None:
@@ -222,8 +223,9 @@ def equal_weights(k: int) -> tuple[float, ...]:
     return (1 / (k + 1),) * (k + 1)
 
 
-def plan_stages(args: argparse.Namespace, num_layers: int) -> list[Distillation]:
+def plan_stages(args: argparse.Namespace, num_layers: int, task: type[Task]) -> list[Distillation]:
     """The stages of --stages or --passes, for a student with `num_layers` layers."""
+    given = args.learning_rate_for_tune
     epochs, n = plan_epochs(args, num_layers), num_layers
     growing = [args.loss_weight_alpha**i for i in range(n + 1)]
     embeddings = ("_map.", "embeddings.LayerNorm.", "state_maps.0.")
@@ -248,7 +250,7 @@ def plan_stages(args: argparse.Namespace, num_layers: int) -> list[Distillation]
 
     final = replace(
         stage("final"),
-        learning_rate=args.learning_rate_for_tune,
+        learning_rate=task.packing_rate if given is None else given,
         total_batch_size=args.total_train_batch_size_for_tune,
         schedule=functools.partial(warm_up_linear_decay, steps=args.warm_up_steps),
     )
@@ -620,7 +622,7 @@ def main() -> None:
 
     # Train stage by stage (plan_stages) by the error of states (tasks.hidden_states.StateLoss) and
     # outputs (Task.output_loss); remove heads by bert_pack.HeadImportance; keep the best weights.
-    plan = number_stages(plan_stages(args, cfg.num_hidden_layers), task.num_examples)
+    plan = number_stages(plan_stages(args, cfg.num_hidden_layers, task_class), task.num_examples)
     if args.passes is not None:
         run.say(describe_plan(plan, args, task.num_examples))
     guides = [in_half(each, accelerator) for each in teachers]

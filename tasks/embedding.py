@@ -145,6 +145,7 @@ class EmbeddingTask(Task):
     architectures: ClassVar[tuple[str, ...]] = ("BertForEmbedding", "PackedBertForEmbedding")
     best_by = "mrr"
     drop_by = "top_5"
+    packing_rate = 2.5e-4
     score_names: ClassVar[dict[str, str]] = {"top_1": "top 1", "top_5": "top 5", "mrr": "MRR"}
     outputs = onnx_file.Outputs(("embedding",), ("embedding",), per_token=False)
     train_pairs: Pairs

@@ -56,6 +56,7 @@ class Task(ABC):
         best_by: the figure that ranks evaluations; the higher, the better.
         drop_by: the figure whose loss by quantization --max_drop limits.
         score_names: from the main figures to their labels.
+        packing_rate: learning rate of the last stage of packing, in steps of 16 examples.
         outputs: the outputs of its exported file.
         data: the files, each under the name that its hash has in a run's arguments.
         train_rows, dev_rows: the rows of both files (of several kinds, the longest), to calibrate
@@ -68,6 +69,7 @@ class Task(ABC):
     best_by: ClassVar[str]
     drop_by: ClassVar[str]
     score_names: ClassVar[dict[str, str]]
+    packing_rate: ClassVar[float] = 1e-3
     outputs: ClassVar[onnx_file.Outputs]
     train_rows: Rows
     dev_rows: Rows

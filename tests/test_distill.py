@@ -37,7 +37,7 @@ import bert_pack
 import pack_and_distill
 from bert.attention import fuse_attention
 from bert_pack import PackCfg, pack
-from tasks import hidden_states
+from tasks import TASKS, QaTask, hidden_states
 from tasks.qa import QaEvaluation
 from training import loop
 from training.passes import Batches
@@ -334,7 +334,7 @@ def test_final_stage_weights_states() -> None:
         learning_rate_for_tune, total_train_batch_size_for_tune = 1e-3, 8
         max_steps_per_stage = warm_up_steps = passes = None
 
-    (part,) = pack_and_distill.plan_stages(Arguments, 2)
+    (part,) = pack_and_distill.plan_stages(Arguments, 2, QaTask)
     assert part.weights == pytest.approx((1 / 4.75, 1.5 / 4.75, 2.25 / 4.75))
 
 
@@ -343,9 +343,14 @@ def test_final_stage_weights_states() -> None:
 
 
 def arguments(monkeypatch: pytest.MonkeyPatch, *flags: str) -> argparse.Namespace:
-    command = command_of("pack_and_distill", Path("model"), Path("data"), Path("out"), *flags)
-    kept = ("--num_train_epochs", "--total_train_batch_size_for_tune", "--learning_rate_for_tune")
-    monkeypatch.setattr(sys, "argv", [c for c in command[1:] if not c.startswith(kept)])
+    command = command_of("pack_and_distill", Path("model"), Path("data"), Path("out"))
+    planned = (
+        "--num_train_epochs",
+        "--total_train_batch_size_for_tune",
+        "--learning_rate_for_tune",
+    )
+    argv = [*(c for c in command[1:] if not c.startswith(planned)), *flags]
+    monkeypatch.setattr(sys, "argv", argv)
     return pack_and_distill.parse_arguments()
 
 
@@ -357,7 +362,7 @@ def test_the_plan_spends_its_passes(extra: float, monkeypatch: pytest.MonkeyPatc
     """Windows of each stage, times the part of its layers that run, over those of the file."""
     monkeypatch.setattr(pack_and_distill, "PASSES", PASSES)
     args = arguments(monkeypatch, "--passes=3", f"--extra_pairs={extra}")
-    plan = pack_and_distill.plan_stages(args, 4)
+    plan = pack_and_distill.plan_stages(args, 4, QaTask)
     examples = round(64_000 * (1 + extra))
     spent: dict[str, float] = {}
     for part in plan:
@@ -385,6 +390,12 @@ def test_the_plan_sets_other_flags_where_they_are_not_given(
     assert {name: getattr(args, name) for name in planned} == planned
     given = arguments(monkeypatch, "--passes=5", "--warm_up_steps=7")
     assert vars(given) == {**vars(args), "warm_up_steps": 7}
+    for task in TASKS:
+        (*_, final) = pack_and_distill.plan_stages(args, 4, task)
+        assert final.stage.learning_rate == task.packing_rate
+        rated = arguments(monkeypatch, "--passes=5", "--learning_rate_for_tune=3e-3")
+        (*_, final) = pack_and_distill.plan_stages(rated, 4, task)
+        assert final.stage.learning_rate == 3e-3
     assert arguments(monkeypatch).warm_up_steps is None
 
 

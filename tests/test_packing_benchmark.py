@@ -19,6 +19,7 @@ from benchmarks import packing
 from benchmarks.packing import CONFIGURATIONS, EMBEDDINGS, QA
 from bert.embedding import BertForEmbedding
 from cli import UserError
+from tasks import QaTask
 
 
 def arguments(folder: Path, **others: Any) -> argparse.Namespace:
@@ -66,7 +67,7 @@ def test_each_configuration_has_flags_and_stages_that_there_are(
     configured(name)
     args = pack_and_distill.parse_arguments()
     assert args.seed == 7 and args.keep == "last"
-    final = pack_and_distill.plan_stages(args, 6)[-1]
+    final = pack_and_distill.plan_stages(args, 6, QaTask)[-1]
     assert final.stage.name == "final" and final.outputs
     assert (sum(final.weights) == 0) == (name == "logits alone")
     shares = CONFIGURATIONS[name].shares
