@@ -26,7 +26,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.packing import ROOT, Job, run_all, scores, subset
+from benchmarks.packing import ROOT, Job, is_embedder, run_all, scores, subset
 from cli import ArgumentParser, Interrupted, UserError, number, run_main
 
 PHASES = ("fp32", "calibrated", "ranges", "weights")
@@ -91,8 +91,6 @@ def run_folder(folder: Path, title: str, seed: str) -> Path:
 
 def make_jobs(args: argparse.Namespace, folder: Path) -> list[Job]:
     """All runs: every model and variant with one seed, then with the next."""
-    from bert.model_folder import open_model
-
     jobs = []
     train = subset(args.squad_train_data, args.questions, folder)
     given = json.loads(Path(args.nncf_config).read_text(encoding="utf-8"))
@@ -103,7 +101,7 @@ def make_jobs(args: argparse.Namespace, folder: Path) -> list[Job]:
         (folder / f"{name}.json").write_text(text, encoding="utf-8")
     for seed in args.seeds.split(","):
         for model in args.models.split(","):
-            embeds = "Embedding" in open_model(model, "--models").architecture
+            embeds = is_embedder(model, "--models")
             for name in args.settings.split(","):
                 title = f"{os.path.basename(os.path.abspath(model))}, {name}"
                 output_dir = run_folder(folder, title, seed)

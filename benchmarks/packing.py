@@ -232,6 +232,13 @@ def subset(path: str, questions: int | None, folder: Path) -> str:
     return str(target)
 
 
+def is_embedder(model: str, flag: str) -> bool:
+    """Whether the model that a flag names embeds texts."""
+    from bert.model_folder import open_model
+
+    return "Embedding" in open_model(model, flag).architecture
+
+
 @dataclass(frozen=True)
 class Job:
     """A run: its configuration and seed, its folder, its command."""
@@ -254,7 +261,7 @@ def make_jobs(args: argparse.Namespace, train: str, configurations: Collection[s
     for seed in args.seeds.split(","):
         for name in chosen(args.only, configurations):
             configuration = CONFIGURATIONS[name]
-            extra = f"--eval_extra_contexts={os.path.abspath(args.squad_train_data)}"
+            searched = f"--eval_extra_contexts={os.path.abspath(args.squad_train_data)}"
             folder = Path(args.output_dir).resolve() / f"{name.replace(' ', '-')}-{seed}"
             flags = [
                 f"--model_student={os.path.abspath(args.model)}",
@@ -266,7 +273,7 @@ def make_jobs(args: argparse.Namespace, train: str, configurations: Collection[s
                 f"--passes={args.passes:g}",
                 f"--seed={seed}",
                 *SHARED.split(),
-                *((extra, *EMBEDDING.split()) if name in EMBEDDINGS else ()),
+                *((searched, *EMBEDDING.split()) if name in EMBEDDINGS else ()),
                 *configuration.flags.split(),
                 *shlex.split(args.flags),
             ]
@@ -405,9 +412,9 @@ def table(rows: dict[str, Any], dev: str, model: str, output_dir: str) -> str:
     main_score, *others = EMBEDDING_SCORES if embeds else QA_SCORES
     labels = {**QA_SCORES, **EMBEDDING_SCORES}
     main_label = labels[main_score]
-    heads = ["", f"{main_label} by seed", main_label, *(labels[key] for key in others)]
+    heads = [f"{main_label} by seed", main_label, *(labels[key] for key in others)]
     heads += [f"of the teacher's {main_label}", "GOps", "s a step"]
-    lines = ["| " + " | ".join(heads).lstrip() + " |", "|---" * len(heads) + "|"]
+    lines = [f"| | {' | '.join(heads)} |", "|---" * (len(heads) + 1) + "|"]
     teacher = None if embeds else scores(dev, model)
     for name in [name for name in CONFIGURATIONS if name in rows]:
         runs = list(rows[name].values())
@@ -429,11 +436,8 @@ def table(rows: dict[str, Any], dev: str, model: str, output_dir: str) -> str:
 
 
 def main() -> None:
-    from bert.model_folder import open_model
-
     args = parse_arguments()
-    embeds = "Embedding" in open_model(args.model, "--model").architecture
-    configurations = EMBEDDINGS if embeds else QA
+    configurations = EMBEDDINGS if is_embedder(args.model, "--model") else QA
     chosen(args.only, configurations)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: runs save their states
     output_dir = Path(args.output_dir)

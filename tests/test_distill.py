@@ -390,10 +390,10 @@ def test_the_plan_sets_other_flags_where_they_are_not_given(
     assert {name: getattr(args, name) for name in planned} == planned
     given = arguments(monkeypatch, "--passes=5", "--warm_up_steps=7")
     assert vars(given) == {**vars(args), "warm_up_steps": 7}
+    rated = arguments(monkeypatch, "--passes=5", "--learning_rate_for_tune=3e-3")
     for task in TASKS:
         (*_, final) = pack_and_distill.plan_stages(args, 4, task)
         assert final.stage.learning_rate == task.packing_rate
-        rated = arguments(monkeypatch, "--passes=5", "--learning_rate_for_tune=3e-3")
         (*_, final) = pack_and_distill.plan_stages(rated, 4, task)
         assert final.stage.learning_rate == 3e-3
     assert arguments(monkeypatch).warm_up_steps is None
