@@ -406,9 +406,15 @@ def interval(student: np.ndarray, teacher: np.ndarray) -> tuple[float, float]:
     return float(low), float(high)
 
 
-def table(rows: dict[str, Any], dev: str, model: str, output_dir: str) -> str:
-    """The rows of one task as Markdown, one line per configuration."""
-    embeds = any(name in EMBEDDINGS for name in rows)
+def table(
+    rows: dict[str, Any],
+    configurations: dict[str, Configuration],
+    dev: str,
+    model: str,
+    output_dir: str,
+) -> str:
+    """The rows of a task's configurations as Markdown, one line per configuration."""
+    embeds = configurations is EMBEDDINGS
     main_score, *others = EMBEDDING_SCORES if embeds else QA_SCORES
     labels = {**QA_SCORES, **EMBEDDING_SCORES}
     main_label = labels[main_score]
@@ -416,7 +422,7 @@ def table(rows: dict[str, Any], dev: str, model: str, output_dir: str) -> str:
     heads += [f"of the teacher's {main_label}", "GOps", "s a step"]
     lines = [f"| | {' | '.join(heads)} |", "|---" * (len(heads) + 1) + "|"]
     teacher = None if embeds else scores(dev, model)
-    for name in [name for name in CONFIGURATIONS if name in rows]:
+    for name in [name for name in configurations if name in rows]:
         runs = list(rows[name].values())
         mean = {
             key: float(np.mean([run[key] for run in runs])) for key in runs[0] if key != "by_step"
@@ -450,7 +456,7 @@ def main() -> None:
     except KeyboardInterrupt:
         raise Interrupted("stopped; the same command goes on", signal.SIGINT) from None
     finally:
-        text = table(rows, args.squad_dev_data, args.model, args.output_dir)
+        text = table(rows, configurations, args.squad_dev_data, args.model, args.output_dir)
         (output_dir / "packing.md").write_text(f"{text}\n", encoding="utf-8")
         print(f"\n{text}")
 

@@ -159,7 +159,7 @@ def test_the_table_tells_how_much_is_kept(tmp_path: Path) -> None:
         "by_step": [],
     }
     rows = {"states alone": {"1": row}, "logits 1": {"1": row, "2": {**row, "f1": 85.0}}}
-    text = packing.table(rows, str(dev), str(tmp_path / "teacher"), str(tmp_path)).splitlines()
+    text = packing.table(rows, QA, str(dev), str(tmp_path / "teacher"), str(tmp_path)).splitlines()
     assert text[2].startswith("| states alone | 75.00 | 75.00 | 75.00 | 75.0% (")
     assert text[3] == "| logits 1 | 75.00, 85.00 | 80.00 | 75.00 | 80.0% | 2.04 | 0.500 |"
 
@@ -208,7 +208,7 @@ def test_a_run_of_it(
     steps = [record for record in records(tmp_path / "logits-alone-1") if "logits" in record]
     assert len(steps) == 2 and all(record["loss"] == record["logits"] > 0 for record in steps)
     dev = str(few / "dev-v1.1.json")
-    text = packing.table({name: {"1": row}}, dev, str(teacher), str(tmp_path))
+    text = packing.table({name: {"1": row}}, QA, dev, str(teacher), str(tmp_path))
     assert f"| {name} | {row['f1']:.2f} |" in text
 
 
@@ -233,10 +233,14 @@ def test_a_run_of_it_for_embeddings(
 
 
 def test_the_table_of_embeddings_is_of_top_5(tmp_path: Path) -> None:
+    """Before a run has finished too."""
     row = {"top_5": 90.0, "top_1": 80.0, "mrr": 85.0, "teacher_top_5": 96.0, "by_step": []}
     rows = {"embeddings by final alone": {"1": {**row, "gops": 4.72, "seconds_a_step": 0.1}}}
-    assert packing.table(rows, "dev.json", str(tmp_path), str(tmp_path)).splitlines() == [
+    folder = str(tmp_path)
+    lines = [
         "| | top 5 by seed | top 5 | top 1 | MRR | of the teacher's top 5 | GOps | s a step |",
         "|---|---|---|---|---|---|---|---|",
         "| embeddings by final alone | 90.00 | 90.00 | 80.00 | 85.00 | 93.8% | 4.72 | 0.100 |",
     ]
+    assert packing.table(rows, EMBEDDINGS, "dev.json", folder, folder).splitlines() == lines
+    assert packing.table({}, EMBEDDINGS, "dev.json", folder, folder).splitlines() == lines[:2]
