@@ -568,13 +568,37 @@ def test_diverging_run_goes_back(kind: str, tmp_path: Path, capfd: pytest.Captur
     assert seen[25 : 25 + 40].count(seen[0]) >= 1  # from the very weights of the start
 
 
+def diverges(divergence: loop.Divergence, losses: list[float], rates: list[float]) -> bool:
+    """Whether one of the steps with these losses and learning rates is found to diverge."""
+    pairs = zip(losses, rates, strict=True)
+    return any(divergence.found(loss, rate) for loss, rate in pairs)
+
+
 def test_short_and_long_texts_are_no_divergence() -> None:
     """One batch of short texts first, then ones that are harder; later all get worse."""
     divergence = loop.Divergence()
     divergence.mark_good()
-    assert not any(divergence.found(loss) for loss in [0.4] + [1.2, 1.3] * 30)
+    assert not diverges(divergence, [0.4] + [1.2, 1.3] * 30, [1e-3] * 61)
     divergence.mark_good()
-    assert any(divergence.found(loss) for loss in [2.4] * loop.RECENT_STEPS)
+    assert diverges(divergence, [2.4] * loop.RECENT_STEPS, [1e-3] * loop.RECENT_STEPS)
+
+
+RISING = [1e-3 * step / 40 for step in range(1, 41)]  # learning rates
+
+
+def test_a_rise_with_the_learning_rate_is_no_divergence() -> None:
+    """The loss of a trained model rises with the rate; later it counts from the full rate."""
+    divergence = loop.Divergence()
+    rates = RISING + [1e-3 * (1 - step / 1000) for step in range(60)]
+    losses = [0.4 + 0.004 * step for step in range(40)] + [0.56] * 25 + [0.7] * 35
+    assert not diverges(divergence, losses, rates)
+    assert divergence.good == pytest.approx(0.56)
+    assert diverges(divergence, [0.85] * 20, [9e-4] * 20)
+
+
+def test_a_rise_by_more_than_half_diverges_while_the_learning_rate_rises() -> None:
+    losses = [0.4] * 20 + [0.4 + 0.03 * step for step in range(20)]
+    assert diverges(loop.Divergence(), losses, RISING)
 
 
 @pytest.mark.parametrize("save_minutes", [0.0, 60.0])

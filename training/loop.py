@@ -6,7 +6,7 @@ import contextlib
 import math
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 
 import numpy as np
 import torch.distributed
@@ -36,29 +36,44 @@ class Divergence:
     Attributes:
         recent: losses of at most the last RECENT_STEPS steps.
         good: the lowest mean loss at any saved state; before the first, the stage's first mean.
-            It never rises: else a slow divergence would raise it at each save.
+            A trained model's loss rises with the learning rate, which is no divergence. So the
+            first mean after the rise takes its place, once. Otherwise it never rises: else a slow
+            divergence would raise it at each save.
         factor: of the learning rate, halved at each return.
+        full_rate: the highest learning rate so far, without the factor.
+        steps_since: steps after the first one at that rate.
     """
 
     recent: list[float] = field(default_factory=list)
     good: float | None = None
     factor: float = 1.0
+    full_rate: float = 0.0
+    steps_since: int = 0
 
-    def found(self, loss: float) -> bool:
+    def found(self, loss: float, rate: float) -> bool:
         """Add a step's loss; True if it is not finite, or if the mean is far over `good`.
 
         Compare only means over RECENT_STEPS steps; shorter ones depend too much on which texts
         came.
+
+        Args:
+            rate: the step's learning rate.
         """
         if not math.isfinite(loss):
             return True
+        rises = rate / self.factor > self.full_rate
+        self.full_rate = max(self.full_rate, rate / self.factor)
+        self.steps_since = 0 if rises else self.steps_since + 1
         self.recent = [*self.recent, loss][-RECENT_STEPS:]
         if len(self.recent) < RECENT_STEPS:
             return False
         mean = sum(self.recent) / RECENT_STEPS
         if self.good is None:
             self.good = mean
-        return mean > DIVERGED * self.good
+        diverged = mean > DIVERGED * self.good
+        if self.steps_since == RECENT_STEPS and not diverged:
+            self.good = mean
+        return diverged
 
     def mark_good(self) -> None:
         """Compare with the present state from now on, unless an earlier one was better."""
@@ -208,7 +223,8 @@ class Training:
         scaled = self.accelerator.mixed_precision == "fp16"
         for i, (sums, norm) in enumerate(read_steps(unread, self.gradient.names)):
             finite = math.isfinite(sums["loss"]) and (scaled or math.isfinite(norm))
-            diverged = self.divergence.found(sums["loss"] if finite else math.nan)
+            loss = sums["loss"] if finite else math.nan
+            diverged = self.divergence.found(loss, unread[i].learning_rate)
             if not finite or (diverged and self.stage.goes_back):
                 self._go_back(first + i, sums["loss"], norm)
                 return False
@@ -246,11 +262,10 @@ class Training:
             f"{stage.name}: at step {failed + 1} the loss is {loss:.4g}{after}; going back to step"
             f" {position['step']}, with {factor:g} of the learning rate"
         )
-        then = position["divergence"]
-        good = good if then["good"] is None else then["good"]
+        then = Divergence(**position["divergence"])
         # Cap the losses that led here: else they would fail the very next step.
-        recent = [loss if good is None else min(loss, good) for loss in then["recent"]]
-        self.divergence = Divergence(recent=recent, good=good, factor=factor)
+        recent = [loss if then.good is None else min(loss, then.good) for loss in then.recent]
+        self.divergence = replace(then, recent=recent, factor=factor)
         run.states.restore()
         self.step = position["step"]
         run.forget_after(stage.name, self.step)
