@@ -61,9 +61,9 @@ class Divergence:
         """
         if not math.isfinite(loss):
             return True
-        rises = rate / self.factor > self.full_rate
-        self.full_rate = max(self.full_rate, rate / self.factor)
-        self.steps_since = 0 if rises else self.steps_since + 1
+        whole_rate = rate / self.factor
+        self.steps_since = 0 if whole_rate > self.full_rate else self.steps_since + 1
+        self.full_rate = max(self.full_rate, whole_rate)
         self.recent = [*self.recent, loss][-RECENT_STEPS:]
         if len(self.recent) < RECENT_STEPS:
             return False
