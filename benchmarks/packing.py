@@ -110,6 +110,9 @@ QA: dict[str, Configuration] = {
         "--learning_rate_for_tune=1e-3 --total_train_batch_size_for_tune=16 --logits_weight=0.01",
         HEADS,
     ),
+    "final alone and 1e-3 by 16": Configuration(
+        "--learning_rate_for_tune=1e-3 --total_train_batch_size_for_tune=16 --logits_weight=0.01"
+    ),
     "heads and 2e-3": Configuration("--learning_rate_for_tune=2e-3 --logits_weight=0.01", HEADS),
     "the plan of --passes": Configuration("", None),
     **{
@@ -139,6 +142,9 @@ QA: dict[str, Configuration] = {
 EMBEDDINGS = {
     "embeddings by final alone": Configuration(
         "--learning_rate_for_tune=5e-4 --total_train_batch_size_for_tune=32"
+    ),
+    "embeddings by final alone and 2.5e-4 by 16": Configuration(
+        "--learning_rate_for_tune=2.5e-4 --total_train_batch_size_for_tune=16"
     ),
     "embeddings by the plan of --passes": Configuration("", None),
 }
