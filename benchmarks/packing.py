@@ -41,6 +41,9 @@ EMBEDDING = "--embedding_weight=30 --max_seq_length_q=32"
 # The scores of each task, the main one first, and their names.
 QA_SCORES = {"f1": "F1", "exact_match": "EM"}
 EMBEDDING_SCORES = {"top_5": "top 5", "top_1": "top 1", "mrr": "MRR"}
+# What the configurations with shares of their own have in common. It is written out, since a new
+# default of --passes must not change them.
+BASE = "--learning_rate_for_tune=5e-4 --total_train_batch_size_for_tune=32 --warm_up_steps=40"
 BOOTSTRAP = 2000  # draws of questions
 POLL_SECONDS = 0.5
 
@@ -50,7 +53,8 @@ class Configuration:
     """A configuration of runs: flags, and constants of pack_and_distill.py.
 
     Attributes:
-        shares: of the passes, by stage; None for the script's own.
+        flags: come after BASE if there are shares, and so replace it.
+        shares: of the passes, by stage; None for the plan of --passes, with its rate and batch.
         outputs_in: the stages that learn the teacher's logits.
         states: whether those stages learn its states.
         shape: keys of --pack_cfg that replace the given ones.
@@ -140,9 +144,7 @@ QA: dict[str, Configuration] = {
     },
 }
 EMBEDDINGS = {
-    "embeddings by final alone": Configuration(
-        "--learning_rate_for_tune=5e-4 --total_train_batch_size_for_tune=32"
-    ),
+    "embeddings by final alone": Configuration(),
     "embeddings by final alone and 2.5e-4 by 16": Configuration(
         "--learning_rate_for_tune=2.5e-4 --total_train_batch_size_for_tune=16"
     ),
@@ -280,6 +282,7 @@ def make_jobs(args: argparse.Namespace, train: str, configurations: Collection[s
                 f"--seed={seed}",
                 *SHARED.split(),
                 *((searched, *EMBEDDING.split()) if name in EMBEDDINGS else ()),
+                *(() if configuration.shares is None else BASE.split()),
                 *configuration.flags.split(),
                 *shlex.split(args.flags),
             ]

@@ -81,6 +81,25 @@ def test_each_configuration_has_flags_and_stages_that_there_are(
         assert epochs == pytest.approx(2 * shares["final"])
 
 
+def test_no_two_configurations_train_alike(tmp_path: Path) -> None:
+    """A new default of --passes must not make two of them the same."""
+    names: dict[str, str] = {}
+    for name, configuration in CONFIGURATIONS.items():
+        if configuration.shares is None:
+            continue
+        (job,) = packing.make_jobs(arguments(tmp_path, only=name, seeds="7"), "", CONFIGURATIONS)
+        with pytest.MonkeyPatch.context() as patch:
+            for each in ("plan_stages", "PASSES", "OUTPUTS_IN"):  # to be put back
+                patch.setattr(pack_and_distill, each, getattr(pack_and_distill, each))
+            packing.configure(pack_and_distill, configuration)
+            patch.setattr("sys.argv", job.command[2:])
+            args = pack_and_distill.parse_arguments()
+            plan = pack_and_distill.plan_stages(args, 6, QaTask)
+        outputs = (args.logits_weight, args.logits_temperature, args.embedding_weight)
+        trained = repr((plan, outputs, args.extra_pairs))
+        assert names.setdefault(trained, name) == name
+
+
 class Process:
     """A run that ends at once."""
 
