@@ -44,16 +44,17 @@ def test_names_are_found_by_their_parts() -> None:
         packing.chosen("logits", EMBEDDINGS)
 
 
+def configure(name: str, patch: pytest.MonkeyPatch) -> None:
+    """Set the constants of a configuration until `patch` puts them back."""
+    for each in ("plan_stages", "PASSES", "OUTPUTS_IN"):
+        patch.setattr(pack_and_distill, each, getattr(pack_and_distill, each))
+    packing.configure(pack_and_distill, CONFIGURATIONS[name])
+
+
 @pytest.fixture
 def configured(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
     """Sets the constants of a configuration until the test ends."""
-
-    def set_constants(name: str) -> None:
-        for each in ("plan_stages", "PASSES", "OUTPUTS_IN"):  # to be put back
-            monkeypatch.setattr(pack_and_distill, each, getattr(pack_and_distill, each))
-        packing.configure(pack_and_distill, CONFIGURATIONS[name])
-
-    return set_constants
+    return lambda name: configure(name, monkeypatch)
 
 
 @pytest.mark.parametrize("name", CONFIGURATIONS)
@@ -89,9 +90,7 @@ def test_no_two_configurations_train_alike(tmp_path: Path) -> None:
             continue
         (job,) = packing.make_jobs(arguments(tmp_path, only=name, seeds="7"), "", CONFIGURATIONS)
         with pytest.MonkeyPatch.context() as patch:
-            for each in ("plan_stages", "PASSES", "OUTPUTS_IN"):  # to be put back
-                patch.setattr(pack_and_distill, each, getattr(pack_and_distill, each))
-            packing.configure(pack_and_distill, configuration)
+            configure(name, patch)
             patch.setattr("sys.argv", job.command[2:])
             args = pack_and_distill.parse_arguments()
             plan = pack_and_distill.plan_stages(args, 6, QaTask)
